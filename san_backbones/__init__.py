@@ -1,0 +1,14 @@
+"""SAN vision backbones (Zhao, Jia, Koltun, CVPR 2020).
+
+Importing the package registers the models with timm:
+
+    >>> import san_backbones, timm
+    >>> model = timm.create_model('san15_patchwise', features_only=True, out_indices=(1, 2, 3, 4))
+"""
+from . import ops
+from .attention import PairwiseAttention, PatchwiseAttention
+from .san import SAN
+
+from ._version import __version__
+
+__all__ = ['PairwiseAttention', 'PatchwiseAttention', 'SAN', 'ops']

@@ -1,0 +1,291 @@
+"""The two attention layers of SAN: the parameters, in the paper's letters (Zhao, Jia, Koltun, CVPR 2020, section 3).
+
+A letter gets a spoken name once: phi is `query`, psi `key`, beta `value`, gamma `weight_mlp`, delta the `relation`,
+the mapping of coordinates `position`. The computation is in `san_backbones.ops`.
+"""
+from collections import OrderedDict
+from typing import Optional, Tuple, Type
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from . import ops
+from .ops import geometry, reference
+
+__all__ = ['PairwiseAttention', 'PatchwiseAttention']
+
+
+# by their forward, so that a subclass that only changes checks (mmengine's SyncBN) counts and one that computes
+# something else (a fused activation, an adapter) does not
+_BATCH_NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward)
+
+
+def _weight_mlp(width: int, hidden: int, out: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
+    """gamma: Norm, ReLU, Linear (no bias), Norm, ReLU, Linear."""
+    return nn.Sequential(OrderedDict([
+        ('norm1', norm_layer(width, **dd)),
+        ('act1', nn.ReLU(inplace=True)),
+        ('fc1', nn.Conv2d(width, hidden, 1, bias=False, **dd)),
+        ('norm2', norm_layer(hidden, **dd)),
+        ('act2', nn.ReLU(inplace=True)),
+        ('fc2', nn.Conv2d(hidden, out, 1, **dd)),
+    ]))
+
+
+def _sync_group(norm: nn.Module):
+    """The process group of a SyncBatchNorm that has anyone to share with, else None."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not dist.is_available() or not dist.is_initialized():
+        return None
+    group = norm.process_group if norm.process_group is not None else dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _norm(module: nn.Module) -> ops.Norm:
+    """A batch norm module as the operators take it; counts the batch as `nn.BatchNorm2d.forward` does."""
+    if isinstance(module, FrozenBatchNorm2d):
+        return ops.Norm(module.weight, module.bias, module.running_mean, module.running_var, False, 0., module.eps)
+    momentum = 0. if module.momentum is None else module.momentum
+    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:
+            momentum = 1. / float(module.num_batches_tracked)
+    batch_statistics = module.training or module.running_mean is None
+    keep_buffers = not module.training or module.track_running_stats
+    return ops.Norm(
+        module.weight, module.bias,
+        module.running_mean if keep_buffers else None, module.running_var if keep_buffers else None,
+        batch_statistics, momentum, module.eps, _sync_group(module) if module.training else None)
+
+
+def _choice(name: str, value: str, allowed: Tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f'{name} must be one of {", ".join(map(repr, allowed))}, got {value!r}')
+    return value
+
+
+class _FootprintAttention(nn.Module):
+    """What both forms share: phi, psi, beta, gamma, and the route to the operators."""
+
+    pairwise: bool = True
+    relations: Tuple[str, ...] = ()
+
+    def __init__(
+            self,
+            dim: int,
+            rel_planes: Optional[int],
+            out_planes: Optional[int],
+            share_planes: int,
+            kernel_size: int,
+            dilation: int,
+            relation: str,
+            position: str,
+            position_ref_size: Optional[int],
+            norm_layer: Type[nn.Module],
+            dd: dict,
+    ):
+        super().__init__()
+        rel_planes = dim // 16 if rel_planes is None else rel_planes
+        out_planes = dim // 4 if out_planes is None else out_planes
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size must be an odd positive integer (a footprint has a centre), '
+                             f'got {kernel_size!r}')
+        if not isinstance(dilation, int) or dilation < 1:
+            raise ValueError(f'dilation must be a positive integer, got {dilation!r}')
+        if rel_planes < 1 or out_planes < 1 or share_planes < 1 or out_planes % share_planes:
+            raise ValueError(
+                'rel_planes and out_planes must be positive and out_planes a multiple of share_planes, got '
+                f'rel_planes={rel_planes}, out_planes={out_planes}, share_planes={share_planes} (dim={dim}); '
+                'with the defaults dim must be a multiple of 32')
+        if position_ref_size is not None and (not isinstance(position_ref_size, int) or position_ref_size < 2):
+            raise ValueError(f'position_ref_size must be None or a map size of at least 2 pixels, '
+                             f'got {position_ref_size!r}')
+        self.dim = dim
+        self.rel_planes = rel_planes
+        self.out_planes = out_planes
+        self.share_planes = share_planes
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.relation = _choice(f'relation of {type(self).__name__}', relation, self.relations)
+        self.position_mode = _choice('position', position, ops.POSITIONS)
+        self.position_ref_size = position_ref_size
+        # one step of the footprint spans what one pixel spans on the reference map, whatever the dilation
+        self.position_step = 0. if position_ref_size is None else 2. / (position_ref_size - 1) / dilation
+        self.is_pairwise = self.pairwise  # TorchScript sees instance attributes only
+
+        self.query = nn.Conv2d(dim, rel_planes, 1, **dd)
+        self.key = nn.Conv2d(dim, rel_planes, 1, **dd)
+        self.value = nn.Conv2d(dim, out_planes, 1, **dd)
+        self.position: Optional[nn.Conv2d] = None if position == 'none' else nn.Conv2d(2, 2, 1, **dd)
+        weight_planes = out_planes // share_planes
+        self.weight_mlp = self._make_weight_mlp(weight_planes, norm_layer, dd)
+
+    def _make_weight_mlp(self, weight_planes: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
+        raise NotImplementedError
+
+    def _place(self, x: Tensor) -> Optional[Tensor]:
+        """p: the mapped coordinates of the map x, (1, 2, H, W), or None.
+
+        Not a call of the convolution: half precision and autocast would round the coordinates.
+        """
+        position = self.position
+        if position is None:
+            return None
+        xy = geometry.coordinates(x, self.position_step)
+        weight, bias = position.weight.to(xy.dtype), position.bias
+        assert bias is not None
+        mapped = weight[:, 0] * xy[0] + weight[:, 1] * xy[1] + bias.to(xy.dtype)[:, None, None]
+        return mapped.unsqueeze(0)
+
+    def _forward_modules(self, query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor]) -> Tensor:
+        """The definition with gamma called as a module: for tracing and scripting, and for any other norm or layer."""
+        pad = geometry.padding(self.kernel_size, self.dilation)
+        place_padded: Optional[Tensor] = None
+        if place is not None:
+            place_padded = geometry.reflect_pad(place, pad)
+        if self.relation == 'clique':
+            query = geometry.reflect_pad(query, pad)
+        relation = reference.relate(
+            query, geometry.reflect_pad(key, pad), place, place_padded,
+            self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation)
+        height, width = value.shape[2], value.shape[3]
+        logits = self.weight_mlp(relation.flatten(3)).unflatten(3, [height, width])
+        return reference.aggregate(
+            logits, geometry.reflect_pad(value, pad), self.is_pairwise, self.kernel_size, self.dilation)
+
+    def _gamma_is_plain(self) -> bool:
+        """Whether gamma is what `ops.Gamma` can describe: batch norms, ReLUs and 1x1 convolutions, with no hooks."""
+        expected = (_BATCH_NORM_FORWARDS, (nn.ReLU.forward,), (nn.Conv2d.forward,)) * 2
+        return len(self.weight_mlp) == 6 and all(
+            type(m).forward in forwards and not m._forward_hooks and not m._forward_pre_hooks and not m._backward_hooks
+            for m, forwards in zip(self.weight_mlp, expected))
+
+    @torch.jit.ignore
+    def _forward_operators(self, query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor]) -> Tensor:
+        if isinstance(value, torch.fx.Proxy) or not self._gamma_is_plain():
+            return self._forward_modules(query, key, value, place)
+        mlp = self.weight_mlp
+        gamma = ops.Gamma(_norm(mlp.norm1), mlp.fc1.weight, _norm(mlp.norm2), mlp.fc2.weight, mlp.fc2.bias)
+        spec = ops.Spec(self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation)
+        return ops.footprint_attention(query, key, value, place, gamma, spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends to the footprint of every pixel.
+
+        Args:
+            x: (N, dim, H, W), H and W at least 1.
+
+        Returns:
+            (N, out_planes, H, W) in the dtype of the value projection.
+        """
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        place = self._place(x)
+        if torch.jit.is_scripting():
+            return self._forward_modules(query, key, value, place)
+        else:
+            return self._forward_operators(query, key, value, place)
+
+    def extra_repr(self) -> str:
+        text = f'{self.relation}, kernel_size={self.kernel_size}, dilation={self.dilation}'
+        if self.is_pairwise:
+            text += f', position={self.position_mode}, position_ref_size={self.position_ref_size}'
+        return text
+
+
+class PairwiseAttention(_FootprintAttention):
+    """Pairwise self-attention (section 3.1): the weight of a neighbour depends on the pair of pixels only.
+
+        y_i = sum_{j in R(i)} softmax_j( gamma([delta(x_i, x_j), p_i - p_j]) ) * beta(x_j)
+
+    Args:
+        dim: Channels of the input.
+        rel_planes: Channels r of phi and psi; default dim // 16.
+        out_planes: Channels m of beta and of the output; default dim // 4.
+        share_planes: Channels that share one attention weight; they are out_planes / share_planes apart.
+        kernel_size: Footprint size k, odd.
+        dilation: Pixels between neighbours of a footprint.
+        relation: delta, one of 'subtraction', 'summation', 'concatenation', 'hadamard', 'dot'.
+        position: 'relative' appends p_i - p_j to the relation, 'absolute' p_j, 'none' nothing.
+        position_ref_size: Side in pixels of the map whose coordinate step is used at every size; None spans [-1, 1]
+            over the map at hand, as the released models do. With dilation d, d pixels span one such step.
+        norm_layer: Norm of gamma, called with the number of channels. Batch norms run on every operator path, others
+            on the plain definition, whose memory grows with k * k.
+        device: Where parameters are made.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: An option is out of range; the message says what is allowed.
+    """
+    pairwise = True
+    relations = ops.PAIRWISE_RELATIONS
+
+    def __init__(
+            self,
+            dim: int,
+            rel_planes: Optional[int] = None,
+            out_planes: Optional[int] = None,
+            share_planes: int = 8,
+            kernel_size: int = 7,
+            dilation: int = 1,
+            relation: str = 'subtraction',
+            position: str = 'relative',
+            position_ref_size: Optional[int] = None,
+            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(dim, rel_planes, out_planes, share_planes, kernel_size, dilation, relation, position,
+                         position_ref_size, norm_layer, {'device': device, 'dtype': dtype})
+
+    def _make_weight_mlp(self, weight_planes: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
+        r = self.rel_planes
+        width = {'dot': 1, 'concatenation': 2 * r}.get(self.relation, r) + (0 if self.position is None else 2)
+        return _weight_mlp(width, r, weight_planes, norm_layer, dd)
+
+
+class PatchwiseAttention(_FootprintAttention):
+    """Patchwise self-attention (section 3.2): the whole footprint produces the whole weight tensor.
+
+        y_i = sum_{j in R(i)} gamma( delta(x_R(i)) )_j * beta(x_j)
+
+    Args:
+        dim: Channels of the input.
+        rel_planes: Channels r of phi and psi; default dim // 16.
+        out_planes: Channels m of beta and of the output; default dim // 4.
+        share_planes: Channels that share one attention weight; they are out_planes / share_planes apart.
+        kernel_size: Footprint size k, odd.
+        dilation: Pixels between neighbours of a footprint.
+        relation: delta, one of 'concatenation' (r (k^2 + 1) channels), 'star' (k^2), 'clique' (k^4).
+        norm_layer: Norm of gamma, called with the number of channels. Batch norms run on every operator path, others
+            on the plain definition, whose memory grows with k * k.
+        device: Where parameters are made.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: An option is out of range; the message says what is allowed.
+    """
+    pairwise = False
+    relations = ops.PATCHWISE_RELATIONS
+
+    def __init__(
+            self,
+            dim: int,
+            rel_planes: Optional[int] = None,
+            out_planes: Optional[int] = None,
+            share_planes: int = 8,
+            kernel_size: int = 7,
+            dilation: int = 1,
+            relation: str = 'concatenation',
+            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(dim, rel_planes, out_planes, share_planes, kernel_size, dilation, relation, 'none',
+                         None, norm_layer, {'device': device, 'dtype': dtype})
+
+    def _make_weight_mlp(self, weight_planes: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
+        area = self.kernel_size ** 2
+        width = {'star': area, 'clique': area ** 2}.get(self.relation, self.rel_planes * (area + 1))
+        return _weight_mlp(width, weight_planes, area * weight_planes, norm_layer, dd)

@@ -1,0 +1,50 @@
+"""Footprint attention on tensors: the definition, faster paths with the same result, and the choice between them."""
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import (
+    BACKENDS, Backend, Request, available_backends, choose_backend, make_request, use_backend)
+from .gamma import Gamma, Norm, Spec
+from .geometry import coordinates, footprint, padding, reflect_pad, reflection_index
+from .reference import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
+
+__all__ = [
+    'BACKENDS', 'Backend', 'Gamma', 'Norm', 'PAIRWISE_RELATIONS', 'PATCHWISE_RELATIONS', 'POSITIONS', 'Request',
+    'Spec', 'available_backends', 'choose_backend', 'coordinates', 'footprint', 'footprint_attention', 'padding',
+    'reflect_pad', 'reflection_index', 'use_backend']
+
+
+def footprint_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        place: Optional[Tensor],
+        gamma: Gamma,
+        spec: Spec,
+) -> Tensor:
+    """Vector self-attention over local footprints (Zhao, Jia, Koltun, CVPR 2020, equations 2 and 4).
+
+    Args:
+        query: phi(x), (N, r, H, W), any floating dtype.
+        key: psi(x), (N, r, H, W).
+        value: beta(x), (N, m, H, W); m is a multiple of the weight channels cw.
+        place: Mapped pixel coordinates p, (1, 2, H, W), float32 or wider; None for no position channels.
+        gamma: The mapping from relations to weights. Pairwise: weight2 is (cw, hidden, 1, 1). Patchwise:
+            (cw * k * k, hidden, 1, 1), channel order c * k^2 + o. Running buffers of its norms are updated in place
+            where they use batch statistics.
+        spec: Form, relation, position mode, kernel size and dilation.
+
+    Returns:
+        (N, m, H, W) in value's dtype.
+
+    Raises:
+        ValueError: Batch statistics of a single value, or an unknown backend was asked for.
+        RuntimeError: The backend asked for cannot run this call.
+    """
+    if torch.compiler.is_compiling():  # keep the choice, and its log, out of the compiled graph
+        return reference.attend(query, key, value, place, gamma, spec)
+    backend = choose_backend(make_request(query, key, value, place, gamma, spec))
+    return backend.attend(query, key, value, place, gamma, spec)

@@ -1,0 +1,147 @@
+"""Which path computes an attention: one choice, with its reasons.
+
+A path is a `Backend`: a name, `refusal` (why it cannot run a request, or None) and `attend`. `BACKENDS` lists them
+from the most to the least wanted; a new path is one more entry. `choose_backend` takes the first that does not
+refuse, and says in the debug log of `san_backbones.ops` why others did. `use_backend` (a context manager) or the
+environment variable SAN_BACKBONES_BACKEND names one path; if that one cannot run, it is an error.
+"""
+import contextlib
+import logging
+import os
+from contextvars import ContextVar
+from typing import Callable, Iterator, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from . import reference, tiled
+from .gamma import Gamma, Spec
+
+__all__ = ['AUTO', 'BACKENDS', 'Backend', 'ENVIRONMENT_VARIABLE', 'Request', 'available_backends', 'choose_backend',
+           'use_backend']
+
+_logger = logging.getLogger('san_backbones.ops')
+
+AUTO = 'auto'
+ENVIRONMENT_VARIABLE = 'SAN_BACKBONES_BACKEND'
+_override: ContextVar[Optional[str]] = ContextVar('san_backbones_backend', default=None)
+
+
+class Request(NamedTuple):
+    """What an attention needs, as far as the choice of a path depends on it."""
+    spec: Spec
+    device: torch.device
+    dtype: torch.dtype
+    shape: Tuple[int, ...]
+    needs_grad: bool
+    batch_statistics: bool
+    symbolic: Optional[str]  # who is looking at the program rather than running it, e.g. 'torch.export'
+
+
+class Backend(NamedTuple):
+    """A path: `refusal(request)` is None or the reason why it cannot run; `attend` computes."""
+    name: str
+    refusal: Callable[[Request], Optional[str]]
+    attend: Callable[..., Tensor]
+
+
+def _tiled_refusal(request: Request) -> Optional[str]:
+    if request.symbolic is not None:
+        return f'{request.symbolic} sees the plain definition'
+    return None
+
+
+BACKENDS = (
+    Backend('tiled', _tiled_refusal, tiled.attend),
+    Backend('reference', lambda request: None, reference.attend),
+)
+
+
+def _named(name: str, where: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    known = ', '.join(repr(n) for n in (AUTO, *(b.name for b in BACKENDS)))
+    raise ValueError(f'unknown backend {name!r} in {where}; expected one of {known}')
+
+
+def _wanted() -> Tuple[str, str]:
+    """The path asked for and who asked."""
+    override = _override.get()
+    if override is not None:
+        return override, 'san_backbones.ops.use_backend'
+    return os.environ.get(ENVIRONMENT_VARIABLE, '') or AUTO, f'the environment variable {ENVIRONMENT_VARIABLE}'
+
+
+def symbolic_caller(x: Tensor) -> Optional[str]:
+    """Names the tool that traces instead of running, or None."""
+    if torch.compiler.is_compiling():
+        return 'torch.compile or torch.export'
+    if torch.jit.is_tracing():
+        return 'torch.jit.trace'
+    if x.device.type == 'meta':
+        return 'the meta device'
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return 'torch.func'
+    return None
+
+
+def make_request(query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor], gamma: Gamma,
+                 spec: Spec) -> Request:
+    """Describes a call of `footprint_attention`."""
+    tensors = (query, key, value, place, *gamma.norm1[:2], gamma.weight1, *gamma.norm2[:2], gamma.weight2, gamma.bias2)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    batch_statistics = gamma.norm1.batch_statistics or gamma.norm2.batch_statistics
+    return Request(spec, value.device, value.dtype, tuple(value.shape), needs_grad, batch_statistics,
+                   symbolic_caller(value))
+
+
+def choose_backend(request: Request) -> Backend:
+    """The path that will compute `request`.
+
+    Raises:
+        ValueError: The path named by `use_backend` or the environment does not exist.
+        RuntimeError: It exists and cannot run this request; the message says why.
+    """
+    name, where = _wanted()
+    if name != AUTO:
+        backend = _named(name, where)
+        reason = backend.refusal(request)
+        if reason is not None and request.symbolic is None:
+            raise RuntimeError(f'backend {name!r}, asked for by {where}, cannot run: {reason}')
+        if reason is None:
+            return backend
+    for backend in BACKENDS:
+        reason = backend.refusal(request)
+        if reason is None:
+            _logger.debug('%s chosen for %s', backend.name, request)
+            return backend
+        _logger.debug('%s refused: %s', backend.name, reason)
+    raise AssertionError('the reference path refuses nothing')
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Computes every attention inside the block by the path `name` ('auto' lets the choice be made).
+
+    Example:
+        >>> with san_backbones.ops.use_backend('reference'):
+        ...     logits = model(images)
+
+    Raises:
+        ValueError: There is no such path.
+    """
+    if name != AUTO:
+        _named(name, 'use_backend')
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def available_backends(device: str = 'cpu') -> Tuple[str, ...]:
+    """Names of the paths that can run a plain float32 inference on `device`, the most wanted first."""
+    request = Request(Spec(True, 'subtraction', 'relative', 7, 1), torch.device(device), torch.float32,
+                      (1, 64, 56, 56), False, False, None)
+    return tuple(backend.name for backend in BACKENDS if backend.refusal(request) is None)

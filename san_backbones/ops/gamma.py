@@ -1,0 +1,108 @@
+"""What the operators are told: the footprint, and gamma (Norm, ReLU, Linear, Norm, ReLU, Linear) as plain tensors."""
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'normalise', 'synchronise', 'update_running_statistics']
+
+
+class Spec(NamedTuple):
+    """Which attention is meant; the order is that of `reference.relate`'s last arguments."""
+    pairwise: bool
+    relation: str
+    position: str
+    kernel_size: int
+    dilation: int
+
+
+class Norm(NamedTuple):
+    """A batch normalisation over (N, C, P, H * W), as `torch.nn.functional.batch_norm` takes it.
+
+    `batch_statistics` says whether the mean and variance of this call's data are used (and the running buffers, where
+    given, moved towards them by `momentum`) or the running buffers. `group` is the process group over which the
+    statistics are shared (SyncBatchNorm), None for this process alone.
+    """
+    weight: Optional[Tensor]
+    bias: Optional[Tensor]
+    running_mean: Optional[Tensor]
+    running_var: Optional[Tensor]
+    batch_statistics: bool
+    momentum: float
+    eps: float
+    group: Any = None
+
+
+class Gamma(NamedTuple):
+    """The mapping from relations to weights: norm1, ReLU, weight1, norm2, ReLU, weight2 and bias2.
+
+    Linear maps are held as 1x1 convolutions, (out, in, 1, 1).
+    """
+    norm1: Norm
+    weight1: Tensor
+    norm2: Norm
+    weight2: Tensor
+    bias2: Tensor
+
+
+class Affine(NamedTuple):
+    """A normalisation reduced to `x * scale + shift`, each (C,), in float32 or float64."""
+    scale: Tensor
+    shift: Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def fold(norm: Norm, mean: Tensor, var: Tensor) -> Affine:
+    """The affine map that normalises by `mean` and (biased) `var`, then applies the norm's weight and bias."""
+    scale = torch.rsqrt(_wide(var) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * _wide(norm.weight)
+    shift = -_wide(mean) * scale
+    if norm.bias is not None:
+        shift = shift + _wide(norm.bias)
+    return Affine(scale, shift)
+
+
+def update_running_statistics(norm: Norm, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """Moves the running buffers by `momentum` towards `mean` and the unbiased variance, as BatchNorm2d does."""
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    with torch.no_grad():
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+
+
+def synchronise(mean: Tensor, var: Tensor, count: Tensor, group: Any) -> Tuple[Tensor, Tensor, Tensor]:
+    """Joins the statistics of the processes of `group`: mean, biased variance and count of all their data.
+
+    Two reductions, so that the variance is not the small difference of two large sums. Gradients flow back to every
+    process's own statistics.
+    """
+    from torch.distributed.nn.functional import all_reduce
+    total = count.clone()
+    dist.all_reduce(total, group=group)
+    share = count / total
+    joined_mean = all_reduce(mean * share, group=group)
+    joined_var = all_reduce((var + (mean - joined_mean) ** 2) * share, group=group)
+    return joined_mean, joined_var, total
+
+
+def normalise(x: Tensor, norm: Norm) -> Tensor:
+    """Applies `norm` to x (N, C, P, L), updating its running buffers where it uses batch statistics."""
+    if norm.group is None:
+        return F.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+            norm.batch_statistics, norm.momentum, norm.eps)
+    wide = _wide(x)
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    count = torch.tensor(x.numel() / x.shape[1], dtype=wide.dtype, device=x.device)
+    mean, var, count = synchronise(mean, var, count, norm.group)
+    update_running_statistics(norm, mean, var, count)
+    affine = fold(norm, mean, var)
+    return (wide * affine.scale[:, None, None] + affine.shift[:, None, None]).to(x.dtype)

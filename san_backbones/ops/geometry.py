@@ -1,0 +1,93 @@
+"""Footprints, reflection and coordinates: where the neighbours of a pixel are.
+
+Every operator path shares these definitions. A *footprint* of `kernel_size` k and `dilation` d holds the k x k
+pixels around a centre, d apart; beyond the border the map is mirrored without repeating the edge, and mirrored again
+where it is narrower than the footprint reaches.
+"""
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+__all__ = ['coordinates', 'footprint', 'padding', 'reflect_pad', 'reflection_index']
+
+
+def padding(kernel_size: int, dilation: int) -> int:
+    """Pixels that a footprint reaches beyond its centre on each side."""
+    return dilation * (kernel_size - 1) // 2
+
+
+def reflection_index(size: int, pad: int, device: Optional[torch.device] = None) -> Tensor:
+    """Source index of every position of an axis padded by reflection.
+
+    The index is a triangle wave of period `2 * (size - 1)`: equal to `torch.nn.functional.pad(mode='reflect')` where
+    that is defined (pad < size), and the same mirror applied again beyond it. An axis of one pixel repeats it.
+
+    Args:
+        size: Length of the axis, in pixels.
+        pad: Pixels added on each side.
+        device: Where the index is made.
+
+    Returns:
+        int64 tensor of shape (size + 2 * pad,) with values in [0, size).
+    """
+    period = max(2 * (size - 1), 1)
+    index = torch.arange(-pad, size + pad, device=device)
+    return (size - 1) - (index.remainder(period) - (size - 1)).abs()
+
+
+@torch.fx.wrap  # its arithmetic on sizes is opaque to symbolic tracing
+def reflect_pad(x: Tensor, pad: int) -> Tensor:
+    """Pads the last two axes of x (..., H, W) by repeated reflection to (..., H + 2 pad, W + 2 pad)."""
+    if pad == 0:
+        return x
+    rows = reflection_index(x.shape[-2], pad, x.device)
+    columns = reflection_index(x.shape[-1], pad, x.device)
+    return x.index_select(-2, rows).index_select(-1, columns)
+
+
+def footprint(padded: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """The footprint of every pixel, as a view that copies nothing.
+
+    Args:
+        padded: (N, C, H + 2 pad, W + 2 pad) as `reflect_pad` returns it.
+        kernel_size: k.
+        dilation: Pixels between neighbours of a footprint.
+
+    Returns:
+        (N, C, k, k, H, W): element [n, c, a, b, y, x] is the neighbour in row a, column b of pixel (y, x).
+    """
+    reach = dilation * (kernel_size - 1)
+    height, width = padded.shape[-2] - reach, padded.shape[-1] - reach
+    if not torch.jit.is_scripting() and torch.compiler.is_compiling():  # Tensor.unfold would fix the sizes
+        steps = [dilation * i for i in range(kernel_size)]
+        return torch.stack([
+            torch.stack([padded[:, :, y:y + height, x:x + width] for x in steps], 2) for y in steps], 2)
+    return padded.unfold(2, height, dilation).unfold(3, width, dilation)
+
+
+def _axis(size: int, step: float, dtype: torch.dtype, device: Optional[torch.device]) -> Tensor:
+    index = torch.arange(size, dtype=dtype, device=device)
+    if step > 0.:
+        return (index - (size - 1) / 2) * step
+    return index * (2 / max(size - 1, 1)) - 1  # linspace(-1, 1, size), whose size torch.export cannot leave open
+
+
+@torch.fx.wrap
+def coordinates(x: Tensor, step: float = 0.) -> Tensor:
+    """Pixel coordinates of the map x, before the learned position mapping.
+
+    Args:
+        x: (N, C, H, W); only its size, device and dtype count.
+        step: Distance between neighbouring pixels; 0 spans [-1, 1] whatever the size, as the released models do.
+            With a fixed step the origin is the centre of the map.
+
+    Returns:
+        (2, H, W), horizontal coordinate first, in float32 or, for float64 maps, float64: half precision cannot hold
+        the differences.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    height, width = x.shape[-2], x.shape[-1]
+    horizontal = _axis(width, step, dtype, x.device)
+    vertical = _axis(height, step, dtype, x.device)
+    return torch.stack([horizontal[None, :].expand(height, width), vertical[:, None].expand(height, width)])

@@ -1,0 +1,145 @@
+"""The definition of footprint attention, in plain lines (Zhao, Jia, Koltun, CVPR 2020, sections 3.1 and 3.2).
+
+    pairwise   y_i = sum_{j in R(i)} softmax_j( gamma([delta(x_i, x_j), p_i - p_j]) ) * beta(x_j)
+    patchwise  y_i = sum_{j in R(i)} gamma( delta(x_R(i)) )_j * beta(x_j)
+
+`relate` is delta, `aggregate` the weighted sum; gamma stands between them. `query`, `key`, `value` are phi(x), psi(x),
+beta(x). Everything with a k x k axis is written to memory: this is what other paths are tested against, and what
+TorchScript, FX, torch.export and ONNX see.
+
+The functions take maps that are padded already (`geometry.reflect_pad`), so that a strip of rows and the whole map
+are the same computation.
+"""
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import geometry
+from .gamma import Gamma, Spec, normalise
+
+__all__ = ['PAIRWISE_RELATIONS', 'PATCHWISE_RELATIONS', 'POSITIONS', 'aggregate', 'attend', 'relate']
+
+PAIRWISE_RELATIONS = ('subtraction', 'summation', 'concatenation', 'hadamard', 'dot')
+PATCHWISE_RELATIONS = ('concatenation', 'star', 'clique')
+POSITIONS = ('relative', 'absolute', 'none')
+
+
+def _relate_pairwise(
+        query: Tensor,
+        neighbours: Tensor,
+        relation: str,
+        position: str,
+        place: Optional[Tensor],
+        place_padded: Optional[Tensor],
+        kernel_size: int,
+        dilation: int,
+) -> Tensor:
+    centre = query[:, :, None, None]
+    if relation == 'subtraction':
+        features = centre - neighbours
+    elif relation == 'summation':
+        features = centre + neighbours
+    elif relation == 'hadamard':
+        features = centre * neighbours
+    elif relation == 'dot':
+        features = (centre * neighbours).sum(1, keepdim=True)
+    else:
+        features = torch.cat([centre.expand_as(neighbours), neighbours], 1)
+    if place is not None and place_padded is not None:
+        others = geometry.footprint(place_padded, kernel_size, dilation)
+        offset = place[:, :, None, None] - others if position == 'relative' else others
+        offset = offset.to(features.dtype).expand(features.shape[0], -1, -1, -1, -1, -1)
+        features = torch.cat([features, offset], 1)
+    return features.flatten(2, 3)
+
+
+def _relate_patchwise(query: Tensor, neighbours: Tensor, relation: str, kernel_size: int, dilation: int) -> Tensor:
+    if relation == 'concatenation':
+        features = torch.cat([query, neighbours.flatten(1, 3)], 1)
+    elif relation == 'star':
+        features = (query[:, :, None, None] * neighbours).sum(1).flatten(1, 2)
+    else:  # clique: the query, padded too, is read at every neighbour
+        queries = geometry.footprint(query, kernel_size, dilation).flatten(2, 3)
+        features = (queries[:, :, :, None] * neighbours.flatten(2, 3)[:, :, None]).sum(1).flatten(1, 2)
+    return features.unsqueeze(2)
+
+
+def relate(
+        query: Tensor,
+        key: Tensor,
+        place: Optional[Tensor],
+        place_padded: Optional[Tensor],
+        pairwise: bool,
+        relation: str,
+        position: str,
+        kernel_size: int,
+        dilation: int,
+) -> Tensor:
+    """delta: the relation of every pixel to its footprint, with the position channels appended.
+
+    Args:
+        query: phi(x), (N, r, H, W); for the patchwise clique-product padded, (N, r, H + 2 pad, W + 2 pad).
+        key: psi(x) padded, (N, r, H + 2 pad, W + 2 pad).
+        place: Mapped coordinates p, (1, 2, H, W), or None for no position channels.
+        place_padded: The same, padded.
+        pairwise: Which of the two forms.
+        relation: One of `PAIRWISE_RELATIONS` or `PATCHWISE_RELATIONS`.
+        position: 'relative' appends p_i - p_j, 'absolute' p_j.
+        kernel_size: k.
+        dilation: Pixels between neighbours of a footprint.
+
+    Returns:
+        (N, width, P, H, W), P = k * k for the pairwise form and 1 for the patchwise form, whose channels hold the
+        patch. Channel order of the concatenations: phi, then psi (patchwise: c * k^2 + o), then positions.
+    """
+    neighbours = geometry.footprint(key, kernel_size, dilation)
+    if pairwise:
+        return _relate_pairwise(query, neighbours, relation, position, place, place_padded, kernel_size, dilation)
+    return _relate_patchwise(query, neighbours, relation, kernel_size, dilation)
+
+
+def aggregate(logits: Tensor, value: Tensor, pairwise: bool, kernel_size: int, dilation: int) -> Tensor:
+    """The weighted sum over the footprint: y[c] = sum_o w[c mod cw, o] * beta(x)[c, i + o].
+
+    Args:
+        logits: gamma's output, (N, cw, k * k, H, W) (pairwise: softmax is taken here) or (N, cw * k * k, 1, H, W)
+            (patchwise, channel order c * k^2 + o).
+        value: beta(x) padded, (N, m, H + 2 pad, W + 2 pad); m is a multiple of cw.
+        pairwise: Which of the two forms.
+        kernel_size: k.
+        dilation: Pixels between neighbours of a footprint.
+
+    Returns:
+        (N, m, H, W) in the dtype of value.
+    """
+    batch, height, width = logits.shape[0], logits.shape[3], logits.shape[4]
+    if pairwise:
+        logits = logits.softmax(2)
+    weight = logits.reshape(batch, 1, -1, kernel_size, kernel_size, height, width)
+    weight_channels = weight.shape[2]
+    values = geometry.footprint(value, kernel_size, dilation).unflatten(1, [-1, weight_channels])
+    return (weight * values).sum([3, 4]).flatten(1, 2).to(value.dtype)
+
+
+def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        place: Optional[Tensor],
+        gamma: Gamma,
+        spec: Spec,
+) -> Tensor:
+    """Footprint attention by its definition; arguments as `ops.footprint_attention`."""
+    pad = geometry.padding(spec.kernel_size, spec.dilation)
+    if spec.relation == 'clique':
+        query = geometry.reflect_pad(query, pad)
+    place_padded = None if place is None else geometry.reflect_pad(place, pad)
+    hidden = relate(query, geometry.reflect_pad(key, pad), place, place_padded, *spec)
+    height, width = hidden.shape[-2:]
+    hidden = F.relu(normalise(hidden.flatten(3), gamma.norm1))
+    hidden = F.conv2d(hidden, gamma.weight1)
+    hidden = F.relu(normalise(hidden, gamma.norm2))
+    logits = F.conv2d(hidden, gamma.weight2, gamma.bias2).unflatten(3, [height, width])
+    return aggregate(logits, geometry.reflect_pad(value, pad), spec.pairwise, spec.kernel_size, spec.dilation)

@@ -1,0 +1,235 @@
+"""Footprint attention in tiles: a few rows at a time, recomputed in the backward pass.
+
+The definition of `reference`, applied to strips of the padded maps, so that the k x k axis exists for one tile only:
+memory is the maps themselves plus O(tile), in training too. Norms come as an affine map; where they use batch
+statistics, a pass over the tiles gathers mean and variance first, and gradients flow through them exactly.
+"""
+import contextlib
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import geometry, reference
+from .gamma import Affine, Gamma, Norm, Spec, fold, synchronise, update_running_statistics
+
+__all__ = ['TILE_ELEMENTS', 'attend']
+
+TILE_ELEMENTS = 1 << 20
+"""Numbers in the widest k x k tensor of one tile; beyond the last-level cache larger tiles gain nothing on a CPU."""
+
+ROWS, HALO, WHOLE = 'rows', 'halo', 'whole'  # how an input is cut: its own rows; rows and their border; not at all
+
+
+class Tile(NamedTuple):
+    images: slice
+    rows: slice
+    reach: int  # rows that a halo input has beyond `rows`
+
+    def cut(self, x: Tensor, kind: str) -> Tensor:
+        if kind == WHOLE:
+            return x
+        images = self.images if x.shape[0] > 1 else slice(None)  # coordinates are shared by the images of a batch
+        stop = self.rows.stop + (self.reach if kind == HALO else 0)
+        return x[images, :, self.rows.start:stop]
+
+
+def tiles(batch: int, height: int, width: int, depth: int, reach: int) -> Iterator[Tile]:
+    """Cuts N x H x W pixels of `depth` numbers each into tiles of about TILE_ELEMENTS numbers."""
+    rows = min(height, max(1, TILE_ELEMENTS // (depth * width)))
+    images = max(1, TILE_ELEMENTS // (depth * width * height)) if rows == height else 1
+    for image in range(0, batch, images):
+        for row in range(0, height, rows):
+            yield Tile(slice(image, min(image + images, batch)), slice(row, min(row + rows, height)), reach)
+
+
+class Plan(NamedTuple):
+    """A computation on tiles: the function of the cut inputs, how each is cut, and the tiles."""
+    function: Callable[..., Tensor]
+    kinds: Tuple[str, ...]
+    tiles: List[Tile]
+
+
+@contextlib.contextmanager
+def _autocast_as(state: Tuple[str, bool, torch.dtype]) -> Iterator[None]:
+    device_type, enabled, dtype = state
+    with torch.autocast(device_type, dtype=dtype, enabled=enabled):
+        yield
+
+
+def _autocast_state(x: Tensor) -> Tuple[str, bool, torch.dtype]:
+    kind = x.device.type
+    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def _backward_by_tiles(
+        plan: Plan,
+        inputs: Sequence[Tensor],
+        needs_grad: Sequence[bool],
+        autocast: Tuple[str, bool, torch.dtype],
+        seed: Callable[[Tensor, Tile], Tuple[Tensor, Tensor]],
+) -> List[Optional[Tensor]]:
+    """Recomputes every tile with gradients and sums them.
+
+    `seed` turns a tile's output into (what to differentiate, the gradient it receives).
+    """
+    def accumulator(x: Tensor, kind: str) -> Tensor:
+        wide = torch.float32 if kind == WHOLE and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        return torch.zeros(x.shape, dtype=wide, device=x.device)
+
+    grads = [accumulator(x, kind) if needed else None for x, kind, needed in zip(inputs, plan.kinds, needs_grad)]
+    for tile in plan.tiles:
+        cut = [tile.cut(x, kind).detach().requires_grad_(needed)
+               for x, kind, needed in zip(inputs, plan.kinds, needs_grad)]
+        with torch.enable_grad(), _autocast_as(autocast):
+            target, gradient = seed(plan.function(*cut), tile)
+        wanted = [x for x, needed in zip(cut, needs_grad) if needed]
+        parts = iter(torch.autograd.grad(target, wanted, gradient, allow_unused=True))
+        for grad, kind in zip(grads, plan.kinds):
+            if grad is not None:
+                part = next(parts)
+                if part is not None:
+                    tile.cut(grad, kind).add_(part)
+    return [grad if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs)]
+
+
+class _Map(torch.autograd.Function):
+    """Rows of output from rows of input."""
+
+    @staticmethod
+    def forward(ctx, plan: Plan, *inputs: Tensor) -> Tensor:
+        ctx.plan, ctx.autocast = plan, _autocast_state(inputs[0])
+        ctx.save_for_backward(*inputs)
+        parts = [plan.function(*map(tile.cut, inputs, plan.kinds)) for tile in plan.tiles]
+        if len(parts) == 1:
+            return parts[0]
+        batch = plan.tiles[-1].images.stop
+        output = parts[0].new_empty((batch, parts[0].shape[1], plan.tiles[-1].rows.stop, parts[0].shape[3]))
+        for tile, part in zip(plan.tiles, parts):
+            output[tile.images, :, tile.rows] = part
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> Tuple[Optional[Tensor], ...]:
+        def seed(output: Tensor, tile: Tile) -> Tuple[Tensor, Tensor]:
+            return output, grad_output[tile.images, :, tile.rows].to(output.dtype)
+
+        return (None, *_backward_by_tiles(
+            ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:], ctx.autocast, seed))
+
+
+class _Statistics(torch.autograd.Function):
+    """Mean and biased variance per channel of what a plan computes, (N, C, P, H, W) over all but C."""
+
+    @staticmethod
+    def forward(ctx, plan: Plan, *inputs: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        count, mean, scatter = 0, None, None
+        for tile in plan.tiles:
+            part = plan.function(*map(tile.cut, inputs, plan.kinds))
+            part = part if part.dtype == torch.float64 else part.float()
+            n = part.numel() // part.shape[1]
+            part_var, part_mean = torch.var_mean(part, (0, 2, 3, 4), correction=0)
+            if mean is None:
+                count, mean, scatter = n, part_mean, part_var * n
+            else:  # Chan, Golub and LeVeque 1979: joining two sets without subtracting large sums
+                delta = part_mean - mean
+                scatter = scatter + part_var * n + delta * delta * (count * n / (count + n))
+                mean = mean + delta * (n / (count + n))
+                count += n
+        if count <= 1:
+            raise ValueError(
+                f'batch statistics need more than 1 value per channel, got {count}: '
+                'use a larger batch or image, or put the norm in eval mode')
+        ctx.plan, ctx.count, ctx.autocast = plan, count, _autocast_state(inputs[0])
+        ctx.save_for_backward(mean, *inputs)
+        total = torch.tensor(float(count), dtype=mean.dtype, device=mean.device)
+        ctx.mark_non_differentiable(total)
+        return mean, scatter / count, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> Tuple[Optional[Tensor], ...]:
+        mean, *inputs = ctx.saved_tensors
+        shape = (1, -1, 1, 1, 1)
+        to_mean, to_var, centre = (t.view(shape) for t in (grad_mean / ctx.count, 2 * grad_var / ctx.count, mean))
+
+        def seed(output: Tensor, tile: Tile) -> Tuple[Tensor, Tensor]:
+            # d mean / d x = 1 / n and d var / d x = 2 (x - mean) / n
+            return output, (to_mean + to_var * (output.detach() - centre)).to(output.dtype)
+
+        return (None, *_backward_by_tiles(ctx.plan, inputs, ctx.needs_input_grad[1:], ctx.autocast, seed))
+
+
+def _scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    scale, shift = (t.to(x.dtype).view(-1, 1, 1, 1) for t in (scale, shift))
+    return torch.addcmul(shift, x, scale).relu_()
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.matmul(weight.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        place: Optional[Tensor],
+        gamma: Gamma,
+        spec: Spec,
+) -> Tensor:
+    """Footprint attention by tiles; arguments as `ops.footprint_attention`."""
+    pad = geometry.padding(spec.kernel_size, spec.dilation)
+    batch, _, height, width = value.shape
+    hidden_width = max(gamma.weight1.shape[:2])
+    area = spec.kernel_size ** 2 if spec.pairwise else 1
+    depth = max(area * hidden_width, spec.kernel_size ** 2 * value.shape[1])
+    cuts = list(tiles(batch, height, width, depth, 2 * pad))
+
+    query_kind = HALO if spec.relation == 'clique' else ROWS
+    maps = [geometry.reflect_pad(query, pad) if query_kind == HALO else query, geometry.reflect_pad(key, pad)]
+    kinds = [query_kind, HALO]
+    if place is not None:
+        maps += [place, geometry.reflect_pad(place, pad)]
+        kinds += [ROWS, HALO]
+    n = len(maps)
+
+    def plan(function: Callable[..., Tensor], *more: str) -> Plan:
+        return Plan(function, (*kinds, *more), cuts)
+
+    def relation(*maps: Tensor) -> Tensor:
+        query, key, place, place_padded = maps if len(maps) == 4 else (*maps, None, None)
+        return reference.relate(query, key, place, place_padded, *spec)
+
+    def hidden(*inputs: Tensor) -> Tensor:
+        scale, shift, weight = inputs[n:]
+        x = _linear(_scale_shift_relu(relation(*inputs[:n]), scale, shift), weight)
+        return x if spec.pairwise else x.squeeze(2)
+
+    def weighted_sum(hidden: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
+                     value: Tensor) -> Tensor:
+        logits = _linear(_scale_shift_relu(hidden, scale, shift), weight)
+        logits = logits + bias.to(logits.dtype).view(-1, 1, 1, 1)
+        return reference.aggregate(logits, value, spec.pairwise, spec.kernel_size, spec.dilation)
+
+    def affine(norm: Norm, statistics: Plan, inputs: Sequence[Tensor]) -> Affine:
+        if not norm.batch_statistics:
+            return fold(norm, norm.running_mean, norm.running_var)
+        mean, var, count = _Statistics.apply(statistics, *inputs)
+        if norm.group is not None:
+            mean, var, count = synchronise(mean, var, count, norm.group)
+        update_running_statistics(norm, mean.detach(), var.detach(), count)
+        return fold(norm, mean, var)
+
+    last = [gamma.weight2, gamma.bias2, geometry.reflect_pad(value, pad)]
+    first = [*maps, *affine(gamma.norm1, plan(relation), maps), gamma.weight1]
+    to_hidden = plan(hidden, *(WHOLE,) * 3)
+    if spec.pairwise:  # the hidden vectors have the k x k axis: compute them again rather than keep them
+        norm2 = affine(gamma.norm2, to_hidden, first)
+        whole = plan(lambda *x: weighted_sum(hidden(*x[:n + 3]), *x[n + 3:]), *(WHOLE,) * 7, HALO)
+        return _Map.apply(whole, *first, *norm2, *last)
+    z = _Map.apply(to_hidden, *first)  # one vector a pixel: keep it
+    norm2 = affine(gamma.norm2, Plan(lambda z: z.unsqueeze(2), (ROWS,), cuts), [z])
+    from_hidden = Plan(lambda z, *x: weighted_sum(z.unsqueeze(2), *x), (ROWS, *(WHOLE,) * 4, HALO), cuts)
+    return _Map.apply(from_hidden, z, *norm2, *last)

@@ -1,0 +1,494 @@
+"""SAN: self-attention networks for image recognition.
+
+Paper: `Exploring Self-attention for Image Recognition` - https://arxiv.org/abs/2004.13621 (Zhao, Jia, Koltun, CVPR 2020)
+
+A convolution aggregates features over a footprint and transforms them. SAN keeps the transformation (1x1 convolutions
+and nonlinearities) and aggregates by self-attention over the footprint, with vector weights: one weight per group of
+channels, not one scalar per position. The pairwise form weighs a neighbour by the pair of pixels, the patchwise form
+produces the weights of a footprint from the whole footprint.
+"""
+import re
+from collections import OrderedDict
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function, \
+    register_notrace_module
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint_seq
+
+from .attention import PairwiseAttention, PatchwiseAttention
+from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS
+
+__all__ = ['SAN']
+
+# an attention layer stays one node of a traced feature extractor, so that it keeps its mode and its fast paths there
+register_notrace_module(PairwiseAttention)
+register_notrace_module(PatchwiseAttention)
+
+DEPTHS = {'san10': (2, 1, 2, 4, 1), 'san15': (3, 2, 3, 5, 2), 'san19': (3, 3, 4, 6, 3)}
+RELATIONS = {'pairwise': PAIRWISE_RELATIONS, 'patchwise': PATCHWISE_RELATIONS}
+
+
+class Block(nn.Module):
+    """Pre-activation residual block: x + conv1x1( relu(norm2( attn( relu(norm1(x)) ) )) )."""
+
+    def __init__(
+            self,
+            dim: int,
+            attention: Type[nn.Module],
+            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm1 = norm_layer(dim, **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        self.attn = attention(dim, **dd)
+        self.norm2 = norm_layer(self.attn.out_planes, **dd)
+        self.act2 = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(self.attn.out_planes, dim, 1, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, dim, H, W) to the same."""
+        residual = x
+        x = self.act1(self.norm1(x))
+        x = self.attn(x)
+        x = self.act2(self.norm2(x))
+        return residual + self.drop_path(self.conv(x))
+
+
+class Stage(nn.Module):
+    """Max pool (unless dilated instead), 1x1 conv to the stage width, blocks, norm, ReLU."""
+
+    def __init__(
+            self,
+            in_dim: int,
+            dim: int,
+            depth: int,
+            attention: Type[nn.Module],
+            downsample: bool = True,
+            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            drop_path_rates: Sequence[float] = (),
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.pool = nn.MaxPool2d(2, 2) if downsample else nn.Identity()
+        self.conv = nn.Conv2d(in_dim, dim, 1, bias=False, **dd)
+        self.blocks = nn.Sequential(*[
+            Block(dim, attention, norm_layer=norm_layer, drop_path=drop_path_rates[i] if drop_path_rates else 0., **dd)
+            for i in range(depth)])
+        self.norm = norm_layer(dim, **dd)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), or (N, dim, H, W) without downsampling."""
+        x = self.conv(self.pool(x))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.act(self.norm(x))
+
+
+def _check_image(x: torch.Tensor, in_chans: int, min_size: int) -> None:
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f'expected images of shape (N, {in_chans}, H, W), got {list(x.shape)}')
+    if x.shape[2] < min_size or x.shape[3] < min_size:
+        raise ValueError(
+            f'images must be at least {min_size} x {min_size} pixels (the stride of the last stage), '
+            f'got {x.shape[2]} x {x.shape[3]}')
+
+
+register_notrace_function(_check_image)
+torch.fx.wrap('_check_image')
+
+
+def _per_stage(name: str, value: Union[int, Sequence[int]], length: int) -> Tuple[int, ...]:
+    values = (value,) * length if isinstance(value, int) else tuple(value)
+    if len(values) != length:
+        raise ValueError(f'{name} must have one entry for each of the {length} stages of depths, got {value!r}')
+    return values
+
+
+class SAN(nn.Module):
+    """Self-attention network.
+
+    Args:
+        attention: 'pairwise' or 'patchwise'.
+        relation: Relation function delta; None takes the released models': 'subtraction' for pairwise (others:
+            'summation', 'concatenation', 'hadamard', 'dot'), 'concatenation' for patchwise (others: 'star', 'clique').
+        depths: Blocks per stage.
+        widths: Channels per stage, multiples of 32 with the default ratios.
+        kernel_sizes: Footprint size per stage, odd; one integer serves all stages.
+        stem_width: Channels of the stem.
+        share_planes: Channels that share one attention weight.
+        position: Position channels of the pairwise form: 'relative', 'absolute' or 'none'.
+        position_ref_size: Image side in pixels whose coordinate steps are used at every image size, so that features
+            do not depend on where in an image a patch lies (224 for weights trained at 224); None spans [-1, 1] over
+            the image at hand, as the released models do. At least 2 pixels must remain in the last stage.
+        output_stride: 8, 16 or 32. Stages that would go beyond it keep the resolution and dilate their footprints.
+        in_chans: Channels of the image.
+        num_classes: Classes of the head; 0 for none.
+        global_pool: Pooling of the head, '' for none.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, growing linearly over the blocks.
+        norm_layer: Norm of all layers, called with the number of channels.
+        device: Where parameters are made.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: An option is out of range; the message says what is allowed.
+    """
+
+    def __init__(
+            self,
+            attention: str = 'patchwise',
+            relation: Optional[str] = None,
+            depths: Sequence[int] = (3, 2, 3, 5, 2),
+            widths: Sequence[int] = (64, 256, 512, 1024, 2048),
+            kernel_sizes: Union[int, Sequence[int]] = (3, 7, 7, 7, 7),
+            stem_width: int = 64,
+            share_planes: int = 8,
+            position: str = 'relative',
+            position_ref_size: Optional[int] = None,
+            output_stride: int = 32,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if attention not in RELATIONS:
+            raise ValueError(f"attention must be 'pairwise' or 'patchwise', got {attention!r}")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride!r}')
+        depths = tuple(depths)
+        widths = _per_stage('widths', widths, len(depths))
+        kernel_sizes = _per_stage('kernel_sizes', kernel_sizes, len(depths))
+        if position_ref_size is not None and position_ref_size < 2 ** (len(depths) + 1):
+            raise ValueError(
+                f'position_ref_size must be at least {2 ** (len(depths) + 1)} (2 pixels in the last of {len(depths)} '
+                f'stages), got {position_ref_size}')
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.feature_info: List[Dict[str, Any]] = []
+
+        self.stem = nn.Sequential(OrderedDict([
+            ('conv', nn.Conv2d(in_chans, stem_width, 1, bias=False, **dd)),
+            ('norm', norm_layer(stem_width, **dd)),
+            ('act', nn.ReLU(inplace=True)),
+        ]))
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        stride, dilation, in_dim = 1, 1, stem_width
+        for i, (depth, dim, kernel_size) in enumerate(zip(depths, widths, kernel_sizes)):
+            downsample = stride < output_stride
+            stride, dilation = (stride * 2, dilation) if downsample else (stride, dilation * 2)
+            options = dict(share_planes=share_planes, kernel_size=kernel_size, dilation=dilation, norm_layer=norm_layer)
+            if relation is not None:
+                options['relation'] = relation
+            if attention == 'pairwise':
+                ref = None if position_ref_size is None else position_ref_size // 2 ** (i + 1)
+                layer = partial(PairwiseAttention, position=position, position_ref_size=ref, **options)
+            else:
+                layer = partial(PatchwiseAttention, **options)
+            stages.append(Stage(
+                in_dim, dim, depth, layer, downsample=downsample, norm_layer=norm_layer,
+                drop_path_rates=drop_path_rates[i], **dd))
+            self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f'stages.{i}'))
+            in_dim = dim
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = in_dim
+        self.head = ClassifierHead(in_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.min_size = stride
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters exempt from weight decay beyond biases and norms: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns that put parameters into layer groups, for layer-wise learning rates."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.conv', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^stages\.(\d+)\.norm', (99999,)),  # with the last block of its stage
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, `nn.Identity` if there is none."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replaces the classifier, keeping device, dtype and mode.
+
+        Args:
+            num_classes: Classes of the new classifier; 0 for none.
+            global_pool: New pooling, '' for none; None keeps the present one.
+        """
+        self._reset_head(num_classes, global_pool)
+
+    def _reset_head(self, num_classes: int, global_pool: Optional[str]) -> None:
+        self.num_classes = num_classes
+        like = self.stem.conv.weight  # the head itself may hold no parameter to tell device and dtype
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, device=like.device, dtype=like.dtype)
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward features that returns the outputs of stages.
+
+        Args:
+            x: Images, (N, in_chans, H, W).
+            indices: Last n stages if int, all if None, the given ones if a sequence.
+            norm: Every stage ends with its own norm, so there is none to apply: no effect.
+            stop_early: Stop after the last stage asked for.
+            output_fmt: 'NCHW', the only one.
+            intermediates_only: Return the stage outputs only.
+
+        Returns:
+            List of stage outputs, or (final features, list).
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        _check_image(x, self.in_chans, self.min_size)
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # can't slice in torchscript
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Removes the stages (and the head) that the given stage outputs do not need.
+
+        Args:
+            indices: As for `forward_intermediates`.
+            prune_norm: No effect: every stage keeps its own norm.
+            prune_head: Remove the classifier even where all stages stay.
+
+        Returns:
+            The indices of the stages taken, counted from the first.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[:max_index + 1]
+        if prune_end:
+            self.num_features = self.feature_info[max_index]['num_chs']
+            self.min_size = self.feature_info[max_index]['reduction']
+        if prune_head or prune_end:
+            self._reset_head(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, in_chans, H, W) to the unpooled features of the last stage, (N, num_features, H', W')."""
+        _check_image(x, self.in_chans, self.min_size)
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features of the last stage to logits, or to pooled features where `pre_logits`."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, in_chans, H, W) to logits (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+_RELEASED_NAMES = (
+    (r'^conv_in\.', 'stem.conv.'),
+    (r'^bn_in\.', 'stem.norm.'),
+    (r'^conv(\d)\.', r'stages.\1.conv.'),
+    (r'^bn(\d)\.', r'stages.\1.norm.'),
+    (r'^layer(\d)\.', r'stages.\1.blocks.'),
+    (r'\.sam\.conv1\.', '.attn.query.'),
+    (r'\.sam\.conv2\.', '.attn.key.'),
+    (r'\.sam\.conv3\.', '.attn.value.'),
+    (r'\.sam\.conv_p\.', '.attn.position.'),
+    (r'\.sam\.conv_w\.0\.', '.attn.weight_mlp.norm1.'),
+    (r'\.sam\.conv_w\.2\.', '.attn.weight_mlp.fc1.'),
+    (r'\.sam\.conv_w\.3\.', '.attn.weight_mlp.norm2.'),
+    (r'\.sam\.conv_w\.5\.', '.attn.weight_mlp.fc2.'),
+    (r'\.bn1\.', '.norm1.'),
+    (r'\.bn2\.', '.norm2.'),
+    (r'^fc\.', 'head.fc.'),
+)
+
+
+def checkpoint_filter_fn(
+        state_dict: Dict[str, Any],
+        model: Optional[nn.Module] = None,
+) -> Dict[str, torch.Tensor]:
+    """Translates a checkpoint as the authors released it to this model's names; others pass through.
+
+    Args:
+        state_dict: The released file's content, wrapped (`{'state_dict': ...}`) or not, with or without the `module.`
+            prefix of data-parallel training; or a checkpoint of this package.
+        model: Not needed; timm passes it.
+
+    Returns:
+        State dict with this package's parameter names.
+    """
+    for wrapper in ('state_dict', 'model'):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    translated = {}
+    for name, tensor in state_dict.items():
+        name = re.sub(r'^(module\.)+', '', name)
+        for pattern, replacement in _RELEASED_NAMES:
+            name = re.sub(pattern, replacement, name)
+        translated[name] = tensor
+    return translated
+
+
+def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
+    return {
+        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv', 'classifier': 'head.fc',
+        'paper_ids': 'arXiv:2004.13621', 'paper_name': 'Exploring Self-attention for Image Recognition',
+        'origin_url': 'https://github.com/hszhao/SAN', 'license': 'mit',
+        **kwargs
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'san10_pairwise.in1k': _cfg(),
+    'san10_patchwise.in1k': _cfg(),
+    'san15_pairwise.in1k': _cfg(),
+    'san15_patchwise.in1k': _cfg(),
+    'san19_pairwise.in1k': _cfg(),
+    'san19_patchwise.in1k': _cfg(),
+    # the patchwise models, the more accurate ones
+    'san10.in1k': _cfg(),
+    'san15.in1k': _cfg(),
+    'san19.in1k': _cfg(),
+    'test_san_pairwise.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+    'test_san_patchwise.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+})
+
+
+def _create_san(variant: str, pretrained: bool = False, **kwargs: Any) -> SAN:
+    return build_model_with_cfg(
+        SAN, variant, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+_TEST = dict(depths=(1, 1, 1, 1, 1), widths=(32, 64, 64, 96, 128), stem_width=16)
+
+
+@register_model
+def san10_pairwise(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """SAN10 with pairwise self-attention (subtraction)."""
+    return _create_san('san10_pairwise', pretrained, **dict(depths=DEPTHS['san10'], attention='pairwise', **kwargs))
+
+
+@register_model
+def san10_patchwise(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """SAN10 with patchwise self-attention (concatenation)."""
+    return _create_san('san10_patchwise', pretrained, **dict(depths=DEPTHS['san10'], attention='patchwise', **kwargs))
+
+
+@register_model
+def san15_pairwise(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """SAN15 with pairwise self-attention (subtraction)."""
+    return _create_san('san15_pairwise', pretrained, **dict(depths=DEPTHS['san15'], attention='pairwise', **kwargs))
+
+
+@register_model
+def san15_patchwise(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """SAN15 with patchwise self-attention (concatenation)."""
+    return _create_san('san15_patchwise', pretrained, **dict(depths=DEPTHS['san15'], attention='patchwise', **kwargs))
+
+
+@register_model
+def san19_pairwise(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """SAN19 with pairwise self-attention (subtraction)."""
+    return _create_san('san19_pairwise', pretrained, **dict(depths=DEPTHS['san19'], attention='pairwise', **kwargs))
+
+
+@register_model
+def san19_patchwise(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """SAN19 with patchwise self-attention (concatenation)."""
+    return _create_san('san19_patchwise', pretrained, **dict(depths=DEPTHS['san19'], attention='patchwise', **kwargs))
+
+
+@register_model
+def san10(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """SAN10, patchwise."""
+    return _create_san('san10', pretrained, **dict(depths=DEPTHS['san10'], attention='patchwise', **kwargs))
+
+
+@register_model
+def san15(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """SAN15, patchwise."""
+    return _create_san('san15', pretrained, **dict(depths=DEPTHS['san15'], attention='patchwise', **kwargs))
+
+
+@register_model
+def san19(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """SAN19, patchwise."""
+    return _create_san('san19', pretrained, **dict(depths=DEPTHS['san19'], attention='patchwise', **kwargs))
+
+
+@register_model
+def test_san_pairwise(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """A small pairwise SAN for tests."""
+    return _create_san('test_san_pairwise', pretrained, **dict(_TEST, attention='pairwise', **kwargs))
+
+
+@register_model
+def test_san_patchwise(pretrained: bool = False, **kwargs: Any) -> SAN:
+    """A small patchwise SAN for tests."""
+    return _create_san('test_san_patchwise', pretrained, **dict(_TEST, attention='patchwise', **kwargs))

@@ -1,0 +1,180 @@
+"""The choice of a path, and that paths agree in what is particular to them: tiles, statistics, precision."""
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from san_backbones import PairwiseAttention, PatchwiseAttention, ops
+from san_backbones.ops import backends, tiled
+
+
+def _layers(**kwargs):
+    torch.manual_seed(0)
+    layers = PairwiseAttention(64, kernel_size=5, **kwargs), PatchwiseAttention(64, kernel_size=5, **kwargs)
+    for layer in layers:  # with zero biases an offset of 0 sits on the kink of the ReLU, and rounding picks its gradient
+        for norm in (layer.weight_mlp.norm1, layer.weight_mlp.norm2):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
+    return layers
+
+
+def _request(**kwargs):
+    request = backends.Request(ops.Spec(True, 'subtraction', 'relative', 7, 1), torch.device('cpu'), torch.float32,
+                               (1, 64, 8, 8), False, False, None)
+    return request._replace(**kwargs)
+
+
+def test_default_choice(monkeypatch):
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    assert ops.choose_backend(_request()).name == ops.available_backends()[0]
+    assert ops.choose_backend(_request(symbolic='torch.export')).name == 'reference'
+    assert set(ops.available_backends()) >= {'tiled', 'reference'}
+
+
+def test_environment_variable_and_context_manager(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, 'reference')
+    assert ops.choose_backend(_request()).name == 'reference'
+    with ops.use_backend('tiled'):
+        assert ops.choose_backend(_request()).name == 'tiled'
+        with ops.use_backend('reference'):
+            assert ops.choose_backend(_request()).name == 'reference'
+        assert ops.choose_backend(_request()).name == 'tiled'
+    assert ops.choose_backend(_request()).name == 'reference'
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, 'cuda')
+    with pytest.raises(ValueError, match="'cuda'.*SAN_BACKBONES_BACKEND.*'auto', 'tiled', 'reference'"):
+        ops.choose_backend(_request())
+    with pytest.raises(ValueError, match="'fast'.*use_backend.*'tiled'"):
+        with ops.use_backend('fast'):
+            pass
+
+
+def test_a_path_that_cannot_run_says_why(monkeypatch, caplog):
+    stubborn = backends.Backend('stubborn', lambda request: f'no {request.dtype} today', None)
+    monkeypatch.setattr(backends, 'BACKENDS', (stubborn, *backends.BACKENDS))
+    with pytest.raises(RuntimeError, match="'stubborn', asked for by .*use_backend.*no torch.float32 today"):
+        with ops.use_backend('stubborn'):
+            ops.choose_backend(_request())
+    with caplog.at_level(logging.DEBUG, 'san_backbones.ops'):
+        assert ops.choose_backend(_request()).name == 'tiled'
+    assert 'stubborn refused: no torch.float32 today' in caplog.text and 'tiled chosen' in caplog.text
+
+
+def test_the_choice_is_used(monkeypatch):
+    used = []
+    spies = tuple(b._replace(attend=lambda *a, b=b: (used.append(b.name), b.attend(*a))[1]) for b in backends.BACKENDS)
+    monkeypatch.setattr(backends, 'BACKENDS', spies)
+    layer, _ = _layers()
+    for name in ('tiled', 'reference'):
+        with ops.use_backend(name):
+            layer(torch.randn(1, 64, 5, 6))
+    assert used == ['tiled', 'reference']
+
+
+@pytest.mark.parametrize('index', [0, 1], ids=['pairwise', 'patchwise'])
+@pytest.mark.parametrize('elements', [1, 3_000, 50_000, 1 << 30])
+def test_any_tile_size_gives_the_same(index, elements, monkeypatch):
+    monkeypatch.setattr(tiled, 'TILE_ELEMENTS', elements)
+    layer = _layers()[index].double().train()
+    x = torch.randn(3, 64, 7, 9, dtype=torch.float64, requires_grad=True)
+    seed = torch.randn(3, 16, 7, 9, dtype=torch.float64)
+    results = []
+    for backend in ('reference', 'tiled'):
+        layer.weight_mlp.norm1.reset_running_stats()
+        layer.weight_mlp.norm2.reset_running_stats()
+        with ops.use_backend(backend):
+            output = layer(x)
+            gradients = torch.autograd.grad(output, [x, *layer.parameters()], seed)
+        results.append([output.detach(), *gradients, *(b.clone() for b in layer.buffers())])
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize('index', [0, 1], ids=['pairwise', 'patchwise'])
+def test_tiled_training_does_not_keep_the_footprint(index):
+    """What autograd saves for a tiled layer is a small multiple of its maps, far below the k x k tensors."""
+    def saved_bytes(backend):
+        layer = _layers()[index].train()
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with ops.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            output = layer(torch.randn(1, 64, 40, 40))
+        assert output.requires_grad
+        return sum(storages.values())
+
+    maps = 4 * 40 * 40 * (64 + 4 + 4 + 16)
+    footprint = 4 * 40 * 40 * 25 * 4  # one k x k tensor of the r relation channels
+    assert saved_bytes('tiled') < 4 * maps
+    assert saved_bytes('reference') > saved_bytes('tiled') + footprint
+
+
+def test_a_single_value_has_no_batch_statistics():
+    layer = _layers()[1].train()
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        layer(torch.randn(1, 64, 1, 1))
+
+
+@pytest.mark.parametrize('index', [0, 1], ids=['pairwise', 'patchwise'])
+def test_autocast_holds_in_the_backward_pass(index):
+    layer = _layers()[index].eval()
+    x = torch.randn(2, 64, 9, 9, requires_grad=True)
+    gradients = {}
+    for backend in ('reference', 'tiled'):
+        with ops.use_backend(backend):
+            with torch.autocast('cpu', torch.bfloat16):
+                output = layer(x)
+            assert output.dtype == torch.bfloat16
+            gradients[backend], = torch.autograd.grad(output.float().square().sum(), x)
+    exact, = torch.autograd.grad(layer(x).square().sum(), x)
+    for gradient in gradients.values():
+        assert (gradient - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize('norm_layer', [lambda c, **dd: nn.GroupNorm(1, c, **dd), nn.Identity])
+def test_other_norms_run_the_definition(norm_layer):
+    layer = PairwiseAttention(32, kernel_size=3, norm_layer=lambda c, **dd: norm_layer(c, **dd))
+    assert not layer._gamma_is_plain()
+    layer(torch.randn(2, 32, 5, 5)).sum().backward()
+    assert layer.query.weight.grad is not None
+
+
+def test_hooks_on_gamma_are_called():
+    layer, _ = _layers()
+    seen = []
+    layer.weight_mlp.fc2.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    layer(torch.randn(1, 64, 4, 4))
+    assert seen == [(1, 2, 25, 16)]
+
+
+@pytest.mark.parametrize('momentum', [0.1, 0.3, None])
+@pytest.mark.parametrize('track', [True, False])
+def test_norm_options_are_batch_norms(momentum, track):
+    """Momentum (None: cumulative average), eps and track_running_stats act as in nn.BatchNorm2d on the definition."""
+    def norm_layer(channels, **dd):
+        return nn.BatchNorm2d(channels, eps=0.01, momentum=momentum, track_running_stats=track, **dd)
+
+    torch.manual_seed(0)
+    layer = PairwiseAttention(32, kernel_size=3, norm_layer=norm_layer).double()
+    results = []
+    for forward in ('tiled', 'modules'):
+        layer.train()
+        for module in layer.weight_mlp:
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+        torch.manual_seed(1)
+        outputs = []
+        for training in (True, True, False):
+            x = torch.randn(2, 32, 6, 6, dtype=torch.float64)
+            layer.train(training)
+            if forward == 'modules':
+                outputs.append(layer._forward_modules(layer.query(x), layer.key(x), layer.value(x), layer._place(x)))
+            else:
+                with ops.use_backend('tiled'):
+                    outputs.append(layer(x))
+        results.append([*outputs, *(b.double().clone() for b in layer.buffers())])
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)

@@ -1,0 +1,51 @@
+"""Runs timm's own model tests for the models of this package.
+
+timm's wheel carries no tests, so the source distribution of the installed version is fetched with pip. The only change
+to the tests: the module 'san' is added to the list of modules whose intermediate features are tested.
+
+    python tests/run_timm_tests.py [pytest arguments]
+"""
+import importlib.metadata
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+MODELS = 'san10 or san15 or san19 or test_san'
+
+
+def fetch_tests(folder: pathlib.Path, version: str) -> pathlib.Path:
+    """Puts timm's tests of that version into `folder` and returns their folder."""
+    tests = folder / f'timm-{version}' / 'tests'
+    if (tests / 'test_models.py').exists():
+        return tests
+    with tempfile.TemporaryDirectory() as download:
+        subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm',
+                        '--dest', download, f'timm=={version}'], check=True)
+        archive, = pathlib.Path(download).glob('*.tar.gz')
+        with tarfile.open(archive) as tar:
+            members = [m for m in tar.getmembers() if m.name.startswith(f'timm-{version}/tests/')]
+            tar.extractall(folder, members=members, filter='data')
+    models = tests / 'test_models.py'
+    text = models.read_text()
+    marker = 'FEAT_INTER_FILTERS = ['
+    if marker not in text:
+        sys.exit(f'{models}: no line {marker!r}; adapt tests/run_timm_tests.py to timm {version}')
+    models.write_text(text.replace(marker, f"{marker}'san', ", 1))
+    (tests / 'pytest.ini').write_text('[pytest]\n')
+    return tests
+
+
+def main() -> int:
+    cache = pathlib.Path(__file__).resolve().parent.parent / '.cache'
+    cache.mkdir(exist_ok=True)
+    tests = fetch_tests(cache, importlib.metadata.version('timm'))
+    command = [sys.executable, '-m', 'pytest', 'test_models.py', '-k', MODELS, '-q', '-p', 'no:cacheprovider',
+               '-W', 'ignore', *sys.argv[1:]]
+    return subprocess.run(command, cwd=tests, env={**os.environ, 'TORCH_BACKEND': 'san_backbones'}).returncode
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The timm models: registration, names, features, counts, tracing, import."""
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+import san_backbones
+from san_backbones import SAN, ops
+from san_backbones.attention import PairwiseAttention, PatchwiseAttention
+from san_backbones.count import count_multiply_adds, count_parameters
+from san_backbones.san import checkpoint_filter_fn
+
+# Zhao, Jia, Koltun, CVPR 2020: exact parameters of the released models; multiply-adds of linear maps and aggregation
+# in G; the paper's own count in G
+TABLE = {
+    'san10_pairwise': (10_531_848, 2.044, 2.2),
+    'san10_patchwise': (11_841_124, 1.791, 1.9),
+    'san15_pairwise': (14_065_436, 2.859, 3.0),
+    'san15_patchwise': (16_181_310, 2.478, 2.6),
+    'san19_pairwise': (17_596_156, 3.636, 3.8),
+    'san19_patchwise': (20_518_470, 3.130, 3.3),
+}
+
+
+@pytest.mark.parametrize('name', TABLE)
+def test_size_is_the_papers(name):
+    model = timm.create_model(name, device='meta')
+    parameters, multiply_adds, paper = TABLE[name]
+    assert count_parameters(model) == parameters
+    assert round(count_multiply_adds(model) / 1e9, 3) == multiply_adds
+    assert round(count_multiply_adds(model, paper=True) / 1e9, 1) == paper
+
+
+def test_multiply_adds_agree_with_a_count_of_the_executed_operators():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = timm.create_model('test_san_patchwise').eval()
+    with FlopCounterMode(display=False) as counter, ops.use_backend('reference'), torch.no_grad():
+        model(torch.randn(1, 3, 96, 64))
+    aggregation = 0
+    for stage, (height, width) in zip(model.stages, [(48, 32), (24, 16), (12, 8), (6, 4), (3, 2)]):
+        attention = stage.blocks[0].attn
+        aggregation += attention.out_planes * attention.kernel_size ** 2 * height * width
+    assert count_multiply_adds(model, (96, 64)) == counter.get_total_flops() // 2 + aggregation
+
+
+@pytest.mark.parametrize('size', ['10', '15', '19'])
+def test_short_names_are_the_patchwise_models(size):
+    short, long = (timm.create_model(name, device='meta') for name in (f'san{size}', f'san{size}_patchwise'))
+    assert short.state_dict().keys() == long.state_dict().keys()
+    assert all(isinstance(b.attn, PatchwiseAttention) for stage in short.stages for b in stage.blocks)
+
+
+def test_registered_names_and_cfgs():
+    names = timm.list_models(module='san')
+    assert set(names) == {*TABLE, 'san10', 'san15', 'san19', 'test_san_pairwise', 'test_san_patchwise'}
+    cfg = timm.create_model('san15_patchwise.in1k', device='meta').default_cfg
+    assert cfg['paper_ids'] == 'arXiv:2004.13621' and cfg['tag'] == 'in1k'
+    # the released models' evaluation: resize 256 bilinear, centre crop 224
+    assert cfg['interpolation'] == 'bilinear' and cfg['crop_pct'] == 224 / 256
+    for name in names:
+        if name.startswith('test_'):
+            assert count_parameters(timm.create_model(name, device='meta')) < 500_000
+
+
+@pytest.mark.parametrize('name', ['san15_pairwise', 'san15_patchwise'])
+@pytest.mark.parametrize('size', [(511, 383), (33, 33)])
+def test_features_of_odd_sizes(name, size):
+    model = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4), device='meta').eval()
+    assert model.feature_info.channels() == [256, 512, 1024, 2048]
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    features = model(torch.empty(1, 3, *size, device='meta'))
+    assert [tuple(f.shape) for f in features] == [
+        (1, c, size[0] // s, size[1] // s) for c, s in zip([256, 512, 1024, 2048], [4, 8, 16, 32])]
+
+
+def test_unknown_model_and_keyword():
+    with pytest.raises(RuntimeError, match='san99'):
+        timm.create_model('san99_pairwise')
+    with pytest.raises(TypeError, match='kernels'):
+        timm.create_model('san10', kernels=3)
+
+
+def test_pretrained_says_that_there_are_no_weights():
+    with pytest.raises(RuntimeError, match='[Nn]o pretrained weights'):
+        timm.create_model('san10_patchwise', pretrained=True)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(attention='global'), "'pairwise' or 'patchwise', got 'global'"),
+    (dict(attention='pairwise', relation='star'), "'subtraction'.*got 'star'"),
+    (dict(attention='patchwise', relation='subtraction'), "'clique'.*got 'subtraction'"),
+    (dict(attention='pairwise', position='learned'), "'relative'.*got 'learned'"),
+    (dict(kernel_sizes=4), 'odd.*got 4'),
+    (dict(kernel_sizes=(3, 7)), 'each of the 5 stages'),
+    (dict(widths=(48, 64, 64, 64, 64)), 'multiple of 32'),
+    (dict(output_stride=64), '8, 16 or 32, got 64'),
+    (dict(position_ref_size=32), 'at least 64'),
+])
+def test_bad_options_say_what_is_allowed(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SAN(**kwargs)
+
+
+def test_bad_images():
+    model = timm.create_model('test_san_patchwise')
+    with pytest.raises(ValueError, match=r'\(N, 3, H, W\).*\[1, 1, 64, 64\]'):
+        model(torch.randn(1, 1, 64, 64))
+    with pytest.raises(ValueError, match='32 x 32.*0 x 0'):
+        model(torch.empty(1, 3, 0, 0))
+    with pytest.raises(ValueError, match=r'got \[3, 64, 64\]'):
+        model(torch.randn(3, 64, 64))
+
+
+def test_options_reach_the_layers():
+    model = SAN('pairwise', relation='hadamard', depths=(1, 1, 1, 2, 1), widths=(32, 32, 64, 64, 96), stem_width=24,
+                kernel_sizes=(3, 5, 7, 9, 11), position='absolute', position_ref_size=128, output_stride=8,
+                share_planes=4, in_chans=1, num_classes=3, drop_rate=0.25, drop_path_rate=0.5, global_pool='max')
+    layers = [block.attn for stage in model.stages for block in stage.blocks]
+    assert all(isinstance(layer, PairwiseAttention) and layer.relation == 'hadamard' for layer in layers)
+    assert [layer.kernel_size for layer in layers] == [3, 5, 7, 9, 9, 11]
+    assert [layer.dilation for layer in layers] == [1, 1, 1, 2, 2, 4]
+    assert [layer.position_ref_size for layer in layers] == [64, 32, 16, 8, 8, 4]
+    assert {layer.position_mode for layer in layers} == {'absolute'} and {layer.share_planes for layer in layers} == {4}
+    assert model.stem.conv.weight.shape == (24, 1, 1, 1)
+    assert model.head.fc.out_features == 3 and model.head.drop.p == 0.25
+    assert model.head.global_pool.pool_type == 'max'
+    assert [getattr(block.drop_path, 'drop_prob', 0.) for stage in model.stages for block in stage.blocks][-1] == 0.5
+    assert [info['reduction'] for info in model.feature_info] == [2, 4, 8, 8, 8]
+    assert model(torch.randn(2, 1, 32, 40)).shape == (2, 3)
+
+
+def test_checkpoint_filter_keeps_our_own_names():
+    state = timm.create_model('test_san_pairwise').state_dict()
+    assert checkpoint_filter_fn(state).keys() == state.keys()
+    assert checkpoint_filter_fn({'model': {'module.' + k: v for k, v in state.items()}}).keys() == state.keys()
+
+
+def test_mismatched_checkpoint_is_an_error(tmp_path):
+    torch.save(timm.create_model('test_san_pairwise').state_dict(), tmp_path / 'other.pth')
+    with pytest.raises(RuntimeError, match='attn.position'):
+        timm.create_model('test_san_patchwise', checkpoint_path=str(tmp_path / 'other.pth'))
+
+
+def test_set_grad_checkpointing_recomputes_blocks():
+    torch.manual_seed(0)
+    model = timm.create_model('test_san_patchwise').train()
+    image = torch.randn(2, 3, 64, 64)
+    calls = []
+    model.stages[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(image).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert len(calls) == 1 + 2
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+def test_group_matcher_orders_the_layers():
+    from timm.models._manipulate import group_parameters
+    model = timm.create_model('san10', device='meta')
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    order = [groups[name] for name in (
+        'stem.conv.weight', 'stages.0.blocks.0.norm1.weight', 'stages.0.blocks.1.conv.weight', 'stages.1.conv.weight',
+        'stages.3.blocks.3.attn.key.weight', 'stages.4.blocks.0.norm1.weight')]
+    assert order == sorted(order) and len(set(order)) == len(order)
+    assert groups['stages.3.norm.weight'] == groups['stages.3.blocks.3.conv.weight']
+    assert set(groups) == {name for name, _ in model.named_parameters()}
+
+
+class TestTracing:
+    """What looks at the program instead of running it sees the definition, and gets the same numbers."""
+
+    @pytest.fixture(params=['test_san_pairwise', 'test_san_patchwise'])
+    def model(self, request):
+        torch.manual_seed(0)
+        return timm.create_model(request.param).eval()
+
+    image = torch.randn(2, 3, 65, 80, generator=torch.Generator().manual_seed(0))
+
+    def _same(self, model, traced, image=image):
+        with torch.no_grad():
+            torch.testing.assert_close(traced(image), model(image), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.filterwarnings('ignore')
+    def test_script(self, model):
+        scripted = torch.jit.script(model)
+        self._same(model, scripted)
+        self._same(model, scripted, torch.randn(1, 3, 33, 40))
+
+    def test_symbolic_trace_keeps_any_size_and_the_mode(self, model):
+        traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+        self._same(model, traced, torch.randn(1, 3, 33, 40))
+        running_mean = traced.get_submodule('stages.0.blocks.0.attn.weight_mlp.norm1').running_mean
+        before = running_mean.clone()
+        traced.train()(self.image)
+        assert not torch.equal(before, running_mean)
+
+    def test_export(self, model):
+        self._same(model, torch.export.export(model, (self.image,)).module())
+
+    def test_compile_needs_no_graph_break(self, model):
+        self._same(model, torch.compile(model, fullgraph=True, backend='aot_eager'))
+
+    def test_meta(self, model):
+        assert model.to('meta')(torch.empty(2, 3, 64, 64, device='meta')).shape == (2, 1000)
+
+
+def test_import_needs_no_extra_and_adds_little():
+    code = (
+        'import sys, time, timm\n'
+        'start = time.perf_counter(); import san_backbones; seconds = time.perf_counter() - start\n'
+        'extra = {"mmengine", "mmcv", "mmdet", "mmseg", "triton"} & {m.split(".")[0] for m in sys.modules}\n'
+        'import torch; extra -= {"triton"} if "triton" in torch_modules else set()\n'
+        'print(seconds, *sorted(extra))\n')
+    code = code.replace('import sys, time, timm\n', 'import sys, time, timm\ntorch_modules = set(sys.modules)\n')
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    seconds, *extra = result.stdout.split()
+    assert not extra
+    assert float(seconds) < 1, 'gross check only: the measurement is in the README'
+
+
+def test_version():
+    from importlib.metadata import version
+    assert san_backbones.__version__ == version('san-backbones')
