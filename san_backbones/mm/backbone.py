@@ -1,0 +1,194 @@
+"""SANBackbone: SAN as MMEngine backbone with multi-scale feature maps, for MMDetection, MMSegmentation and others."""
+import inspect
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import san
+from .checkpoints import read_state_dict
+
+__all__ = ['SANBackbone']
+
+ARCHITECTURES: Dict[str, Dict[str, Any]] = {
+    f'{name}_{attention}': dict(depths=depths, attention=attention)
+    for name, depths in (('san10', san.DEPTHS['san10']), ('san15', san.DEPTHS['san15']), ('san19', san.DEPTHS['san19']))
+    for attention in ('pairwise', 'patchwise')
+}
+
+
+def _norm_layer(norm_cfg: Optional[Dict[str, Any]]):
+    """A norm_cfg as the constructor of norms that SAN calls with a number of channels."""
+    if norm_cfg is None:
+        return nn.BatchNorm2d
+    if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
+        raise TypeError(f"norm_cfg must be None or a dict with a 'type' such as dict(type='SyncBN'), got {norm_cfg!r}")
+    from mmcv.cnn import build_norm_layer
+
+    def make(channels: int, device=None, dtype=None) -> nn.Module:
+        try:
+            return build_norm_layer(norm_cfg, channels)[1]
+        except ValueError as error:
+            raise ValueError(
+                f'norm_cfg {norm_cfg!r} cannot normalise the {channels} channels of one of the layers ({error}); '
+                "use dict(type='BN') or dict(type='SyncBN')") from error
+
+    return make
+
+
+@MODELS.register_module()
+class SANBackbone(BaseModule):
+    """SAN (Zhao, Jia, Koltun, CVPR 2020) as a backbone; parameters are named as in the timm model.
+
+    Args:
+        arch: 'san10_pairwise', 'san10_patchwise', ..., 'san19_patchwise'; or a dict of arguments of
+            `san_backbones.SAN` (`attention`, `relation`, `depths`, `widths`, `kernel_sizes`, ...).
+        in_channels: Channels of the image.
+        out_indices: Stages whose outputs are returned, of 0 to 4 (strides 2, 4, 8, 16, 32; 64, 256, 512, 1024 and
+            2048 channels).
+        frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages: no gradients, and norms in
+            eval mode.
+        norm_eval: Keep all norms in eval mode while training; their parameters still learn.
+        norm_cfg: Norms of all layers, for instance dict(type='SyncBN', requires_grad=True); None is BN.
+        with_cp: Recompute blocks in the backward pass to save memory.
+        output_stride: 8, 16 or 32: stages beyond it dilate instead of pooling.
+        position_ref_size: Image side in pixels whose coordinate steps are used at every size (pairwise only has an
+            effect). The default 224 is the size that the released models were trained at; None spans [-1, 1] over
+            each image, as the released code does.
+        drop_path_rate: Stochastic depth.
+        init_cfg: For instance dict(type='Pretrained', checkpoint='san15_patchwise.pth'). A checkpoint that does not
+            fit is an error.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range; the message says what is allowed.
+
+    Example:
+        >>> backbone = SANBackbone('san15_patchwise', out_indices=(1, 2, 3, 4))
+        >>> [tuple(f.shape) for f in backbone(torch.rand(1, 3, 64, 64))]
+        [(1, 256, 16, 16), (1, 512, 8, 8), (1, 1024, 4, 4), (1, 2048, 2, 2)]
+    """
+
+    def __init__(
+            self,
+            arch: Union[str, Dict[str, Any]] = 'san15_patchwise',
+            in_channels: int = 3,
+            out_indices: Sequence[int] = (1, 2, 3, 4),
+            frozen_stages: int = -1,
+            norm_eval: bool = False,
+            norm_cfg: Optional[Dict[str, Any]] = None,
+            with_cp: bool = False,
+            output_stride: int = 32,
+            position_ref_size: Optional[int] = 224,
+            drop_path_rate: float = 0.,
+            init_cfg: Optional[Dict[str, Any]] = None,
+    ):
+        super().__init__(init_cfg=init_cfg)
+        net = san.SAN(
+            **self._architecture(arch), in_chans=in_channels, num_classes=0, norm_layer=_norm_layer(norm_cfg),
+            output_stride=output_stride, position_ref_size=position_ref_size, drop_path_rate=drop_path_rate)
+        n_stages = len(net.stages)
+        out_indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
+        if not out_indices or any(not isinstance(i, int) or not 0 <= i < n_stages for i in out_indices) \
+                or list(out_indices) != sorted(set(out_indices)):
+            raise ValueError(
+                f'out_indices must be increasing stage numbers from 0 to {n_stages - 1}, got {out_indices!r}')
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= n_stages:
+            raise ValueError(f'frozen_stages must be from -1 (none) to {n_stages} (all), got {frozen_stages!r}')
+        self.arch = arch
+        self.out_indices = out_indices
+        self.out_channels = tuple(net.feature_info[i]['num_chs'] for i in out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.in_channels = in_channels
+        self.min_size = net.feature_info[out_indices[-1]]['reduction']
+        net.set_grad_checkpointing(with_cp)
+        self.stem = net.stem
+        self.stages = net.stages[:out_indices[-1] + 1]  # a stage without an output would hold unused parameters
+        self._freeze_stages()
+
+    @staticmethod
+    def _architecture(arch: Union[str, Dict[str, Any]]) -> Dict[str, Any]:
+        if isinstance(arch, str):
+            if arch not in ARCHITECTURES:
+                raise ValueError(f'arch must be one of {", ".join(map(repr, ARCHITECTURES))} or a dict, got {arch!r}')
+            return ARCHITECTURES[arch]
+        reserved = {'self', 'in_chans', 'num_classes', 'global_pool', 'drop_rate', 'norm_layer', 'output_stride',
+                    'position_ref_size', 'drop_path_rate', 'device', 'dtype'}
+        allowed = [name for name in inspect.signature(san.SAN).parameters if name not in reserved]
+        if not isinstance(arch, dict) or not set(arch) <= set(allowed):
+            raise ValueError(f'arch must be a model name or a dict with keys of {allowed}, got {arch!r}')
+        return arch
+
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        """Images (N, in_channels, H, W) to one feature map for each of `out_indices`."""
+        san._check_image(x, self.in_channels, self.min_size)
+        x = self.stem(x)
+        outputs = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                outputs.append(x)
+        return tuple(outputs)
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        for module in (self.stem, *self.stages[:self.frozen_stages]):
+            module.eval()
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+
+    def train(self, mode: bool = True) -> 'SANBackbone':
+        """Sets the mode; frozen stages and, with `norm_eval`, all norms stay in eval mode."""
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Initialises as `init_cfg` says.
+
+        Raises:
+            RuntimeError: The checkpoint of a 'Pretrained' init_cfg does not fit this backbone.
+        """
+        if not isinstance(self.init_cfg, dict) or self.init_cfg.get('type') != 'Pretrained':
+            super().init_weights()
+            return
+        if 'checkpoint' not in self.init_cfg:
+            raise ValueError(f"init_cfg of type 'Pretrained' needs a 'checkpoint', got {self.init_cfg!r}")
+        self._load_pretrained(self.init_cfg['checkpoint'], self.init_cfg.get('prefix', ''))
+        self._is_init = True
+
+    def _load_pretrained(self, checkpoint: str, prefix: str) -> None:
+        state_dict = san.checkpoint_filter_fn(read_state_dict(checkpoint))
+        prefix = prefix.rstrip('.')
+        if not prefix and all(name.startswith('backbone.') for name in state_dict
+                              if name.split('.')[0] in ('backbone', 'stem', 'stages')):
+            prefix = 'backbone'  # a detector or segmentor trained with this backbone
+        if prefix and any(name.startswith(prefix + '.') for name in state_dict):
+            state_dict = {name[len(prefix) + 1:]: t for name, t in state_dict.items() if name.startswith(prefix + '.')}
+        expected = self.state_dict()
+        given = {name: tensor for name, tensor in state_dict.items() if name in expected}
+        missing = [name for name in expected if name not in given]
+        wrong = [f'{name} {list(tensor.shape)} instead of {list(expected[name].shape)}'
+                 for name, tensor in given.items() if tensor.shape != expected[name].shape]
+        # stages beyond the last output are not built, the classifier never is
+        last = len(self.stages)
+        unexpected = [name for name in state_dict if name not in expected and not name.startswith('head.')
+                      and not (name.startswith('stages.') and int(name.split('.')[1]) >= last)]
+        if missing or wrong or unexpected:
+            def some(names):
+                return f'{len(names)} ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})' if names else '0'
+            raise RuntimeError(
+                f'checkpoint {checkpoint!r} does not fit SANBackbone(arch={self.arch!r}): missing {some(missing)}, '
+                f'wrong shape {some(wrong)}, unexpected {some(unexpected)}. Give the arch that the checkpoint was made '
+                "for, or its 'prefix' in init_cfg if the weights sit under one.")
+        self.load_state_dict(given)
+        MMLogger.get_current_instance().info(f'SANBackbone: loaded {len(given)} tensors from {checkpoint}')

@@ -1,0 +1,90 @@
+"""Checkpoints in the OpenMMLab world: loading mmengine's own, and safetensors from files and the Hugging Face Hub."""
+import importlib
+from pickle import UnpicklingError
+from typing import Any, Dict, List, Optional
+
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader
+
+__all__ = ['HUB_PREFIX', 'allow_mmengine_checkpoints', 'read_state_dict']
+
+HUB_PREFIX = 'hf-hub:'
+
+# what a checkpoint of mmengine's Runner holds besides tensors: message hub buffers, and the NumPy values in them
+_MMENGINE_GLOBALS = (
+    'mmengine.logging.history_buffer.HistoryBuffer',
+    'numpy.ndarray',
+    'numpy.dtype',
+    'numpy._core.multiarray._reconstruct',
+    'numpy._core.multiarray.scalar',
+    'numpy.core.multiarray._reconstruct',
+    'numpy.core.multiarray.scalar',
+    'numpy.dtypes.Float32DType',
+    'numpy.dtypes.Float64DType',
+    'numpy.dtypes.Int32DType',
+    'numpy.dtypes.Int64DType',
+    'numpy.dtypes.BoolDType',
+    '_codecs.encode',
+)
+
+
+def _history_buffer_method(owner: Any, name: str) -> Any:
+    """Stands for `getattr` in checkpoints: HistoryBuffer pickles its own statistics methods that way, nothing else may.
+
+    Raises:
+        UnpicklingError: The file asks for another attribute.
+    """
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise UnpicklingError(f'the checkpoint asks for attribute {name!r} of {owner!r}; only the statistics methods '
+                              'of mmengine.logging.HistoryBuffer are allowed')
+    return getattr(owner, name)
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Lets `torch.load(weights_only=True)` read what mmengine's Runner saves.
+
+    torch 2.6 and later refuse classes that are not on an allow-list; resuming, `load_from` and testing from a
+    checkpoint then fail in mmengine 0.10.7. The classes allowed here hold data and run no code of the file's
+    choosing; `weights_only` stays on. Before torch 2.6 `torch.load` needs no such list.
+    """
+    if torch.__version__ < (2, 6):
+        return
+    allowed: List[Any] = [(_history_buffer_method, 'builtins.getattr')]
+    for path in _MMENGINE_GLOBALS:
+        module, _, name = path.rpartition('.')
+        try:
+            # under its name in the file: numpy.core and numpy._core are the same functions, pickled under either
+            allowed.append((getattr(importlib.import_module(module), name), path))
+        except (ImportError, AttributeError):  # the other NumPy generation's place
+            continue
+    torch.serialization.add_safe_globals(allowed)
+
+
+@CheckpointLoader.register_scheme(prefixes=HUB_PREFIX)
+def _load_from_hub(filename: str, map_location: Any = None) -> Dict[str, torch.Tensor]:
+    """`hf-hub:ORG/NAME[@REVISION]`: model.safetensors of that repository, through huggingface_hub's cache."""
+    from huggingface_hub import hf_hub_download
+    repository, _, revision = filename[len(HUB_PREFIX):].partition('@')
+    path = hf_hub_download(repository, 'model.safetensors', revision=revision or None)
+    return _read_safetensors(path, map_location)
+
+
+def _read_safetensors(path: str, map_location: Any = None) -> Dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+    return load_file(path, device=str(map_location or 'cpu'))
+
+
+def read_state_dict(checkpoint: str, logger: Optional[str] = 'current') -> Dict[str, Any]:
+    """Reads a checkpoint named in an `init_cfg`, to the CPU.
+
+    Args:
+        checkpoint: Path or URL that mmengine can open, a `.safetensors` path, or `hf-hub:ORG/NAME[@REVISION]`.
+        logger: Where mmengine says what it loads.
+
+    Returns:
+        The content of the file, wrapped in `state_dict` or not.
+    """
+    if checkpoint.endswith('.safetensors') and '://' not in checkpoint:
+        return _read_safetensors(checkpoint)
+    return CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger=logger)

@@ -1,0 +1,194 @@
+"""SANBackbone: shapes, freezing, norms, checkpoints and arguments."""
+import pytest
+
+pytest.importorskip('mmengine', reason='needs the mm extra')
+
+import timm  # noqa: E402
+import torch  # noqa: E402
+from mmengine.registry import MODELS  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+import san_backbones.mm  # noqa: E402, F401
+from san_backbones.mm import SANBackbone  # noqa: E402
+
+SMALL = dict(attention='patchwise', depths=(1, 2, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16)
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    return SANBackbone(**{'arch': SMALL, **kwargs})
+
+
+def test_registered_in_the_root_registry():
+    backbone = MODELS.build(dict(type='SANBackbone', arch=SMALL))
+    assert isinstance(backbone, SANBackbone)
+    mmdet = pytest.importorskip('mmdet.registry')
+    assert mmdet.MODELS.get('SANBackbone') is SANBackbone
+
+
+@pytest.mark.parametrize('arch', ['san10_pairwise', 'san15_patchwise', 'san19_pairwise'])
+def test_shares_parameters_with_timm(arch):
+    model = timm.create_model(arch, num_classes=0)
+    backbone = SANBackbone(arch, position_ref_size=None)
+    assert backbone.state_dict().keys() == model.state_dict().keys()
+    backbone.load_state_dict(model.state_dict())
+    image = torch.randn(1, 3, 65, 97)
+    features = model.eval().forward_intermediates(image, indices=[1, 2, 3, 4], intermediates_only=True)
+    for ours, theirs in zip(backbone.eval()(image), features):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('out_indices', [(0,), (1, 2, 3, 4), (0, 2)])
+def test_out_indices(out_indices):
+    backbone = small(out_indices=out_indices)
+    outputs = backbone(torch.randn(2, 3, 64, 96))
+    assert [tuple(o.shape) for o in outputs] == [
+        (2, SMALL['widths'][i], 64 // 2 ** (i + 1), 96 // 2 ** (i + 1)) for i in out_indices]
+    assert backbone.out_channels == tuple(SMALL['widths'][i] for i in out_indices)
+    sum(o.sum() for o in outputs).backward()
+    assert all(p.grad is not None for p in backbone.parameters()), 'unused parameters break DDP'
+
+
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 2, 5])
+def test_frozen_stages_survive_train(frozen_stages):
+    backbone = small(frozen_stages=frozen_stages)
+    backbone.train()
+    frozen = [] if frozen_stages < 0 else [backbone.stem, *backbone.stages[:frozen_stages]]
+    learning = [m for m in (backbone.stem, *backbone.stages) if not any(m is f for f in frozen)]
+    assert not any(p.requires_grad for m in frozen for p in m.parameters())
+    assert all(p.requires_grad for m in learning for p in m.parameters())
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    outputs = backbone(torch.randn(2, 3, 64, 64))
+    if learning:
+        sum(o.sum() for o in outputs).backward()
+    kept = {f'stages.{i}' for i in range(max(frozen_stages, 0))} | ({'stem'} if frozen_stages >= 0 else set())
+    for name, buffer in backbone.named_buffers():
+        part = '.'.join(name.split('.')[:2]) if name.startswith('stages') else 'stem'
+        assert torch.equal(buffer, before[name]) == (part in kept), name
+    assert all(p.grad is None for m in frozen for p in m.parameters())
+
+
+def test_norm_eval_keeps_statistics_and_learns():
+    backbone = small(norm_eval=True).train()
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    sum(o.sum() for o in backbone(torch.randn(2, 3, 64, 64))).backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in backbone.named_buffers())
+    assert backbone.stem.norm.weight.grad is not None
+    assert not small(norm_eval=False).train().stem.norm.training is False
+
+
+def test_norm_cfg():
+    pytest.importorskip('mmcv')
+    backbone = small(norm_cfg=dict(type='SyncBN', requires_grad=False))
+    norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert backbone.stages[0].blocks[0].attn._gamma_is_plain(), 'SyncBN must not fall back to the k x k path'
+    assert not any(p.requires_grad for m in norms for p in m.parameters())
+    with pytest.raises(ValueError, match='GN'):
+        small(norm_cfg=dict(type='GN', num_groups=32))
+    with pytest.raises(TypeError, match='norm_cfg'):
+        small(norm_cfg='BN')
+
+
+def test_with_cp_has_equal_outputs_and_gradients():
+    image = torch.randn(2, 3, 64, 64)
+    results = []
+    for with_cp in (False, True):
+        backbone = small(with_cp=with_cp).train()
+        assert [stage.grad_checkpointing for stage in backbone.stages] == [with_cp] * 5
+        outputs = backbone(image)
+        sum(o.square().mean() for o in outputs).backward()
+        results.append((outputs, [p.grad for p in backbone.parameters()]))
+    for plain, checkpointed in zip(*results):
+        for a, b in zip(plain, checkpointed):
+            torch.testing.assert_close(a, b)
+
+
+def test_output_stride_and_position_ref_size():
+    backbone = small(output_stride=8)
+    assert [o.shape[-1] for o in backbone(torch.randn(2, 3, 64, 64))] == [16, 8, 8, 8]
+    pairwise = dict(SMALL, attention='pairwise')
+    image = torch.randn(1, 3, 96, 128)
+    fixed = SANBackbone(pairwise, position_ref_size=224).eval()
+    released = SANBackbone(pairwise, position_ref_size=None).eval()
+    released.load_state_dict(fixed.state_dict())
+    assert not torch.allclose(fixed(image)[0], released(image)[0])
+
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(arch='san50'), 'san15_patchwise'),
+    (dict(arch=dict(depth=3)), 'depths'),
+    (dict(arch=dict(SMALL, attention='global')), 'pairwise'),
+    (dict(out_indices=(1, 5)), '0 to 4'),
+    (dict(out_indices=()), '0 to 4'),
+    (dict(out_indices=(3, 1)), 'increasing'),
+    (dict(frozen_stages=6), '-1'),
+    (dict(output_stride=4), '8, 16 or 32'),
+    (dict(position_ref_size=32), '64'),
+])
+def test_bad_arguments_say_what_is_allowed(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        small(**wrong)
+
+
+def test_bad_images():
+    with pytest.raises(ValueError, match=r'\(N, 3, H, W\).*\[1, 4, 64, 64\]'):
+        small()(torch.randn(1, 4, 64, 64))
+    with pytest.raises(ValueError, match='32 x 32.*16 x 64'):
+        small()(torch.randn(1, 3, 16, 64))
+
+
+class TestPretrained:
+    """`init_cfg=dict(type='Pretrained', checkpoint=...)` loads everything or says what does not fit."""
+
+    def _load(self, checkpoint, **kwargs):
+        prefix = kwargs.pop('prefix', None)
+        init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint), **({'prefix': prefix} if prefix else {}))
+        backbone = SANBackbone(**{'arch': SMALL, 'init_cfg': init_cfg, **kwargs})
+        backbone.init_weights()
+        return backbone
+
+    @pytest.fixture
+    def model(self):
+        return timm.create_model('test_san_patchwise', num_classes=7, **{k: v for k, v in SMALL.items()
+                                                                          if k != 'attention'})
+
+    @pytest.mark.parametrize('form', ['plain', 'wrapped', 'module', 'safetensors', 'detector', 'prefix'])
+    def test_loads(self, model, form, tmp_path):
+        state = model.state_dict()
+        path, prefix = tmp_path / 'weights.pth', None
+        if form == 'safetensors':
+            path = tmp_path / 'weights.safetensors'
+            save_file(state, path)
+        else:
+            content = {
+                'plain': state,
+                'wrapped': {'state_dict': state, 'epoch': 3},
+                'module': {'module.' + k: v for k, v in state.items()},
+                'detector': {'state_dict': {**{'backbone.' + k: v for k, v in state.items()}, 'neck.w': torch.ones(1)}},
+                'prefix': {'teacher.' + k: v for k, v in state.items()},
+            }[form]
+            prefix = 'teacher.' if form == 'prefix' else None
+            torch.save(content, path)
+        backbone = self._load(path, prefix=prefix)
+        for name, tensor in backbone.state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+
+    def test_loads_into_a_backbone_with_fewer_stages(self, model, tmp_path):
+        torch.save(model.state_dict(), tmp_path / 'weights.pth')
+        assert len(self._load(tmp_path / 'weights.pth', out_indices=(0, 2)).stages) == 3
+
+    def test_another_architecture_is_an_error(self, tmp_path):
+        torch.save(timm.create_model('test_san_pairwise').state_dict(), tmp_path / 'other.pth')
+        with pytest.raises(RuntimeError, match='other.pth.*missing.*wrong shape.*unexpected.*attn.position'):
+            self._load(tmp_path / 'other.pth')
+
+    def test_a_wrong_prefix_is_an_error(self, model, tmp_path):
+        torch.save({'encoder.' + k: v for k, v in model.state_dict().items()}, tmp_path / 'weights.pth')
+        with pytest.raises(RuntimeError, match='missing.*stem.conv.weight'):
+            self._load(tmp_path / 'weights.pth')
+
+    def test_a_missing_file_is_an_error(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match='nowhere'):
+            self._load(tmp_path / 'nowhere.pth')
