@@ -10,7 +10,7 @@ produces the weights of a footprint from the whole footprint.
 import re
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -221,6 +221,13 @@ class SAN(nn.Module):
         self.min_size = stride
 
     @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.load_state_dict`; the authors' released checkpoints are translated, however they get here."""
+        if not any(name.startswith(('stem.', 'stages.')) for name in state_dict):
+            state_dict = checkpoint_filter_fn(state_dict, self)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Names of parameters exempt from weight decay beyond biases and norms: none."""
         return set()
@@ -363,7 +370,7 @@ _RELEASED_NAMES = (
 
 
 def checkpoint_filter_fn(
-        state_dict: Dict[str, Any],
+        state_dict: Mapping[str, Any],
         model: Optional[nn.Module] = None,
 ) -> Dict[str, torch.Tensor]:
     """Translates a checkpoint as the authors released it to this model's names; others pass through.

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 
+import oracle
 import san_backbones
 from san_backbones import SAN, ops
 from san_backbones.attention import PairwiseAttention, PatchwiseAttention
@@ -137,6 +138,19 @@ def test_checkpoint_filter_keeps_our_own_names():
     state = timm.create_model('test_san_pairwise').state_dict()
     assert checkpoint_filter_fn(state).keys() == state.keys()
     assert checkpoint_filter_fn({'model': {'module.' + k: v for k, v in state.items()}}).keys() == state.keys()
+
+
+@pytest.mark.parametrize('module_prefix', [True, False])
+def test_released_checkpoint_by_path(module_prefix, tmp_path):
+    """`checkpoint_path` hands timm's loader the authors' names; features_only and load_state_dict take them too."""
+    state = oracle.random_state('san10_patchwise', seed=0, dtype=torch.float32)
+    torch.save(oracle.released_checkpoint(state, module_prefix=module_prefix), tmp_path / 'model_best.pth')
+    model = timm.create_model('san10_patchwise', checkpoint_path=str(tmp_path / 'model_best.pth'))
+    assert torch.equal(model.stages[3].blocks[2].attn.weight_mlp.fc2.weight, state['layer3.2.sam.conv_w.5.weight'])
+    overlay = dict(file=str(tmp_path / 'model_best.pth'))
+    features = timm.create_model('san10_patchwise', pretrained=True, pretrained_cfg_overlay=overlay,
+                                 features_only=True, in_chans=1)
+    torch.testing.assert_close(features.stem_conv.weight, state['conv_in.weight'].sum(1, keepdim=True))
 
 
 def test_mismatched_checkpoint_is_an_error(tmp_path):

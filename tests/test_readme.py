@@ -1,0 +1,41 @@
+"""The README's Python examples run."""
+import pathlib
+import re
+
+import pytest
+
+README = pathlib.Path(__file__).resolve().parents[1] / 'README.md'
+BLOCKS = re.findall(r'```python\n(.*?)```', README.read_text(), re.S)
+
+
+@pytest.mark.parametrize('block', [b for b in BLOCKS if b.startswith('import timm')])
+def test_scripts(block):
+    exec(compile(block, 'README.md', 'exec'), {})
+
+
+@pytest.mark.parametrize('block', [b for b in BLOCKS if b.startswith('_base_')])
+def test_configs(block, tmp_path):
+    pytest.importorskip('mmdet', reason='needs the mm extra')
+    pytest.importorskip('mmseg', reason='needs the mm extra')
+    import san_backbones.mm  # noqa: F401
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+    (tmp_path / 'config.py').write_text(block)
+    config = Config.fromfile(tmp_path / 'config.py')
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    assert type(model.backbone).__name__ == 'SANBackbone'
+
+
+def test_runner(monkeypatch, tmp_path):
+    """The training script, up to the data: COCO is not here."""
+    pytest.importorskip('mmdet', reason='needs the mm extra')
+    block, = (b for b in BLOCKS if 'Runner' in b)
+    (tmp_path / 'mm_configs').symlink_to(README.parent / 'mm_configs')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match='instances_train2017.json'):
+        exec(compile(block, 'README.md', 'exec'), {})
+
+
+def test_every_kind_of_block_is_tested():
+    assert len(BLOCKS) == 5
