@@ -14,10 +14,10 @@ from torch import nn
 import oracle
 import san_backbones
 from san_backbones.attention import PairwiseAttention, PatchwiseAttention
-from san_backbones.ops import available_backends, use_backend
+from san_backbones.ops import use_backend
 from san_backbones.san import SAN, checkpoint_filter_fn
 
-BACKENDS = sorted({'reference', 'tiled', *available_backends('cpu')})
+BACKENDS = ('reference', 'tiled')  # those that compute in float64 and train; others have tests of their own
 LAYERS = {'pairwise': PairwiseAttention, 'patchwise': PatchwiseAttention}
 RELATIONS = ([('pairwise', name) for name in oracle.PAIRWISE_RELATIONS]
              + [('patchwise', name) for name in oracle.PATCHWISE_RELATIONS])

@@ -14,7 +14,7 @@ from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import reference, tiled
+from . import native, reference, tiled
 from .gamma import Gamma, Spec
 
 __all__ = ['AUTO', 'BACKENDS', 'Backend', 'ENVIRONMENT_VARIABLE', 'Request', 'available_backends', 'choose_backend',
@@ -51,7 +51,24 @@ def _tiled_refusal(request: Request) -> Optional[str]:
     return None
 
 
+def _native_refusal(request: Request) -> Optional[str]:
+    if request.symbolic is not None:
+        return f'{request.symbolic} sees the plain definition'
+    if request.device.type != 'cpu':
+        return f'it runs on the CPU, the maps are on {request.device}'
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f'it computes in float32, the maps are {request.dtype}'
+    if (request.spec.pairwise, request.spec.relation) not in native.RELATIONS:
+        return f'it has no {request.spec.relation} relation'
+    if request.batch_statistics:
+        return 'it has no batch statistics'
+    if request.needs_grad:
+        return 'it has no gradients'
+    return native.unavailable()
+
+
 BACKENDS = (
+    Backend('native', _native_refusal, native.attend),
     Backend('tiled', _tiled_refusal, tiled.attend),
     Backend('reference', lambda request: None, reference.attend),
 )

@@ -1,0 +1,39 @@
+"""Builds the optional C loops; everything else about the package is in setup.cfg."""
+import platform
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+# one build for each instruction set: san_backbones.ops.native takes the best that the processor has
+INSTRUCTION_SETS = {'baseline': []}
+if platform.machine().lower() in ('x86_64', 'amd64'):
+    INSTRUCTION_SETS.update(avx2=['-march=x86-64-v3'], avx512=['-march=x86-64-v4', '-mprefer-vector-width=512'])
+FLAGS = ['-O3', '-std=gnu11', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi']
+
+
+class BuildLibrary(build_ext):
+    """Plain shared libraries: no Python module is in them, so neither its name's suffix nor its entry point."""
+
+    def get_ext_filename(self, fullname):
+        return fullname.replace('.', '/') + ('.dll' if sys.platform == 'win32' else '.so')
+
+    def get_export_symbols(self, ext):
+        return ['san_run', 'san_work', 'san_task_bytes']
+
+
+class PlatformWheel(bdist_wheel):
+    """The libraries fit a platform, not a Python."""
+
+    def get_tag(self):
+        return 'py3', 'none', super().get_tag()[2]
+
+
+setup(
+    ext_modules=[
+        Extension(f'san_backbones.ops.native._{name}', ['san_backbones/ops/native/footprint.c'],
+                  extra_compile_args=[*FLAGS, *flags], optional=True)
+        for name, flags in INSTRUCTION_SETS.items()],
+    cmdclass={'build_ext': BuildLibrary, 'bdist_wheel': PlatformWheel},
+)

@@ -1,0 +1,177 @@
+"""The compiled loops, against the float64 definition, on every instruction set that this processor has."""
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from san_backbones import PairwiseAttention, PatchwiseAttention, ops
+from san_backbones.ops import native
+
+pytestmark = pytest.mark.skipif(
+    native.unavailable() is not None, reason=f"no compiled loops: {native.unavailable()}")
+
+FORMS = [(cls, relation) for cls in (PairwiseAttention, PatchwiseAttention) for relation in cls.relations
+         if (cls.pairwise, relation) in native.RELATIONS]
+SIZES = [(1, 1), (1, 5), (9, 20)]
+
+
+def _layer(cls, dim=64, **kwargs):
+    torch.manual_seed(0)
+    layer = cls(dim, **kwargs).eval()
+    for norm in (layer.weight_mlp.norm1, layer.weight_mlp.norm2):
+        for tensor in (norm.weight, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+        for tensor in (norm.bias, norm.running_mean):
+            nn.init.uniform_(tensor, -0.5, 0.5)
+    return layer
+
+
+@torch.no_grad()
+def _error(layer, x, backend='native'):
+    """Relative error of the path in the layer's dtype to the definition in float64."""
+    with ops.use_backend(backend):
+        actual = layer(x)
+    dtype = layer.query.weight.dtype
+    with ops.use_backend('reference'):
+        expected = layer.double()(x.double())
+    layer.to(dtype)
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize('cls, relation', FORMS)
+@pytest.mark.parametrize('kernel_size, dilation', [(1, 1), (3, 1), (5, 2), (7, 1), (7, 2), (11, 1)])
+def test_definition(cls, relation, kernel_size, dilation):
+    for dim, size in itertools.product((32, 64, 96, 256), SIZES):  # 96: weight channels that fill no vector
+        layer = _layer(cls, dim, relation=relation, kernel_size=kernel_size, dilation=dilation)
+        assert _error(layer, torch.randn(2, dim, *size)) < 2e-5, (dim, size)
+
+
+@pytest.mark.parametrize('relation', PairwiseAttention.relations)
+@pytest.mark.parametrize('position, ref', [('none', None), ('absolute', None), ('absolute', 8), ('relative', 8)])
+def test_positions(relation, position, ref):
+    layer = _layer(PairwiseAttention, relation=relation, position=position, position_ref_size=ref)
+    assert _error(layer, torch.randn(1, 64, 6, 11)) < 1e-5
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+@pytest.mark.parametrize('options', [dict(rel_planes=5), dict(out_planes=24, share_planes=3), dict(share_planes=1),
+                                     dict(out_planes=20, share_planes=4)])
+def test_odd_widths(cls, options):
+    assert _error(_layer(cls, **options), torch.randn(2, 64, 7, 8)) < 1e-5
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+@pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_half_precision(cls, dtype, bound):
+    layer = _layer(cls).to(dtype)
+    x = torch.randn(2, 64, 9, 9).to(dtype)
+    assert _error(layer, x) < bound
+    with torch.no_grad():
+        assert layer(x).dtype == dtype
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_layouts(cls):
+    """Channels last in, channels last out; strided and expanded maps; the numbers stay."""
+    layer = _layer(cls)
+    x = torch.randn(2, 64, 8, 10)
+    with torch.no_grad(), ops.use_backend('native'):
+        query, key, value, place = layer.query(x), layer.key(x), layer.value(x), layer._place(x)
+        plain = layer._forward_operators(query, key, value, place)
+        last = layer.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        strided = [torch.stack([t, t], -1)[..., 0] for t in (query, key, value)]
+        assert not strided[0].is_contiguous()
+        assert torch.equal(layer._forward_operators(*strided, place), plain)
+        expanded = [t[:1].expand(3, -1, -1, -1) for t in (query, key, value)]
+        torch.testing.assert_close(layer._forward_operators(*expanded, place)[2], plain[0])
+    assert plain.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_threads_and_repeats_do_not_change_a_bit(cls):
+    layer = _layer(cls)
+    x = torch.randn(2, 64, 13, 17)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5, 1, 2):
+            torch.set_num_threads(threads)
+            with torch.no_grad(), ops.use_backend('native'):
+                results.append(layer._forward_operators(*projected(layer, x)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+def projected(layer, x):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (layer.rel_planes, layer.rel_planes, layer.out_planes)
+    return [torch.randn(x.shape[0], size, *x.shape[2:], generator=generator) for size in sizes] + [layer._place(x)]
+
+
+def test_softmax_does_not_overflow():
+    layer = _layer(PairwiseAttention)
+    with torch.no_grad():
+        layer.weight_mlp.fc2.weight.mul_(1e4)
+    x = 100 * torch.randn(1, 64, 6, 6)
+    with torch.no_grad():
+        assert torch.isfinite(layer(x)).all()
+    assert _error(layer, x) < 0.05  # logits of 1e4 and more carry an absolute error of float32's 1e-7 times that
+
+
+def test_nan_is_not_hidden():
+    layer = _layer(PatchwiseAttention, kernel_size=3)
+    x = torch.randn(1, 64, 8, 8)
+    x[0, :, 4, 4] = float('nan')
+    with torch.no_grad(), ops.use_backend('native'):
+        y = layer(x)[0].isnan().all(0)
+    assert y[3:6, 3:6].all() and y.sum() == 9
+
+
+def test_empty_batch():
+    with torch.no_grad(), ops.use_backend('native'):
+        assert _layer(PairwiseAttention)(torch.empty(0, 64, 5, 5)).shape == (0, 16, 5, 5)
+
+
+@pytest.mark.parametrize('change, reason', [
+    (lambda layer: layer.train(), 'batch statistics'),
+    (lambda layer: layer.double(), 'float64'),
+    (lambda layer: layer.requires_grad_(True), 'gradients'),
+])
+def test_refusals_say_why(change, reason):
+    layer = _layer(PatchwiseAttention).requires_grad_(False)
+    change(layer)
+    with pytest.raises(RuntimeError, match=f"'native'.*{reason}"), ops.use_backend('native'):
+        layer(torch.randn(2, 64, 5, 5, dtype=layer.query.weight.dtype))
+
+
+def test_clique_is_refused_and_runs_elsewhere():
+    layer = _layer(PatchwiseAttention, kernel_size=3, relation='clique').requires_grad_(False)
+    with pytest.raises(RuntimeError, match='clique'), ops.use_backend('native'):
+        layer(torch.randn(1, 64, 5, 5))
+    assert _error(layer, torch.randn(1, 64, 5, 5), backend='auto') < 1e-5
+
+
+@pytest.mark.parametrize('capability', ['default', 'avx2'])
+def test_other_instruction_sets(capability):
+    """The same tests on the builds for lesser processors."""
+    code = 'import sys; from san_backbones.ops import native; sys.exit(native.library() == "avx512")'
+    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'OMP_NUM_THREADS': '1'}
+    if subprocess.run([sys.executable, '-c', code], env=environment).returncode:
+        pytest.skip(f'torch does not step down to {capability} here')
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k',
+         'positions or odd_widths or layouts or (definition and 7-2)'], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_installed_where_there_is_a_compiler():
+    if shutil.which('cc') is None and shutil.which('gcc') is None:
+        pytest.skip('no compiler')
+    assert native.library() in ('avx512', 'avx2', 'baseline')
