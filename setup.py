@@ -1,10 +1,13 @@
 """Builds the optional C loops; everything else about the package is in setup.cfg."""
+import pathlib
 import platform
+import shutil
 import sys
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 # one build for each instruction set: san_backbones.ops.native takes the best that the processor has
 INSTRUCTION_SETS = {'baseline': []}
@@ -30,10 +33,21 @@ class PlatformWheel(bdist_wheel):
         return 'py3', 'none', super().get_tag()[2]
 
 
+class BuildPackage(build_py):
+    """Adds the configs as `san_backbones/.mim`, where OpenMMLab's mim looks for them."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = pathlib.Path(self.build_lib) / 'san_backbones' / '.mim'
+            shutil.copytree('mm_configs', target / 'mm_configs', dirs_exist_ok=True)
+            shutil.copy('model-index.yml', target)
+
+
 setup(
     ext_modules=[
         Extension(f'san_backbones.ops.native._{name}', ['san_backbones/ops/native/footprint.c'],
-                  extra_compile_args=[*FLAGS, *flags], optional=True)
+                  depends=['san_backbones/ops/native/footprint.h'], extra_compile_args=[*FLAGS, *flags], optional=True)
         for name, flags in INSTRUCTION_SETS.items()],
-    cmdclass={'build_ext': BuildLibrary, 'bdist_wheel': PlatformWheel},
+    cmdclass={'build_py': BuildPackage, 'build_ext': BuildLibrary, 'bdist_wheel': PlatformWheel},
 )

@@ -20,7 +20,15 @@ __all__ = ['PairwiseAttention', 'PatchwiseAttention']
 
 # by their forward, so that a subclass that only changes checks (mmengine's SyncBN) counts and one that computes
 # something else (a fused activation, an adapter) does not
-_BATCH_NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward)
+_BATCH_NORM_FORWARDS = (
+    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward, nn.Identity.forward)
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+def _is_plain(module: nn.Module, forwards: Tuple) -> bool:
+    """Whether calling the module is one of `forwards` and nothing else."""
+    return type(module).forward in forwards and 'forward' not in vars(module) \
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _weight_mlp(width: int, hidden: int, out: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
@@ -43,8 +51,13 @@ def _sync_group(norm: nn.Module):
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _norm(module: nn.Module) -> ops.Norm:
-    """A batch norm module as the operators take it; counts the batch as `nn.BatchNorm2d.forward` does."""
+def _norm(module: nn.Module, like: Tensor, bias: Optional[Tensor] = None) -> ops.Norm:
+    """A norm module as the operators take it; counts the batch as `nn.BatchNorm2d.forward` does.
+
+    `like` is a vector of its channels. `bias` is that of the linear map before it, where the norm is `nn.Identity`.
+    """
+    if isinstance(module, nn.Identity):  # fused into the linear map before it, whose bias it then brings along
+        return ops.Norm(None, bias, torch.zeros_like(like), torch.ones_like(like), False, 0., 0.)
     if isinstance(module, FrozenBatchNorm2d):
         return ops.Norm(module.weight, module.bias, module.running_mean, module.running_var, False, 0., module.eps)
     momentum = 0. if module.momentum is None else module.momentum
@@ -156,18 +169,31 @@ class _FootprintAttention(nn.Module):
             logits, geometry.reflect_pad(value, pad), self.is_pairwise, self.kernel_size, self.dilation)
 
     def _gamma_is_plain(self) -> bool:
-        """Whether gamma is what `ops.Gamma` can describe: batch norms, ReLUs and 1x1 convolutions, with no hooks."""
+        """Whether gamma is what `ops.Gamma` describes: batch norms (or none), ReLUs, 1x1 convolutions, and no hooks."""
+        mlp = self.weight_mlp
         expected = (_BATCH_NORM_FORWARDS, (nn.ReLU.forward,), (nn.Conv2d.forward,)) * 2
-        return len(self.weight_mlp) == 6 and all(
-            type(m).forward in forwards and not m._forward_hooks and not m._forward_pre_hooks and not m._backward_hooks
-            for m, forwards in zip(self.weight_mlp, expected))
+        if len(mlp) != 6 or not _is_plain(mlp, (nn.Sequential.forward,)) \
+                or not all(_is_plain(m, forwards) for m, forwards in zip(mlp, expected)):
+            return False
+        for fc in (mlp.fc1, mlp.fc2):
+            if fc.weight.shape[2:] != (1, 1) or fc.stride != (1, 1) or fc.groups != 1 or fc.padding not in (0, (0, 0)):
+                return False
+        return mlp.fc2.bias is not None and (mlp.fc1.bias is None or isinstance(mlp.norm2, nn.Identity))
+
+    @torch.jit.ignore
+    def _check(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != self.dim or 0 in x.shape[2:]):
+            raise ValueError(f'expected a map of shape (N, {self.dim}, H, W) with H and W at least 1, '
+                             f'got {list(x.shape)}')
 
     @torch.jit.ignore
     def _forward_operators(self, query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor]) -> Tensor:
         if isinstance(value, torch.fx.Proxy) or not self._gamma_is_plain():
             return self._forward_modules(query, key, value, place)
         mlp = self.weight_mlp
-        gamma = ops.Gamma(_norm(mlp.norm1), mlp.fc1.weight, _norm(mlp.norm2), mlp.fc2.weight, mlp.fc2.bias)
+        gamma = ops.Gamma(
+            _norm(mlp.norm1, mlp.fc1.weight[0, :, 0, 0]), mlp.fc1.weight,
+            _norm(mlp.norm2, mlp.fc1.weight[:, 0, 0, 0], mlp.fc1.bias), mlp.fc2.weight, mlp.fc2.bias)
         spec = ops.Spec(self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation)
         return ops.footprint_attention(query, key, value, place, gamma, spec)
 
@@ -179,7 +205,12 @@ class _FootprintAttention(nn.Module):
 
         Returns:
             (N, out_planes, H, W) in the dtype of the value projection.
+
+        Raises:
+            ValueError: x is not of that shape, or batch statistics of a single value are asked for.
         """
+        if not torch.jit.is_scripting():
+            self._check(x)
         query, key, value = self.query(x), self.key(x), self.value(x)
         place = self._place(x)
         if torch.jit.is_scripting():

@@ -1,6 +1,7 @@
 """SAN: self-attention networks for image recognition.
 
-Paper: `Exploring Self-attention for Image Recognition` - https://arxiv.org/abs/2004.13621 (Zhao, Jia, Koltun, CVPR 2020)
+Paper: `Exploring Self-attention for Image Recognition` - https://arxiv.org/abs/2004.13621
+(Zhao, Jia, Koltun, CVPR 2020)
 
 A convolution aggregates features over a footprint and transforms them. SAN keeps the transformation (1x1 convolutions
 and nonlinearities) and aggregates by self-attention over the footprint, with vector weights: one weight per group of
@@ -9,8 +10,9 @@ produces the weights of a footprint from the whole footprint.
 """
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -83,13 +85,15 @@ class Stage(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
+        # norm and act come last in forward; registered here, tools that fuse a norm into the convolution registered
+        # before it (mmcv's fuse_conv_bn) leave them alone
+        self.norm = norm_layer(dim, **dd)
+        self.act = nn.ReLU(inplace=True)
         self.pool = nn.MaxPool2d(2, 2) if downsample else nn.Identity()
         self.conv = nn.Conv2d(in_dim, dim, 1, bias=False, **dd)
         self.blocks = nn.Sequential(*[
             Block(dim, attention, norm_layer=norm_layer, drop_path=drop_path_rates[i] if drop_path_rates else 0., **dd)
             for i in range(depth)])
-        self.norm = norm_layer(dim, **dd)
-        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), or (N, dim, H, W) without downsampling."""
@@ -115,9 +119,9 @@ torch.fx.wrap('_check_image')
 
 
 def _per_stage(name: str, value: Union[int, Sequence[int]], length: int) -> Tuple[int, ...]:
-    values = (value,) * length if isinstance(value, int) else tuple(value)
-    if len(values) != length:
-        raise ValueError(f'{name} must have one entry for each of the {length} stages of depths, got {value!r}')
+    values = (value,) * length if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(values) != length or not all(isinstance(v, int) for v in values):
+        raise ValueError(f'{name} must have one integer for each of the {length} stages of depths, got {value!r}')
     return values
 
 
@@ -133,10 +137,11 @@ class SAN(nn.Module):
         kernel_sizes: Footprint size per stage, odd; one integer serves all stages.
         stem_width: Channels of the stem.
         share_planes: Channels that share one attention weight.
-        position: Position channels of the pairwise form: 'relative', 'absolute' or 'none'.
+        position: Position channels of the pairwise form: 'relative' (None means this), 'absolute' or 'none'.
         position_ref_size: Image side in pixels whose coordinate steps are used at every image size, so that features
             do not depend on where in an image a patch lies (224 for weights trained at 224); None spans [-1, 1] over
-            the image at hand, as the released models do. At least 2 pixels must remain in the last stage.
+            the image at hand, as the released models do. At least 2 pixels must remain in the last stage. No effect
+            on the patchwise form, which has no positions.
         output_stride: 8, 16 or 32. Stages that would go beyond it keep the resolution and dilate their footprints.
         in_chans: Channels of the image.
         num_classes: Classes of the head; 0 for none.
@@ -160,7 +165,7 @@ class SAN(nn.Module):
             kernel_sizes: Union[int, Sequence[int]] = (3, 7, 7, 7, 7),
             stem_width: int = 64,
             share_planes: int = 8,
-            position: str = 'relative',
+            position: Optional[str] = None,
             position_ref_size: Optional[int] = None,
             output_stride: int = 32,
             in_chans: int = 3,
@@ -179,12 +184,22 @@ class SAN(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride!r}')
         depths = tuple(depths)
+        if not depths or not all(isinstance(depth, int) and depth >= 0 for depth in depths):
+            raise ValueError(f'depths must hold the number of blocks of each stage, got {depths!r}')
+        if not isinstance(in_chans, int) or in_chans < 1:
+            raise ValueError(f'in_chans must be a positive integer, got {in_chans!r}')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
+        if attention == 'patchwise' and position is not None:
+            raise ValueError(
+                f'position is an option of pairwise attention; patchwise has no positions, got {position!r}')
         widths = _per_stage('widths', widths, len(depths))
         kernel_sizes = _per_stage('kernel_sizes', kernel_sizes, len(depths))
-        if position_ref_size is not None and position_ref_size < 2 ** (len(depths) + 1):
+        if position_ref_size is not None and not (
+                isinstance(position_ref_size, int) and position_ref_size >= 2 ** (len(depths) + 1)):
             raise ValueError(
-                f'position_ref_size must be at least {2 ** (len(depths) + 1)} (2 pixels in the last of {len(depths)} '
-                f'stages), got {position_ref_size}')
+                f'position_ref_size must be None or an integer of at least {2 ** (len(depths) + 1)} (2 pixels in the '
+                f'last of {len(depths)} stages), got {position_ref_size!r}')
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -206,7 +221,7 @@ class SAN(nn.Module):
                 options['relation'] = relation
             if attention == 'pairwise':
                 ref = None if position_ref_size is None else position_ref_size // 2 ** (i + 1)
-                layer = partial(PairwiseAttention, position=position, position_ref_size=ref, **options)
+                layer = partial(PairwiseAttention, position=position or 'relative', position_ref_size=ref, **options)
             else:
                 layer = partial(PatchwiseAttention, **options)
             stages.append(Stage(
@@ -246,7 +261,10 @@ class SAN(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block in the backward pass instead of keeping its activations."""
+        """Recomputes each block in the backward pass instead of keeping its activations.
+
+        The recomputation updates the running statistics of batch norms a second time, as with any checkpointed norm.
+        """
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -383,9 +401,10 @@ def checkpoint_filter_fn(
     Returns:
         State dict with this package's parameter names.
     """
-    for wrapper in ('state_dict', 'model'):
+    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # averaged weights first, as timm prefers
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
+            break
     translated = {}
     for name, tensor in state_dict.items():
         name = re.sub(r'^(module\.)+', '', name)

@@ -97,6 +97,12 @@ def test_pretrained_says_that_there_are_no_weights():
     (dict(attention='pairwise', position='learned'), "'relative'.*got 'learned'"),
     (dict(kernel_sizes=4), 'odd.*got 4'),
     (dict(kernel_sizes=(3, 7)), 'each of the 5 stages'),
+    (dict(kernel_sizes=7.0), 'each of the 5 stages.*got 7.0'),
+    (dict(depths=()), 'depths'),
+    (dict(in_chans=0), 'in_chans.*got 0'),
+    (dict(drop_path_rate=1.5), 'drop_path_rate.*got 1.5'),
+    (dict(attention='patchwise', position='absolute'), "patchwise has no positions, got 'absolute'"),
+    (dict(position_ref_size='224'), "at least 64.*got '224'"),
     (dict(widths=(48, 64, 64, 64, 64)), 'multiple of 32'),
     (dict(output_stride=64), '8, 16 or 32, got 64'),
     (dict(position_ref_size=32), 'at least 64'),
@@ -132,6 +138,26 @@ def test_options_reach_the_layers():
     assert [getattr(block.drop_path, 'drop_prob', 0.) for stage in model.stages for block in stage.blocks][-1] == 0.5
     assert [info['reduction'] for info in model.feature_info] == [2, 4, 8, 8, 8]
     assert model(torch.randn(2, 1, 32, 40)).shape == (2, 3)
+
+
+def test_fusing_norms_by_registration_order_keeps_the_features():
+    """mmcv's fuse_conv_bn folds a norm into the convolution registered before it."""
+    fuse_conv_bn = pytest.importorskip('mmcv.cnn').fuse_conv_bn
+    torch.manual_seed(0)
+    model = timm.create_model('test_san_pairwise')
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(4, 3, 64, 64))
+        image = torch.randn(1, 3, 64, 64)
+        expected = model.eval().forward_features(image)
+        torch.testing.assert_close(fuse_conv_bn(model).forward_features(image), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_averaged_weights_are_preferred():
+    model = timm.create_model('test_san_pairwise')
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    wrapped = {'state_dict': state, 'state_dict_ema': model.state_dict()}
+    assert torch.equal(checkpoint_filter_fn(wrapped)['stem.conv.weight'], model.stem.conv.weight)
 
 
 def test_checkpoint_filter_keeps_our_own_names():

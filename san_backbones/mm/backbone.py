@@ -1,6 +1,6 @@
 """SANBackbone: SAN as MMEngine backbone with multi-scale feature maps, for MMDetection, MMSegmentation and others."""
 import inspect
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -31,11 +31,13 @@ def _norm_layer(norm_cfg: Optional[Dict[str, Any]]):
 
     def make(channels: int, device=None, dtype=None) -> nn.Module:
         try:
-            return build_norm_layer(norm_cfg, channels)[1]
-        except ValueError as error:
+            norm = build_norm_layer(norm_cfg, channels)[1]
+            norm.eval()(torch.zeros(1, channels, 2, 2))  # some norms are for other ranks and fail only when called
+        except Exception as error:
             raise ValueError(
                 f'norm_cfg {norm_cfg!r} cannot normalise the {channels} channels of one of the layers ({error}); '
                 "use dict(type='BN') or dict(type='SyncBN')") from error
+        return norm.train()
 
     return make
 
@@ -54,7 +56,8 @@ class SANBackbone(BaseModule):
             eval mode.
         norm_eval: Keep all norms in eval mode while training; their parameters still learn.
         norm_cfg: Norms of all layers, for instance dict(type='SyncBN', requires_grad=True); None is BN.
-        with_cp: Recompute blocks in the backward pass to save memory.
+        with_cp: Recompute blocks in the backward pass to save memory. Batch norms that learn their running statistics
+            then update them twice a step.
         output_stride: 8, 16 or 32: stages beyond it dilate instead of pooling.
         position_ref_size: Image side in pixels whose coordinate steps are used at every size (pairwise only has an
             effect). The default 224 is the size that the released models were trained at; None spans [-1, 1] over
@@ -158,16 +161,34 @@ class SANBackbone(BaseModule):
         Raises:
             RuntimeError: The checkpoint of a 'Pretrained' init_cfg does not fit this backbone.
         """
-        if not isinstance(self.init_cfg, dict) or self.init_cfg.get('type') != 'Pretrained':
-            super().init_weights()
-            return
-        if 'checkpoint' not in self.init_cfg:
-            raise ValueError(f"init_cfg of type 'Pretrained' needs a 'checkpoint', got {self.init_cfg!r}")
-        self._load_pretrained(self.init_cfg['checkpoint'], self.init_cfg.get('prefix', ''))
+        init_cfg = self.init_cfg
+        cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []
+        pretrained = [cfg for cfg in cfgs if cfg.get('type') == 'Pretrained']
+        self.init_cfg = [cfg for cfg in cfgs if cfg.get('type') != 'Pretrained'] or None
+        super().init_weights()
+        self.init_cfg = init_cfg
+        for cfg in pretrained:
+            if not isinstance(cfg.get('checkpoint'), str):
+                raise ValueError(f"init_cfg of type 'Pretrained' needs a 'checkpoint', a path or URL, got {cfg!r}")
+            self._load_pretrained(cfg['checkpoint'], cfg.get('prefix') or '')
         self._is_init = True
 
+    def _read(self, checkpoint: str) -> Dict[str, Any]:
+        try:
+            content = read_state_dict(checkpoint)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f'init_cfg names the checkpoint {checkpoint!r}, which does not exist') from error
+        except Exception as error:
+            raise RuntimeError(
+                f'init_cfg names the checkpoint {checkpoint!r}, which cannot be read ({type(error).__name__}: {error});'
+                ' expected a PyTorch checkpoint of tensors or a .safetensors file') from error
+        if not isinstance(content, Mapping):
+            raise TypeError(f'checkpoint {checkpoint!r} holds a {type(content).__name__}, expected a dict of tensors '
+                            "or one with a 'state_dict'")
+        return san.checkpoint_filter_fn(content)
+
     def _load_pretrained(self, checkpoint: str, prefix: str) -> None:
-        state_dict = san.checkpoint_filter_fn(read_state_dict(checkpoint))
+        state_dict = self._read(checkpoint)
         prefix = prefix.rstrip('.')
         if not prefix and all(name.startswith('backbone.') for name in state_dict
                               if name.split('.')[0] in ('backbone', 'stem', 'stages')):

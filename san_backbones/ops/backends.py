@@ -8,8 +8,7 @@ environment variable SAN_BACKBONES_BACKEND names one path; if that one cannot ru
 import contextlib
 import logging
 import os
-from contextvars import ContextVar
-from typing import Callable, Iterator, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ _logger = logging.getLogger('san_backbones.ops')
 
 AUTO = 'auto'
 ENVIRONMENT_VARIABLE = 'SAN_BACKBONES_BACKEND'
-_override: ContextVar[Optional[str]] = ContextVar('san_backbones_backend', default=None)
+_overrides: List[str] = []  # of the whole process, since backward passes run in threads of autograd
 
 
 class Request(NamedTuple):
@@ -84,9 +83,8 @@ def _named(name: str, where: str) -> Backend:
 
 def _wanted() -> Tuple[str, str]:
     """The path asked for and who asked."""
-    override = _override.get()
-    if override is not None:
-        return override, 'san_backbones.ops.use_backend'
+    if _overrides:
+        return _overrides[-1], 'san_backbones.ops.use_backend'
     return os.environ.get(ENVIRONMENT_VARIABLE, '') or AUTO, f'the environment variable {ENVIRONMENT_VARIABLE}'
 
 
@@ -98,6 +96,8 @@ def symbolic_caller(x: Tensor) -> Optional[str]:
         return 'torch.jit.trace'
     if x.device.type == 'meta':
         return 'the meta device'
+    if torch.autograd.forward_ad._current_level >= 0:
+        return 'forward-mode differentiation'
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return 'torch.func'
     return None
@@ -141,6 +141,9 @@ def choose_backend(request: Request) -> Backend:
 def use_backend(name: str) -> Iterator[None]:
     """Computes every attention inside the block by the path `name` ('auto' lets the choice be made).
 
+    It holds for all threads of the process. Where activations are checkpointed, run the backward pass inside the block
+    too, for it computes the attention again.
+
     Example:
         >>> with san_backbones.ops.use_backend('reference'):
         ...     logits = model(images)
@@ -150,11 +153,11 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name != AUTO:
         _named(name, 'use_backend')
-    token = _override.set(name)
+    _overrides.append(name)
     try:
         yield
     finally:
-        _override.reset(token)
+        _overrides.pop()
 
 
 def available_backends(device: str = 'cpu') -> Tuple[str, ...]:

@@ -117,9 +117,10 @@ def aggregate(logits: Tensor, value: Tensor, pairwise: bool, kernel_size: int, d
     batch, height, width = logits.shape[0], logits.shape[3], logits.shape[4]
     if pairwise:
         logits = logits.softmax(2)
-    weight = logits.reshape(batch, 1, -1, kernel_size, kernel_size, height, width)
-    weight_channels = weight.shape[2]
-    values = geometry.footprint(value, kernel_size, dilation).unflatten(1, [-1, weight_channels])
+    weight_channels = logits.shape[1] if pairwise else logits.shape[1] // (kernel_size * kernel_size)
+    weight = logits.reshape(batch, 1, weight_channels, kernel_size, kernel_size, height, width)
+    shares = value.shape[1] // weight_channels
+    values = geometry.footprint(value, kernel_size, dilation).unflatten(1, [shares, weight_channels])
     return (weight * values).sum([3, 4]).flatten(1, 2).to(value.dtype)
 
 

@@ -9,7 +9,6 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tup
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import geometry, reference
 from .gamma import Affine, Gamma, Norm, Spec, fold, synchronise, update_running_statistics
@@ -20,6 +19,13 @@ TILE_ELEMENTS = 1 << 20
 """Numbers in the widest k x k tensor of one tile; beyond the last-level cache larger tiles gain nothing on a CPU."""
 
 ROWS, HALO, WHOLE = 'rows', 'halo', 'whole'  # how an input is cut: its own rows; rows and their border; not at all
+
+
+def refuse_double_backward() -> None:
+    """Raises where a gradient is to be differentiated again (`create_graph=True`)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError('this path of footprint attention has no second derivatives: compute them under '
+                           "san_backbones.ops.use_backend('reference')")
 
 
 class Tile(NamedTuple):
@@ -39,7 +45,7 @@ def tiles(batch: int, height: int, width: int, depth: int, reach: int) -> Iterat
     """Cuts N x H x W pixels of `depth` numbers each into tiles of about TILE_ELEMENTS numbers."""
     rows = min(height, max(1, TILE_ELEMENTS // (depth * width)))
     images = max(1, TILE_ELEMENTS // (depth * width * height)) if rows == height else 1
-    for image in range(0, batch, images):
+    for image in range(0, max(batch, 1), images):  # an empty batch is one empty tile
         for row in range(0, height, rows):
             yield Tile(slice(image, min(image + images, batch)), slice(row, min(row + rows, height)), reach)
 
@@ -101,18 +107,19 @@ class _Map(torch.autograd.Function):
     def forward(ctx, plan: Plan, *inputs: Tensor) -> Tensor:
         ctx.plan, ctx.autocast = plan, _autocast_state(inputs[0])
         ctx.save_for_backward(*inputs)
-        parts = [plan.function(*map(tile.cut, inputs, plan.kinds)) for tile in plan.tiles]
-        if len(parts) == 1:
-            return parts[0]
-        batch = plan.tiles[-1].images.stop
-        output = parts[0].new_empty((batch, parts[0].shape[1], plan.tiles[-1].rows.stop, parts[0].shape[3]))
-        for tile, part in zip(plan.tiles, parts):
+        output = None
+        for tile in plan.tiles:
+            part = plan.function(*map(tile.cut, inputs, plan.kinds))
+            if output is None:
+                last = plan.tiles[-1]
+                output = part.new_empty((last.images.stop, part.shape[1], last.rows.stop, part.shape[3]))
             output[tile.images, :, tile.rows] = part
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: Tensor) -> Tuple[Optional[Tensor], ...]:
+        refuse_double_backward()
+
         def seed(output: Tensor, tile: Tile) -> Tuple[Tensor, Tensor]:
             return output, grad_output[tile.images, :, tile.rows].to(output.dtype)
 
@@ -149,8 +156,8 @@ class _Statistics(torch.autograd.Function):
         return mean, scatter / count, total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> Tuple[Optional[Tensor], ...]:
+        refuse_double_backward()
         mean, *inputs = ctx.saved_tensors
         shape = (1, -1, 1, 1, 1)
         to_mean, to_var, centre = (t.view(shape) for t in (grad_mean / ctx.count, 2 * grad_var / ctx.count, mean))

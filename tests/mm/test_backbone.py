@@ -87,6 +87,9 @@ def test_norm_cfg():
     assert not any(p.requires_grad for m in norms for p in m.parameters())
     with pytest.raises(ValueError, match='GN'):
         small(norm_cfg=dict(type='GN', num_groups=32))
+    for name in ('LN', 'BN1d', 'Foo'):
+        with pytest.raises(ValueError, match=f"{name}.*use dict\\(type='BN'\\)"):
+            small(norm_cfg=dict(type=name))
     with pytest.raises(TypeError, match='norm_cfg'):
         small(norm_cfg='BN')
 
@@ -189,6 +192,32 @@ class TestPretrained:
         with pytest.raises(RuntimeError, match='missing.*stem.conv.weight'):
             self._load(tmp_path / 'weights.pth')
 
-    def test_a_missing_file_is_an_error(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match='nowhere'):
-            self._load(tmp_path / 'nowhere.pth')
+    def test_pretrained_in_a_list_of_inits(self, model, tmp_path):
+        state = {'backbone.' + k: v for k, v in model.state_dict().items()}
+        torch.save(state, tmp_path / 'detector.pth')
+        backbone = SANBackbone(SMALL, init_cfg=[
+            dict(type='Constant', layer='Conv2d', val=0.5),
+            dict(type='Pretrained', checkpoint=str(tmp_path / 'detector.pth'))])
+        backbone.init_weights()
+        assert torch.equal(backbone.stem.conv.weight, model.stem.conv.weight)
+        backbone = SANBackbone(SMALL, init_cfg=[
+            dict(type='Pretrained', checkpoint=str(tmp_path / 'detector.pth'), prefix='student')])
+        with pytest.raises(RuntimeError, match='detector.pth.*missing'):
+            backbone.init_weights()
+
+    @pytest.mark.parametrize('content, error, message', [
+        (None, FileNotFoundError, 'weights.pth.*does not exist'),
+        (b'not a checkpoint', RuntimeError, 'weights.pth.*cannot be read'),
+        ([torch.ones(1)], TypeError, 'weights.pth.*holds a list'),
+    ])
+    def test_an_unreadable_file_is_an_error_that_names_it(self, content, error, message, tmp_path):
+        if isinstance(content, bytes):
+            (tmp_path / 'weights.pth').write_bytes(content)
+        elif content is not None:
+            torch.save(content, tmp_path / 'weights.pth')
+        with pytest.raises(error, match=message):
+            self._load(tmp_path / 'weights.pth')
+
+    def test_no_file_named_is_an_error(self):
+        with pytest.raises(ValueError, match="needs a 'checkpoint'"):
+            SANBackbone(SMALL, init_cfg=dict(type='Pretrained', checkpoint=None)).init_weights()

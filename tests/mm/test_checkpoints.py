@@ -89,8 +89,10 @@ class _Evil:
 
 
 @pytest.mark.parametrize('evil', [
-    _Evil(print, 'code of the file ran'), _Evil(getattr, nn.Linear, 'forward'), _Evil(getattr, HistoryBuffer, '__init__')],
-    ids=['function', 'attribute', 'private method'])
+    _Evil(print, 'code of the file ran'),
+    _Evil(getattr, nn.Linear, 'forward'),
+    _Evil(getattr, HistoryBuffer, '__init__'),
+], ids=['function', 'attribute', 'private method'])
 def test_other_classes_stay_refused(evil, tmp_path, capsys):
     torch.save({'state_dict': {}, 'meta': evil}, tmp_path / 'evil.pth')
     with pytest.raises(UnpicklingError):

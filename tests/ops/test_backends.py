@@ -1,5 +1,7 @@
 """The choice of a path, and that paths agree in what is particular to them: tiles, statistics, precision."""
 import logging
+import re
+import threading
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from san_backbones.ops import backends, tiled
 def _layers(**kwargs):
     torch.manual_seed(0)
     layers = PairwiseAttention(64, kernel_size=5, **kwargs), PatchwiseAttention(64, kernel_size=5, **kwargs)
-    for layer in layers:  # with zero biases an offset of 0 sits on the kink of the ReLU, and rounding picks its gradient
+    for layer in layers:  # with zero biases an offset of 0 sits on the kink of the ReLU: rounding picks its gradient
         for norm in (layer.weight_mlp.norm1, layer.weight_mlp.norm2):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.uniform_(norm.bias, -0.5, 0.5)
@@ -134,12 +136,92 @@ def test_autocast_holds_in_the_backward_pass(index):
         assert (gradient - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize('norm_layer', [lambda c, **dd: nn.GroupNorm(1, c, **dd), nn.Identity])
-def test_other_norms_run_the_definition(norm_layer):
-    layer = PairwiseAttention(32, kernel_size=3, norm_layer=lambda c, **dd: norm_layer(c, **dd))
+def _foreign(name):
+    """A layer whose gamma is not what ops.Gamma describes."""
+    norm_layer = nn.GroupNorm if name == 'group norm' else nn.BatchNorm2d
+    layer = PairwiseAttention(32, kernel_size=3, norm_layer=lambda c, **dd: (
+        nn.GroupNorm(1, c, **dd) if norm_layer is nn.GroupNorm else nn.BatchNorm2d(c, **dd)))
+    mlp = layer.weight_mlp
+    if name == 'bias':
+        mlp.fc1 = nn.Conv2d(4, 2, 1, bias=True)
+    elif name == 'replaced':
+        mlp.fc2 = nn.Sequential(mlp.fc2, nn.Identity())
+    elif name == 'own forward':
+        mlp.fc2.forward = lambda x: 0 * nn.Conv2d.forward(mlp.fc2, x)
+    elif name == 'hook on gamma':
+        mlp.register_forward_hook(lambda module, inputs, output: 0 * output)
+    elif name == 'backward hook':
+        mlp.fc1.register_full_backward_pre_hook(lambda module, gradient: None)
+    return layer
+
+
+@pytest.mark.parametrize('name', ['group norm', 'bias', 'replaced', 'own forward', 'hook on gamma', 'backward hook'])
+def test_what_gamma_cannot_describe_runs_as_modules(name):
+    torch.manual_seed(0)
+    layer = _foreign(name)
+    if name == 'bias':
+        layer.weight_mlp.norm2 = nn.BatchNorm2d(2)
+        layer.weight_mlp.fc2 = nn.Conv2d(2, 1, 1)
     assert not layer._gamma_is_plain()
-    layer(torch.randn(2, 32, 5, 5)).sum().backward()
+    x = torch.randn(2, 32, 5, 5)
+    expected = layer._forward_modules(layer.query(x), layer.key(x), layer.value(x), layer._place(x))
+    output = layer(x)
+    assert torch.equal(output, expected)
+    output.sum().backward()
     assert layer.query.weight.grad is not None
+
+
+@pytest.mark.parametrize('index', [0, 1], ids=['pairwise', 'patchwise'])
+def test_norm_fused_into_the_linear_map_before_it(index):
+    """mmcv's and torch's fusion leave an Identity behind and give fc1 a bias: still a plain gamma, equal output."""
+    layer = _layers()[index].eval()
+    x = torch.randn(2, 64, 6, 7)
+    with torch.no_grad():
+        expected = layer(x)
+        mlp = layer.weight_mlp
+        mlp.fc1 = torch.nn.utils.fusion.fuse_conv_bn_eval(mlp.fc1, mlp.norm2)
+        mlp.norm2 = nn.Identity()
+        assert layer._gamma_is_plain() and mlp.fc1.bias is not None
+        for backend in ('reference', 'tiled'):
+            with ops.use_backend(backend):
+                torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('backend', ['reference', 'tiled'])
+@pytest.mark.parametrize('index', [0, 1], ids=['pairwise', 'patchwise'])
+def test_empty_batch_and_in_place_use_of_the_output(index, backend):
+    layer = _layers()[index].eval()
+    with ops.use_backend(backend):
+        assert layer(torch.empty(0, 64, 5, 4)).shape == (0, 16, 5, 4)
+        layer(torch.randn(1, 64, 5, 4)).relu_().sum().backward()
+
+
+def test_second_derivatives():
+    layer = _layers()[0].double().eval()
+    x = torch.randn(1, 64, 4, 4, dtype=torch.float64, requires_grad=True)
+    with ops.use_backend('tiled'):
+        with pytest.raises(RuntimeError, match="second derivatives.*use_backend\\('reference'\\)"):
+            torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with ops.use_backend('reference'):
+        gradient, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+    _, tangent = torch.func.jvp(layer, (x.detach(),), (torch.ones_like(x),))
+    assert tangent.shape == (1, 16, 4, 4)
+
+
+def test_use_backend_holds_in_other_threads():
+    seen = []
+    with ops.use_backend('reference'):
+        thread = threading.Thread(target=lambda: seen.append(ops.choose_backend(_request()).name))
+        thread.start()
+        thread.join()
+    assert seen == ['reference']
+
+
+@pytest.mark.parametrize('shape', [(64, 5, 5), (1, 32, 5, 5), (1, 64, 0, 5)])
+def test_bad_maps(shape):
+    with pytest.raises(ValueError, match=r'\(N, 64, H, W\).*' + re.escape(str(list(shape)))):
+        _layers()[0](torch.empty(shape))
 
 
 def test_hooks_on_gamma_are_called():

@@ -1,0 +1,17 @@
+"""Runs a script that imports mmdet or mmseg before it reads a config: `python -m san_backbones.mm.run SCRIPT [ARGS]`.
+
+`custom_imports` in a config comes too late for MMDetection's tools/test.py and its like, and for data loader workers
+that are spawned: they import `mmcv.ops` first. Started this way, `san_backbones.mm` is there before them.
+"""
+import os
+import sys
+
+if __name__ == '__main__':
+    if len(sys.argv) < 2 or not os.path.isfile(sys.argv[1]):
+        sys.exit(f'{__doc__}\ngiven: {" ".join(sys.argv[1:]) or "nothing"}; expected the path of a Python script')
+    del sys.argv[0]
+    __file__ = os.path.abspath(sys.argv[0])
+    sys.path[0] = os.path.dirname(__file__)
+    # in this module, not a new one: a spawned worker imports the main module by its name, and san_backbones.mm with it
+    with open(__file__, 'rb') as script:
+        exec(compile(script.read(), __file__, 'exec'))
