@@ -13,6 +13,7 @@ from setuptools.command.build_py import build_py
 INSTRUCTION_SETS = {'baseline': []}
 if platform.machine().lower() in ('x86_64', 'amd64'):
     INSTRUCTION_SETS.update(avx2=['-march=x86-64-v3'], avx512=['-march=x86-64-v4', '-mprefer-vector-width=512'])
+SOURCES = ('footprint', 'backward')
 FLAGS = ['-O3', '-std=gnu11', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi']
 
 
@@ -23,7 +24,7 @@ class BuildLibrary(build_ext):
         return fullname.replace('.', '/') + ('.dll' if sys.platform == 'win32' else '.so')
 
     def get_export_symbols(self, ext):
-        return ['san_run', 'san_work', 'san_task_bytes']
+        return ['san_run', 'san_work', 'san_task_bytes', 'san_backward_run', 'san_backward_bytes']
 
 
 class PlatformWheel(bdist_wheel):
@@ -46,7 +47,7 @@ class BuildPackage(build_py):
 
 setup(
     ext_modules=[
-        Extension(f'san_backbones.ops.native._{name}', ['san_backbones/ops/native/footprint.c'],
+        Extension(f'san_backbones.ops.native._{name}', [f'san_backbones/ops/native/{file}.c' for file in SOURCES],
                   depends=['san_backbones/ops/native/footprint.h'], extra_compile_args=[*FLAGS, *flags], optional=True)
         for name, flags in INSTRUCTION_SETS.items()],
     cmdclass={'build_py': BuildPackage, 'build_ext': BuildLibrary, 'bdist_wheel': PlatformWheel},

@@ -13,7 +13,7 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import native, reference, tiled
+from . import native, reference, statistics, tiled
 from .gamma import Gamma, Spec
 
 __all__ = ['AUTO', 'BACKENDS', 'Backend', 'ENVIRONMENT_VARIABLE', 'Request', 'available_backends', 'choose_backend',
@@ -59,10 +59,8 @@ def _native_refusal(request: Request) -> Optional[str]:
         return f'it computes in float32, the maps are {request.dtype}'
     if (request.spec.pairwise, request.spec.relation) not in native.RELATIONS:
         return f'it has no {request.spec.relation} relation'
-    if request.batch_statistics:
-        return 'it has no batch statistics'
-    if request.needs_grad:
-        return 'it has no gradients'
+    if request.batch_statistics and (request.spec.pairwise, request.spec.relation) not in statistics.SUPPORTED:
+        return f'it has no batch statistics of the {request.spec.relation} relation'
     return native.unavailable()
 
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'normalise', 'synchronise', 'update_running_statistics']
+__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'normalise', 'refuse_double_backward', 'synchronise', 'update_running_statistics']
 
 
 class Spec(NamedTuple):
@@ -106,3 +106,10 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     update_running_statistics(norm, mean, var, count)
     affine = fold(norm, mean, var)
     return (wide * affine.scale[:, None, None] + affine.shift[:, None, None]).to(x.dtype)
+
+
+def refuse_double_backward() -> None:
+    """Raises where a gradient is to be differentiated again (`create_graph=True`)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError('this path of footprint attention has no second derivatives: compute them under '
+                           "san_backbones.ops.use_backend('reference')")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import geometry, reference
-from .gamma import Affine, Gamma, Norm, Spec, fold, synchronise, update_running_statistics
+from .gamma import Affine, Gamma, Norm, Spec, fold, refuse_double_backward, synchronise, update_running_statistics
 
 __all__ = ['TILE_ELEMENTS', 'attend']
 
@@ -19,13 +19,6 @@ TILE_ELEMENTS = 1 << 20
 """Numbers in the widest k x k tensor of one tile; beyond the last-level cache larger tiles gain nothing on a CPU."""
 
 ROWS, HALO, WHOLE = 'rows', 'halo', 'whole'  # how an input is cut: its own rows; rows and their border; not at all
-
-
-def refuse_double_backward() -> None:
-    """Raises where a gradient is to be differentiated again (`create_graph=True`)."""
-    if torch.is_grad_enabled():
-        raise RuntimeError('this path of footprint attention has no second derivatives: compute them under '
-                           "san_backbones.ops.use_backend('reference')")
 
 
 class Tile(NamedTuple):

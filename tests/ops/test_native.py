@@ -1,4 +1,5 @@
 """The compiled loops, against the float64 definition, on every instruction set that this processor has."""
+import copy
 import itertools
 import os
 import shutil
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from san_backbones import PairwiseAttention, PatchwiseAttention, ops
-from san_backbones.ops import native
+from san_backbones.ops import native, statistics
 
 pytestmark = pytest.mark.skipif(
     native.unavailable() is not None, reason=f"no compiled loops: {native.unavailable()}")
@@ -139,16 +140,130 @@ def test_empty_batch():
         assert _layer(PairwiseAttention)(torch.empty(0, 64, 5, 5)).shape == (0, 16, 5, 5)
 
 
+def _results(layer, x, seed, training):
+    x = x.clone().requires_grad_()
+    layer = copy.deepcopy(layer).train(training)
+    output = layer(x)
+    output.backward(seed)
+    return {'output': output.detach(), 'input': x.grad, **{n: p.grad for n, p in layer.named_parameters()},
+            **{n: b for n, b in layer.named_buffers() if 'running' in n}}
+
+
+def _check_training(layer, x, training, tolerance=2e-4):
+    """Output, every gradient and the running buffers, against the definition in float64.
+
+    A pair whose normalised relation rounds to the other side of a ReLU changes gradients by a whole term, so the
+    tolerance is above float32's own; gradients that are small among the others are compared on the scale of those.
+    """
+    seed = torch.randn(x.shape[0], layer.out_planes, *x.shape[2:])
+    with ops.use_backend('native'):
+        actual = _results(layer, x, seed, training)
+    with ops.use_backend('reference'):
+        expected = _results(layer.double(), x.double(), seed.double(), training)
+    layer.float()
+    largest = max(expected[name].norm() for name, _ in layer.named_parameters())
+    parameters = {name for name, _ in layer.named_parameters()}
+    for name, tensor in expected.items():
+        scale = max(tensor.norm(), 0.01 * largest) if name in parameters else tensor.norm()
+        assert (actual[name] - tensor).norm() < tolerance * scale, name
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['frozen norms', 'batch statistics'])
+@pytest.mark.parametrize('cls, relation', FORMS)
+@pytest.mark.parametrize('kernel_size, dilation', [(1, 1), (3, 2), (7, 1)])
+def test_gradients(cls, relation, kernel_size, dilation, training):
+    if training and (cls.pairwise, relation) not in statistics.SUPPORTED:
+        pytest.skip('takes the tiled path')
+    for dim, size in ((32, (6, 25)), (96, (13, 4)), (64, (2, 1))):
+        layer = _layer(cls, dim, relation=relation, kernel_size=kernel_size, dilation=dilation)
+        _check_training(layer, torch.randn(3, dim, *size), training)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('position, ref', [('none', None), ('absolute', None), ('relative', 8)])
+def test_gradients_of_positions(position, ref, training):
+    layer = _layer(PairwiseAttention, position=position, position_ref_size=ref, kernel_size=5)
+    _check_training(layer, torch.randn(2, 64, 9, 8), training)
+
+
+def test_gradients_of_a_wide_layer():
+    _check_training(_layer(PatchwiseAttention, 512), torch.randn(1, 512, 7, 7), True)
+    _check_training(_layer(PairwiseAttention, 512), torch.randn(1, 512, 7, 7), False)
+
+
+def test_gradients_under_autocast():
+    layer = _layer(PairwiseAttention)
+    x = torch.randn(1, 64, 9, 9, requires_grad=True)
+    with torch.autocast('cpu', torch.bfloat16), ops.use_backend('native'):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    actual, = torch.autograd.grad(output.float().square().sum(), x)
+    expected, = torch.autograd.grad(layer(x).square().sum(), x)
+    assert (actual - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_gradients_do_not_depend_on_threads(cls):
+    layer = _layer(cls, kernel_size=5).train()
+    inputs = projected(layer, torch.empty(2, 64, 31, 17))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5, 2):
+            torch.set_num_threads(threads)
+            leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
+            with ops.use_backend('native'):
+                output = layer._forward_operators(*leaves)
+            gradients = torch.autograd.grad(output.sin().sum(), [x for x in leaves if x is not None])
+            results.append([output.detach(), *gradients])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_training_does_not_keep_the_footprint(cls):
+    layer = _layer(cls).train()
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with ops.use_backend('native'), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(torch.randn(1, 64, 40, 40))
+    maps = 4 * 40 * 40 * (64 + 4 + 4 + 16)
+    assert sum(saved.values()) < 6 * maps < 4 * 40 * 40 * 49 * 12
+
+
+def test_second_derivatives_are_refused():
+    layer = _layer(PairwiseAttention)
+    x = torch.randn(1, 64, 4, 4, requires_grad=True)
+    with ops.use_backend('native'), pytest.raises(RuntimeError, match='second derivatives'):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
 @pytest.mark.parametrize('change, reason', [
-    (lambda layer: layer.train(), 'batch statistics'),
     (lambda layer: layer.double(), 'float64'),
-    (lambda layer: layer.requires_grad_(True), 'gradients'),
+    (lambda layer: setattr(layer, 'relation', 'clique'), 'clique'),
 ])
 def test_refusals_say_why(change, reason):
-    layer = _layer(PatchwiseAttention).requires_grad_(False)
+    layer = _layer(PatchwiseAttention)
     change(layer)
     with pytest.raises(RuntimeError, match=f"'native'.*{reason}"), ops.use_backend('native'):
         layer(torch.randn(2, 64, 5, 5, dtype=layer.query.weight.dtype))
+
+
+def test_batch_statistics_that_have_no_closed_form_are_refused():
+    layer = _layer(PairwiseAttention, relation='dot').train()
+    with pytest.raises(RuntimeError, match="'native'.*batch statistics of the dot relation"), ops.use_backend('native'):
+        layer(torch.randn(2, 64, 5, 5))
+
+
+def test_a_single_value_has_no_batch_statistics():
+    with pytest.raises(ValueError, match='more than 1 value per channel'), ops.use_backend('native'):
+        _layer(PatchwiseAttention).train()(torch.randn(1, 64, 1, 1))
 
 
 def test_clique_is_refused_and_runs_elsewhere():
@@ -167,7 +282,7 @@ def test_other_instruction_sets(capability):
         pytest.skip(f'torch does not step down to {capability} here')
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k',
-         'positions or odd_widths or layouts or (definition and 7-2)'], env=environment, capture_output=True, text=True)
+         'positions or odd_widths or layouts or wide or (definition and 7-2) or (gradients and 3-2)'], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
 
 
