@@ -2,6 +2,8 @@
 # make test   sets everything up, then runs the tests
 PYTHON ?= python3
 BIN := .venv/bin
+# threads that wait for one another sleep rather than spin, which costs little alone and much beside other work
+export OMP_WAIT_POLICY ?= PASSIVE
 READY := .venv/.ready
 
 .PHONY: demo test test-timm clean

@@ -18,6 +18,10 @@ from pathlib import Path
 import sheet
 from coco_folder import NotCoco, find
 
+# Threads that wait for one another sleep rather than spin: beside another program's work, spinning made a step of the
+# demo twenty times slower on two cores. Read when torch is loaded, which is later.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 CONFIG = Path(__file__).resolve().parent / 'mask-rcnn_san-demo_fpn_shapes.py'
 PICTURES_ON_SHEET = 12
 

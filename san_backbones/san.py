@@ -24,7 +24,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 
 from .attention import PairwiseAttention, PatchwiseAttention
-from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS
+from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 
 __all__ = ['SAN']
 
@@ -137,11 +137,12 @@ class SAN(nn.Module):
         kernel_sizes: Footprint size per stage, odd; one integer serves all stages.
         stem_width: Channels of the stem.
         share_planes: Channels that share one attention weight.
-        position: Position channels of the pairwise form: 'relative' (None means this), 'absolute' or 'none'.
+        position: Position channels of the pairwise form: 'relative', 'absolute' or 'none'. No effect on the patchwise
+            form, which has no positions.
         position_ref_size: Image side in pixels whose coordinate steps are used at every image size, so that features
             do not depend on where in an image a patch lies (224 for weights trained at 224); None spans [-1, 1] over
             the image at hand, as the released models do. At least 2 pixels must remain in the last stage. No effect
-            on the patchwise form, which has no positions.
+            on the patchwise form.
         output_stride: 8, 16 or 32. Stages that would go beyond it keep the resolution and dilate their footprints.
         in_chans: Channels of the image.
         num_classes: Classes of the head; 0 for none.
@@ -165,7 +166,7 @@ class SAN(nn.Module):
             kernel_sizes: Union[int, Sequence[int]] = (3, 7, 7, 7, 7),
             stem_width: int = 64,
             share_planes: int = 8,
-            position: Optional[str] = None,
+            position: str = 'relative',
             position_ref_size: Optional[int] = None,
             output_stride: int = 32,
             in_chans: int = 3,
@@ -190,9 +191,8 @@ class SAN(nn.Module):
             raise ValueError(f'in_chans must be a positive integer, got {in_chans!r}')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
-        if attention == 'patchwise' and position is not None:
-            raise ValueError(
-                f'position is an option of pairwise attention; patchwise has no positions, got {position!r}')
+        if position not in POSITIONS:
+            raise ValueError(f'position must be one of {", ".join(map(repr, POSITIONS))}, got {position!r}')
         widths = _per_stage('widths', widths, len(depths))
         kernel_sizes = _per_stage('kernel_sizes', kernel_sizes, len(depths))
         if position_ref_size is not None and not (
@@ -221,7 +221,7 @@ class SAN(nn.Module):
                 options['relation'] = relation
             if attention == 'pairwise':
                 ref = None if position_ref_size is None else position_ref_size // 2 ** (i + 1)
-                layer = partial(PairwiseAttention, position=position or 'relative', position_ref_size=ref, **options)
+                layer = partial(PairwiseAttention, position=position, position_ref_size=ref, **options)
             else:
                 layer = partial(PatchwiseAttention, **options)
             stages.append(Stage(

@@ -101,7 +101,7 @@ def test_pretrained_says_that_there_are_no_weights():
     (dict(depths=()), 'depths'),
     (dict(in_chans=0), 'in_chans.*got 0'),
     (dict(drop_path_rate=1.5), 'drop_path_rate.*got 1.5'),
-    (dict(attention='patchwise', position='absolute'), "patchwise has no positions, got 'absolute'"),
+    (dict(attention='patchwise', position='garbage'), "'relative'.*got 'garbage'"),
     (dict(position_ref_size='224'), "at least 64.*got '224'"),
     (dict(widths=(48, 64, 64, 64, 64)), 'multiple of 32'),
     (dict(output_stride=64), '8, 16 or 32, got 64'),
@@ -245,8 +245,43 @@ class TestTracing:
     def test_export(self, model):
         self._same(model, torch.export.export(model, (self.image,)).module())
 
-    def test_compile_needs_no_graph_break(self, model):
-        self._same(model, torch.compile(model, fullgraph=True, backend='aot_eager'))
+    @pytest.mark.parametrize('backend', ['auto', 'reference'])
+    def test_compile_needs_no_graph_break(self, model, backend):
+        torch.compiler.reset()
+        with ops.use_backend(backend):
+            self._same(model, torch.compile(model, fullgraph=True, backend='aot_eager'))
+
+    @pytest.mark.parametrize('backend', ['auto', 'reference'])
+    @pytest.mark.parametrize('training', [False, True])
+    def test_compiled_gradients(self, model, training, backend):
+        torch.compiler.reset()
+        model.train(training)
+        with ops.use_backend(backend):
+            results = []
+            for run in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')):
+                run(self.image).square().mean().backward()
+                results.append([p.grad for p in run.parameters()] + [b for b in run.buffers() if b.dim()])
+            for expected, actual in zip(*results):
+                torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+    def test_what_a_compiled_graph_calls(self, model):
+        """The compiled loops where they are, unless told otherwise; an exported program never does."""
+        def called(backend):
+            torch.compiler.reset()
+            graphs = []
+
+            def keep(graph, inputs):
+                graphs.append(graph)
+                return graph
+
+            with ops.use_backend(backend), torch.no_grad():
+                torch.compile(model, fullgraph=True, backend=keep)(self.image)
+            return any('san_backbones' in str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+        assert called('auto') == ('native' in ops.available_backends())
+        assert not called('reference')
+        exported = torch.export.export(model, (self.image,))
+        assert not any('san_backbones' in str(node.target) for node in exported.graph.nodes)
 
     def test_meta(self, model):
         assert model.to('meta')(torch.empty(2, 3, 64, 64, device='meta')).shape == (2, 1000)

@@ -4,9 +4,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import reference
+from . import native, reference
 from .backends import (
-    BACKENDS, Backend, Request, available_backends, choose_backend, make_request, use_backend)
+    BACKENDS, Backend, Request, available_backends, choose_backend, is_exporting, make_request, serves_compiled,
+    use_backend)
 from .gamma import Gamma, Norm, Spec
 from .geometry import coordinates, footprint, padding, reflect_pad, reflection_index
 from .reference import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
@@ -44,7 +45,11 @@ def footprint_attention(
         ValueError: Batch statistics of a single value, or an unknown backend was asked for.
         RuntimeError: The backend asked for cannot run this call.
     """
-    if torch.compiler.is_compiling():  # keep the choice, and its log, out of the compiled graph
-        return reference.attend(query, key, value, place, gamma, spec)
+    if torch.compiler.is_compiling():  # the choice is made while compiling, and stays out of the graph
+        statistics = gamma.norm1.batch_statistics or gamma.norm2.batch_statistics
+        native_serves = not is_exporting() and value.device.type == 'cpu' and serves_compiled(
+            str(value.dtype), spec.pairwise, spec.relation, statistics)
+        attend = native.attend if native_serves else reference.attend
+        return attend(query, key, value, place, gamma, spec)
     backend = choose_backend(make_request(query, key, value, place, gamma, spec))
     return backend.attend(query, key, value, place, gamma, spec)

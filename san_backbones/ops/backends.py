@@ -101,6 +101,22 @@ def symbolic_caller(x: Tensor) -> Optional[str]:
     return None
 
 
+def is_exporting() -> bool:
+    """Whether torch.export is looking: an exported program holds the definition only, and needs no operator of ours."""
+    return getattr(torch.compiler, 'is_exporting', lambda: False)()
+
+
+@torch.compiler.assume_constant_result
+def serves_compiled(dtype: str, pairwise: bool, relation: str, batch_statistics: bool) -> bool:
+    """Whether a graph that torch.compile makes for the CPU calls the compiled loops; otherwise it gets the definition.
+
+    Decided when the graph is compiled: what `use_backend` says then stays in it.
+    """
+    request = Request(Spec(pairwise, relation, 'none', 1, 1), torch.device('cpu'), getattr(torch, dtype[6:]), (), True,
+                      batch_statistics, None)
+    return choose_backend(request).name == 'native'
+
+
 def make_request(query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor], gamma: Gamma,
                  spec: Spec) -> Request:
     """Describes a call of `footprint_attention`."""

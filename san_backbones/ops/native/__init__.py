@@ -118,13 +118,21 @@ def _round_up(size: int) -> int:
 
 
 class _Shape(NamedTuple):
-    """Numbers that both directions need."""
-    spec: Spec
-    hidden: int  # without padding
+    """What an attention is, in the numbers that an operator's arguments can be."""
+    relation: int  # of RELATIONS
+    absolute: int  # positions p_j instead of p_i - p_j
+    kernel_size: int
+    dilation: int
+    hidden: int  # width of the middle of gamma, without padding
     lanes: int
 
+    @classmethod
+    def of(cls, spec: Spec, hidden: int, lanes: int) -> List[int]:
+        return [RELATIONS[spec.pairwise, spec.relation], int(spec.position == 'absolute'), spec.kernel_size,
+                spec.dilation, hidden, lanes]
 
-def _folded(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec) -> Tuple[_Shape, List[Tensor]]:
+
+def _folded(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec) -> Tuple[List[int], List[Tensor]]:
     """gamma as the loops read it: scale1, shift1, weight1, shift2, weight2, bias2. Differentiable."""
     area = spec.kernel_size ** 2
     scale1, shift1 = norm1
@@ -140,7 +148,7 @@ def _folded(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec) -> Tuple[_Sh
         bias2 = bias2.view(weight_channels, area).t()
     folded = [scale1, shift1, _pad(weight1, _round_up(hidden)), _pad(shift2, _round_up(hidden)),
               _repeat(weight2, lanes), _repeat(bias2, lanes)]
-    return _Shape(spec, hidden, lanes), [x.contiguous() for x in folded]
+    return _Shape.of(spec, hidden, lanes), [x.contiguous() for x in folded]
 
 
 def _in_loop_order(x: Tensor, spec: Spec) -> Tensor:
@@ -159,26 +167,26 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _channels_first(x: Tensor, like: Tensor) -> Tensor:
     """(N, H, W, C) as (N, C, H, W) in the dtype and memory format of `like`."""
-    x = x.permute(0, 3, 1, 2).to(like.dtype)
-    keeps_format = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return x if keeps_format else x.contiguous()
+    return x.permute(0, 3, 1, 2).to(like.dtype).contiguous(memory_format=_memory_format(like))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 class _Arguments:
     """struct task, and the tensors it points to, which must outlive it."""
 
     def __init__(self, shape: _Shape, maps: Sequence[Optional[Tensor]], folded: Sequence[Optional[Tensor]], out: int):
-        spec = shape.spec
-        query = maps[0]
-        batch, height, width, rel = query.shape
-        pad = geometry.padding(spec.kernel_size, spec.dilation)
+        batch, height, width, rel = maps[0].shape
+        pad = geometry.padding(shape.kernel_size, shape.dilation)
         self.indices = [geometry.reflection_index(size, pad) for size in (height, width)]
         self.tensors = (*maps, *folded)
         pointers = [None if x is None else x.data_ptr() for x in (*self.tensors, *self.indices)]
         self.task = _Task(
-            RELATIONS[spec.pairwise, spec.relation], spec.position == 'absolute', batch, height, width, rel,
-            _round_up(shape.hidden), shape.lanes, out, spec.kernel_size, spec.dilation, *pointers, None, shape.hidden,
-            0, 0)
+            shape.relation, shape.absolute, batch, height, width, rel, _round_up(shape.hidden), shape.lanes, out,
+            shape.kernel_size, shape.dilation, *pointers, None, shape.hidden, 0, 0)
 
     def check(self, task: _Task) -> None:
         if task.failed:
@@ -215,81 +223,122 @@ def _run_backward(arguments: _Arguments, mode: int, gradient: Optional[Tensor]) 
     library.san_backward_run(ctypes.addressof(backward), _torch_parallel(), torch.get_num_threads())
     arguments.check(backward.task)
     if mode == STATISTICS:
-        return list(sums.sum(0))
+        return [sums.sum(0)]
     d_scale1, d_shift1, d_weight1, d_shift2, d_weight2, d_bias2 = parameters.sum(0).split(sizes)
-    return [*outputs, d_scale1[:inputs], d_shift1[:inputs], d_weight1.view(weight1.shape), d_shift2,
-            None if weight2 is None else d_weight2.view(weight2.shape),
-            None if bias2 is None else d_bias2.view(bias2.shape)]
+    parts = [d_scale1[:inputs], d_shift1[:inputs], d_weight1, d_shift2, d_weight2, d_bias2]
+    # copies: an operator's outputs share no memory. weight2 and bias2 are None for the hidden vectors' statistics
+    return [*outputs, *(part.clone().view(x.shape) for part, x in zip(parts, arguments.tensors[4:]) if x is not None)]
 
 
-def _to_inputs(gradients: Sequence[Optional[Tensor]], inputs: Sequence[Optional[Tensor]]) -> List[Optional[Tensor]]:
-    """Gradients of the maps (channels last) as those of what was given."""
-    maps = [None if g is None else _channels_first(g.sum(0, keepdim=True) if x.shape[0] < g.shape[0] else g, x)
-            for g, x in zip(gradients[:4], inputs[:4])]
-    return [*maps, *gradients[4:]]
+def _to_inputs(gradients: Sequence[Optional[Tensor]], maps: Sequence[Optional[Tensor]]) -> List[Tensor]:
+    """Gradients of the maps (channels last) as those of the maps given, and the others; without those that are None."""
+    firsts = [_channels_first(g.sum(0, keepdim=True) if x.shape[0] < g.shape[0] else g, x)
+              for g, x in zip(gradients[:4], maps) if x is not None]
+    return [*firsts, *gradients[4:]]
 
 
-class _Attend(torch.autograd.Function):
-    """The attention, given folded gamma."""
-
-    @staticmethod
-    def forward(ctx, shape: _Shape, *inputs: Optional[Tensor]) -> Tensor:
-        query, key, value, place, *folded = inputs
-        maps = [None if x is None else _channels_last(x) for x in inputs[:4]]
-        batch, out, height, width = value.shape
-        arguments = _Arguments(shape, maps, [x.detach() for x in folded], out)
-        output = torch.empty((batch, height, width, out), dtype=torch.float32)
-        arguments.task.output = output.data_ptr()
-        library, _ = _load()
-        library.san_run(ctypes.addressof(arguments.task), _torch_parallel(), torch.get_num_threads())
-        arguments.check(arguments.task)
-        ctx.shape = shape
-        ctx.save_for_backward(*inputs)
-        return _channels_first(output, value)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> Tuple[Optional[Tensor], ...]:
-        refuse_double_backward()
-        inputs = ctx.saved_tensors
-        maps = [None if x is None else _channels_last(x) for x in inputs[:4]]
-        arguments = _Arguments(ctx.shape, maps, inputs[4:], grad_output.shape[1])
-        gradients = _run_backward(arguments, ATTENTION, _channels_last(grad_output))
-        return (None, *_to_inputs(gradients, inputs))
+def _maps(*maps: Optional[Tensor]) -> List[Optional[Tensor]]:
+    return [None if x is None else _channels_last(x) for x in maps]
 
 
-class _HiddenStatistics(torch.autograd.Function):
-    """Mean and biased variance of u = weight1 relu(norm1(delta)), the input of norm2, over all of its vectors."""
+@torch.library.custom_op('san_backbones::attend', mutates_args=(), device_types='cpu')
+def _attend(
+        query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor], scale1: Tensor, shift1: Tensor,
+        weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor, shape: List[int]) -> Tensor:
+    """The attention, given folded gamma; `shape` is a `_Shape`."""
+    batch, out, height, width = value.shape
+    folded = (scale1, shift1, weight1, shift2, weight2, bias2)
+    arguments = _Arguments(_Shape(*shape), _maps(query, key, value, place), folded, out)
+    output = torch.empty((batch, height, width, out), dtype=torch.float32)
+    arguments.task.output = output.data_ptr()
+    library, _ = _load()
+    library.san_run(ctypes.addressof(arguments.task), _torch_parallel(), torch.get_num_threads())
+    arguments.check(arguments.task)
+    return _channels_first(output, value)
 
-    @staticmethod
-    def forward(ctx, shape: _Shape, *inputs: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-        query, key, place, scale1, shift1, weight1 = inputs
-        sums, squares = _run_backward(_HiddenStatistics._arguments(shape, inputs), STATISTICS, None)
-        vectors = query.shape[0] * query.shape[2] * query.shape[3] * (
-            shape.spec.kernel_size ** 2 if shape.spec.pairwise else 1)
-        mean = sums / vectors
-        var = (squares / vectors - mean * mean).clamp(min=0)  # float64: their difference keeps float32's digits
-        ctx.shape, ctx.vectors = shape, vectors
-        ctx.save_for_backward(mean, *inputs)
-        return mean[:shape.hidden].float(), var[:shape.hidden].float()
 
-    @staticmethod
-    def _arguments(shape: _Shape, inputs: Sequence[Optional[Tensor]]) -> _Arguments:
-        query, key, place, scale1, shift1, weight1 = (None if x is None else x.detach() for x in inputs)
-        maps = [_channels_last(query), _channels_last(key), None, None if place is None else _channels_last(place)]
-        return _Arguments(shape, maps, [scale1, shift1, weight1, None, None, None], 0)
+@_attend.register_fake
+def _(query, key, value, *rest):
+    return torch.empty_like(value, memory_format=_memory_format(value))
 
-    @staticmethod
-    def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> Tuple[Optional[Tensor], ...]:
-        refuse_double_backward()
-        mean, *inputs = ctx.saved_tensors
-        padded = _round_up(ctx.shape.hidden)
-        # d mean / d u = 1 / n, d var / d u = 2 (u - mean) / n
-        slope = _pad(2 * grad_var.double() / ctx.vectors, padded)
-        start = _pad(grad_mean.double() / ctx.vectors, padded) - slope * mean
-        gradient = torch.stack([start, slope]).float()
-        gradients = _run_backward(_HiddenStatistics._arguments(ctx.shape, inputs), STATISTICS_BACKWARD, gradient)
-        d_query, d_key, _, d_place = _to_inputs(gradients, (*inputs[:2], None, inputs[2]))[:4]
-        return None, d_query, d_key, d_place, *gradients[4:7]
+
+@torch.library.custom_op('san_backbones::attend_backward', mutates_args=(), device_types='cpu')
+def _attend_backward(
+        gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor], scale1: Tensor,
+        shift1: Tensor, weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor,
+        shape: List[int]) -> List[Tensor]:
+    maps, folded = (query, key, value, place), (scale1, shift1, weight1, shift2, weight2, bias2)
+    arguments = _Arguments(_Shape(*shape), _maps(*maps), folded, value.shape[1])
+    return _to_inputs(_run_backward(arguments, ATTENTION, _channels_last(gradient)), maps)
+
+
+@_attend_backward.register_fake
+def _(gradient, query, key, value, place, *rest):
+    maps = [torch.empty_like(x, memory_format=_memory_format(x)) for x in (query, key, value, place) if x is not None]
+    return [*maps, *(torch.empty_like(x) for x in rest[:-1])]
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.shape = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _spread(gradients: List[Tensor], has_place: bool, maps: int) -> List[Optional[Tensor]]:
+    """Gradients in the order of the inputs, with None for a place that is not there."""
+    return gradients if has_place else [*gradients[:maps], None, *gradients[maps:]]
+
+
+def _differentiate_attend(ctx, gradient):
+    refuse_double_backward()
+    gradients = _attend_backward(gradient, *ctx.saved_tensors, ctx.shape)
+    return *_spread(gradients, ctx.saved_tensors[3] is not None, 3), None
+
+
+_attend.register_autograd(_differentiate_attend, setup_context=_keep)
+
+
+@torch.library.custom_op('san_backbones::hidden_sums', mutates_args=(), device_types='cpu')
+def _hidden_sums(
+        query: Tensor, key: Tensor, place: Optional[Tensor], scale1: Tensor, shift1: Tensor, weight1: Tensor,
+        shape: List[int]) -> Tensor:
+    """Sums of u = weight1 relu(norm1(delta)), the input of norm2, and of u * u: (2, hidden) in float64."""
+    arguments = _hidden_arguments(query, key, place, scale1, shift1, weight1, shape)
+    return _run_backward(arguments, STATISTICS, None)[0][:, :_Shape(*shape).hidden].contiguous()
+
+
+@_hidden_sums.register_fake
+def _(query, key, place, scale1, shift1, weight1, shape):
+    return torch.empty((2, _Shape(*shape).hidden), dtype=torch.float64, device=query.device)
+
+
+@torch.library.custom_op('san_backbones::hidden_sums_backward', mutates_args=(), device_types='cpu')
+def _hidden_sums_backward(
+        gradient: Tensor, query: Tensor, key: Tensor, place: Optional[Tensor], scale1: Tensor, shift1: Tensor,
+        weight1: Tensor, shape: List[int]) -> List[Tensor]:
+    arguments = _hidden_arguments(query, key, place, scale1, shift1, weight1, shape)
+    slopes = gradient * torch.tensor([[1.], [2.]], dtype=gradient.dtype)  # d u / d u and d u^2 / d u = 2 u
+    slopes = _pad(slopes.float(), weight1.shape[1]).contiguous()
+    return _to_inputs(_run_backward(arguments, STATISTICS_BACKWARD, slopes), (query, key, None, place))
+
+
+@_hidden_sums_backward.register_fake
+def _(gradient, query, key, place, scale1, shift1, weight1, shape):
+    maps = [torch.empty_like(x, memory_format=_memory_format(x)) for x in (query, key, place) if x is not None]
+    return [*maps, *(torch.empty_like(x) for x in (scale1, shift1, weight1))]
+
+
+def _hidden_arguments(query, key, place, scale1, shift1, weight1, shape):
+    query, key, place = _maps(query, key, place)
+    return _Arguments(_Shape(*shape), (query, key, None, place), (scale1, shift1, weight1, None, None, None), 0)
+
+
+def _differentiate_hidden_sums(ctx, gradient):
+    refuse_double_backward()
+    gradients = _hidden_sums_backward(gradient, *ctx.saved_tensors, ctx.shape)
+    return *_spread(gradients, ctx.saved_tensors[2] is not None, 2), None
+
+
+_hidden_sums.register_autograd(_differentiate_hidden_sums, setup_context=_keep)
 
 
 def attend(
@@ -312,7 +361,7 @@ def attend(
         norm1 = _affine(gamma.norm1, lambda: relation_statistics(query, key, place, spec))
         norm2 = _affine(gamma.norm2, lambda: _hidden_statistics(query, key, place, norm1, gamma, spec))
         shape, folded = _folded(norm1, norm2, gamma, spec)
-        return _Attend.apply(shape, query, key, value, place, *folded)
+        return _attend(query, key, value, place, *folded, shape)
 
 
 def _affine(norm: Norm, statistics: Callable[[], Tuple[Tensor, Tensor, int]]) -> Affine:
@@ -334,7 +383,9 @@ def _hidden_statistics(query: Tensor, key: Tensor, place: Optional[Tensor], norm
     weight1 = gamma.weight1.flatten(1).float().t()
     hidden = weight1.shape[1]
     scale1, shift1, weight1 = (_in_loop_order(x, spec).contiguous() for x in (*norm1, weight1))
-    mean, var = _HiddenStatistics.apply(
-        _Shape(spec, hidden, LANES), query, key, place, scale1, shift1, _pad(weight1, _round_up(hidden)).contiguous())
+    sums = _hidden_sums(query, key, place, scale1, shift1, _pad(weight1, _round_up(hidden)).contiguous(),
+                        _Shape.of(spec, hidden, LANES))
     vectors = query.shape[0] * query.shape[2] * query.shape[3] * (spec.kernel_size ** 2 if spec.pairwise else 1)
-    return mean, var, vectors
+    mean, square = sums / vectors
+    var = (square - mean * mean).clamp(min=0)  # in float64 the difference keeps float32's digits
+    return mean.float(), var.float(), vectors
