@@ -215,7 +215,8 @@ def examples(runner):
 
 def score(metrics):
     """The two numbers that matter most, as text."""
-    return f'mask AP {metrics["coco/segm_mAP"]:.3f}, box AP {metrics["coco/bbox_mAP"]:.3f}'
+    # MMDetection's metric is empty where a network, say an untrained one with many classes, finds nothing at all.
+    return 'mask AP {:.3f}, box AP {:.3f}'.format(*(metrics.get(f'coco/{kind}_mAP', 0.) for kind in ('segm', 'bbox')))
 
 
 class Console:
