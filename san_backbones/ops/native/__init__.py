@@ -89,6 +89,13 @@ def unavailable() -> Optional[str]:
     return None if loaded is not None else reason
 
 
+def _loaded() -> ctypes.CDLL:
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(reason)
+    return loaded
+
+
 @functools.lru_cache(maxsize=None)
 def _torch_parallel() -> Optional[int]:
     """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, so that its threads do this work too."""
@@ -219,7 +226,7 @@ def _run_backward(arguments: _Arguments, mode: int, gradient: Optional[Tensor]) 
     backward = _Backward(
         task, mode, inputs, padded, slots, sum(sizes), band, 0,
         *(None if x is None else x.data_ptr() for x in (gradient, *transposed, *maps, parameters, sums)))
-    library, _ = _load()
+    library = _loaded()
     library.san_backward_run(ctypes.addressof(backward), _torch_parallel(), torch.get_num_threads())
     arguments.check(backward.task)
     if mode == STATISTICS:
@@ -251,7 +258,7 @@ def _attend(
     arguments = _Arguments(_Shape(*shape), _maps(query, key, value, place), folded, out)
     output = torch.empty((batch, height, width, out), dtype=torch.float32)
     arguments.task.output = output.data_ptr()
-    library, _ = _load()
+    library = _loaded()
     library.san_run(ctypes.addressof(arguments.task), _torch_parallel(), torch.get_num_threads())
     arguments.check(arguments.task)
     return _channels_first(output, value)
@@ -354,9 +361,6 @@ def attend(
     Computes in float32 whatever the dtype of the maps. The result has the memory format of `value`. Nothing depends on
     the number of threads.
     """
-    _, reason = _load()
-    if unavailable() is not None:
-        raise RuntimeError(reason)
     with torch.autocast('cpu', enabled=False):
         norm1 = _affine(gamma.norm1, lambda: relation_statistics(query, key, place, spec))
         norm2 = _affine(gamma.norm2, lambda: _hidden_statistics(query, key, place, norm1, gamma, spec))
