@@ -297,8 +297,9 @@ def _spread(gradients: List[Tensor], has_place: bool, maps: int) -> List[Optiona
 
 def _differentiate_attend(ctx, gradient):
     refuse_double_backward()
-    gradients = _attend_backward(gradient, *ctx.saved_tensors, ctx.shape)
-    return *_spread(gradients, ctx.saved_tensors[3] is not None, 3), None
+    tensors = ctx.saved_tensors  # once: checkpointing recomputes them when they are asked for
+    gradients = _attend_backward(gradient, *tensors, ctx.shape)
+    return *_spread(gradients, tensors[3] is not None, 3), None
 
 
 _attend.register_autograd(_differentiate_attend, setup_context=_keep)
@@ -341,8 +342,9 @@ def _hidden_arguments(query, key, place, scale1, shift1, weight1, shape):
 
 def _differentiate_hidden_sums(ctx, gradient):
     refuse_double_backward()
-    gradients = _hidden_sums_backward(gradient, *ctx.saved_tensors, ctx.shape)
-    return *_spread(gradients, ctx.saved_tensors[2] is not None, 2), None
+    tensors = ctx.saved_tensors  # once: checkpointing recomputes them when they are asked for
+    gradients = _hidden_sums_backward(gradient, *tensors, ctx.shape)
+    return *_spread(gradients, tensors[2] is not None, 2), None
 
 
 _hidden_sums.register_autograd(_differentiate_hidden_sums, setup_context=_keep)
