@@ -32,8 +32,8 @@ def parse(arguments=None):
         epilog='A second run in the same work folder starts afresh and overwrites what the first one left, except for '
                'its log.')
     parser.add_argument('--data', type=Path, metavar='FOLDER',
-                        help='your data in COCO\'s format: annotations with masks, for training and for validation, and '
-                             'the pictures they name (default: the demo makes a data set of textured shapes)')
+                        help='your data in COCO\'s format: annotations with masks, for training and for validation, '
+                             'and the pictures they name (default: the demo makes a data set of textured shapes)')
     parser.add_argument('--iterations', type=int, metavar='N',
                         help='train for N steps of 4 pictures each (default: what the config says)')
     parser.add_argument('--minutes', type=float, default=5, metavar='M',

@@ -94,17 +94,29 @@ class TestShapes:
     def test_held_out_photographs(self):
         assert not set(shapes.PHOTOGRAPHS['train']) & set(shapes.PHOTOGRAPHS['val'])
 
-    def test_shapes_in_front_hide_those_behind(self):
-        """Somewhere in a few pictures a mask is smaller than its shape, and never below the promised fraction."""
+    def test_shapes_in_front_hide_those_behind(self, monkeypatch):
+        """A mask is its whole shape without the shapes painted later, and at least the promised part of it."""
+        painted = []
+        paint = shapes.paint
+        monkeypatch.setattr(shapes, 'paint', lambda picture, alpha, *rest: painted.append(alpha > 0.5) or paint(
+            picture, alpha, *rest))
         photographs = [np.full((SIZE, SIZE, 3), 128, np.uint8)]
         hidden = 0
-        for seed in range(10):
+        for seed in range(20):
+            painted.clear()
             _, kinds, masks = shapes.compose(photographs, SIZE, np.random.default_rng(seed))
-            for kind, mask in zip(kinds, masks):
-                hull = cv2.convexHull(np.argwhere(mask)[:, ::-1].astype(np.int32))
-                if kind != 'star':  # the others are convex unless something is cut off
-                    hidden += mask.sum() < 0.85 * cv2.contourArea(hull)
+            assert len(painted) == len(masks) == len(kinds) >= 1
+            for number, (whole, mask) in enumerate(zip(painted, masks)):
+                later = np.any([np.zeros_like(whole), *painted[number + 1:]], axis=0)
+                np.testing.assert_array_equal(mask, whole & ~later)
+                assert mask.sum() >= 0.9 * shapes.IN_SIGHT * whole.sum()  # 0.9: pixels against exact polygons
+                hidden += (whole & later).any()
         assert hidden > 0
+
+    def test_a_ring_has_a_hole(self):
+        borders = [20 * border + 32 for border in shapes.outline('ring', np.random.default_rng(0))]
+        alpha = shapes.draw(borders, 64)
+        assert alpha.shape == (64, 64) and alpha[32, 32] == 0 and alpha.max() == 1
 
     def test_says_what_is_missing(self, monkeypatch):
         monkeypatch.setitem(shapes.PHOTOGRAPHS, 'train', ('nowhere.png',))
@@ -258,6 +270,11 @@ class TestTrain:
             with pytest.raises(SystemExit):
                 train.parse(arguments)
             assert message in capsys.readouterr().err
+
+    def test_score_of_a_network_that_finds_nothing(self):
+        import train
+        assert train.score({}) == 'mask AP 0.000, box AP 0.000'
+        assert train.score({'coco/segm_mAP': 0.25, 'coco/bbox_mAP': 0.5}) == 'mask AP 0.250, box AP 0.500'
 
     def test_error_without_traceback(self, tmp_path):
         import train

@@ -239,7 +239,7 @@ def _run_backward(arguments: _Arguments, mode: int, gradient: Optional[Tensor]) 
 
 def _to_inputs(gradients: Sequence[Optional[Tensor]], maps: Sequence[Optional[Tensor]]) -> List[Tensor]:
     """Gradients of the maps (channels last) as those of the maps given, and the others; without those that are None."""
-    firsts = [_channels_first(g.sum(0, keepdim=True) if x.shape[0] < g.shape[0] else g, x)
+    firsts = [_channels_first(g.sum(0, keepdim=True) if x.shape[0] != g.shape[0] else g, x)
               for g, x in zip(gradients[:4], maps) if x is not None]
     return [*firsts, *gradients[4:]]
 
