@@ -94,10 +94,11 @@ def find_annotations(folder, split):
         if matches:
             return matches[-1]  # of instances_train2014 and instances_train2017, the later
     usual = ', '.join(layout.format(WORDS[split][0]) for layout in LAYOUTS[:4])
+    others = f' ({" or ".join(WORDS[split][1:])} will do for {split})' if WORDS[split][1:] else ''
     names = sorted(path.name + '/' * path.is_dir() for path in folder.iterdir())
     inside = sorted(path.relative_to(folder).as_posix() for path in folder.glob('**/*.json'))
     raise NotCoco(f'no {split} annotations in {folder}\n'
-                  f'  looked for: {usual} and the like ({split} may read {", ".join(WORDS[split])})\n'
+                  f'  looked for: {usual} and the like{others}\n'
                   f'  found:      {short(names) or "an empty folder"}\n'
                   f'  JSON files: {short(inside) or "none"}')
 

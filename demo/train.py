@@ -36,7 +36,7 @@ def parse(arguments=None):
                              'and the pictures they name (default: the demo makes a data set of textured shapes)')
     parser.add_argument('--iterations', type=int, metavar='N',
                         help='train for N steps of 4 pictures each (default: what the config says)')
-    parser.add_argument('--minutes', type=float, default=5, metavar='M',
+    parser.add_argument('--minutes', type=float, default=5.7, metavar='M',
                         help='train for at most M minutes. A machine too slow for all iterations takes fewer, and its '
                              'learning rate decays faster, so that the training still ends well (default: %(default)s)')
     parser.add_argument('--size', type=int, metavar='PIXELS',
@@ -111,10 +111,10 @@ def main(arguments=None):
                    f'{kind.capitalize()} pictures after {pace.done} iterations: {score(after)}')
     say(f'  {score(after)}')
 
-    log = Path(runner.log_dir) / f'{runner.timestamp}.log'
+    log = work_dir / runner.timestamp / f'{runner.timestamp}.log'
     say(SUMMARY.format(kind=kind, before=score(before), after=score(after), iterations=pace.done,
                        seconds=pace.elapsed, sheet=work_dir / 'sheet.png', checkpoint=work_dir / 'checkpoint.pth',
-                       config=work_dir / CONFIG.name, log=os.path.relpath(log)))
+                       config=work_dir / CONFIG.name, log=log))
     say(HINTS_OWN_DATA if options.data else HINTS)
     return before, after
 
