@@ -6,7 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'normalise', 'refuse_double_backward', 'synchronise', 'update_running_statistics']
+__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'normalise', 'refuse_double_backward', 'synchronise',
+           'update_running_statistics']
 
 
 class Spec(NamedTuple):

@@ -73,5 +73,6 @@ def test_train_resume_test(folder):
 
 
 def test_the_runner_names_what_it_needs():
-    result = subprocess.run([sys.executable, '-m', 'san_backbones.mm.run', 'nowhere.py'], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, '-m', 'san_backbones.mm.run', 'nowhere.py'], capture_output=True,
+                            text=True)
     assert result.returncode != 0 and 'given: nowhere.py; expected the path of a Python script' in result.stderr

@@ -285,7 +285,8 @@ def test_other_instruction_sets(capability):
         pytest.skip(f'torch does not step down to {capability} here')
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k',
-         'positions or odd_widths or layouts or wide or (definition and 7-2) or (gradients and 3-2)'], env=environment, capture_output=True, text=True)
+         'positions or odd_widths or layouts or wide or (definition and 7-2) or (gradients and 3-2)'],
+        env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
 
 

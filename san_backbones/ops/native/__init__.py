@@ -68,8 +68,9 @@ def _load() -> Tuple[Optional[ctypes.CDLL], str]:
                 library = ctypes.CDLL(str(path))
             except OSError as error:
                 return None, f'{path.name} does not load: {error}'
-            if not hasattr(library, 'san_backward_bytes') or (library.san_task_bytes(), library.san_backward_bytes()) != (
-                    ctypes.sizeof(_Task), ctypes.sizeof(_Backward)):
+            sizes = ctypes.sizeof(_Task), ctypes.sizeof(_Backward)
+            if not hasattr(library, 'san_backward_bytes') \
+                    or (library.san_task_bytes(), library.san_backward_bytes()) != sizes:
                 return None, f'{path.name} was built from another version of its source; reinstall san_backbones'
             for run in (library.san_run, library.san_backward_run):
                 run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]

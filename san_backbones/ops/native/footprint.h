@@ -57,7 +57,8 @@ struct left {
 };
 
 INLINE void multiply_block(const int rows, const int blocks, struct left l, const float *w, int64_t w_row,
-                           int64_t inner, const float *start, int64_t start_row, float *c, int64_t c_row, const int relu) {
+                           int64_t inner, const float *start, int64_t start_row, float *c, int64_t c_row,
+                           const int relu) {
     vec sum[ROWS][BLOCKS];
     for (int m = 0; m < rows; m++)
         for (int b = 0; b < blocks; b++) sum[m][b] = *(const vec *)(start + m * start_row + b * LANES);
