@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'normalise', 'refuse_double_backward', 'synchronise',
-           'update_running_statistics']
+__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'fold_batch', 'need_several_values', 'normalise',
+           'refuse_double_backward', 'synchronise', 'update_running_statistics']
 
 
 class Spec(NamedTuple):
@@ -94,6 +94,24 @@ def synchronise(mean: Tensor, var: Tensor, count: Tensor, group: Any) -> Tuple[T
     return joined_mean, joined_var, total
 
 
+def fold_batch(norm: Norm, mean: Tensor, var: Tensor, count: Tensor) -> Affine:
+    """`fold` by the statistics of this call's `count` values per channel: shared over the norm's process group, and
+    the running buffers moved towards them.
+    """
+    if norm.group is not None:
+        mean, var, count = synchronise(mean, var, count, norm.group)
+    update_running_statistics(norm, mean.detach(), var.detach(), count)
+    return fold(norm, mean, var)
+
+
+def need_several_values(count: int) -> None:
+    """Raises ValueError where batch statistics would be those of a single value, or of none."""
+    if count <= 1:
+        raise ValueError(
+            f'batch statistics need more than 1 value per channel, got {count}: '
+            'use a larger batch or image, or put the norm in eval mode')
+
+
 def normalise(x: Tensor, norm: Norm) -> Tensor:
     """Applies `norm` to x (N, C, P, L), updating its running buffers where it uses batch statistics."""
     if norm.group is None:
@@ -103,9 +121,7 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     wide = _wide(x)
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     count = torch.tensor(x.numel() / x.shape[1], dtype=wide.dtype, device=x.device)
-    mean, var, count = synchronise(mean, var, count, norm.group)
-    update_running_statistics(norm, mean, var, count)
-    affine = fold(norm, mean, var)
+    affine = fold_batch(norm, mean, var, count)
     return (wide * affine.scale[:, None, None] + affine.shift[:, None, None]).to(x.dtype)
 
 

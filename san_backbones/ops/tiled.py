@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import geometry, reference
-from .gamma import Affine, Gamma, Norm, Spec, fold, refuse_double_backward, synchronise, update_running_statistics
+from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_double_backward
 
 __all__ = ['TILE_ELEMENTS', 'attend']
 
@@ -138,10 +138,7 @@ class _Statistics(torch.autograd.Function):
                 scatter = scatter + part_var * n + delta * delta * (count * n / (count + n))
                 mean = mean + delta * (n / (count + n))
                 count += n
-        if count <= 1:
-            raise ValueError(
-                f'batch statistics need more than 1 value per channel, got {count}: '
-                'use a larger batch or image, or put the norm in eval mode')
+        need_several_values(count)
         ctx.plan, ctx.count, ctx.autocast = plan, count, _autocast_state(inputs[0])
         ctx.save_for_backward(mean, *inputs)
         total = torch.tensor(float(count), dtype=mean.dtype, device=mean.device)
@@ -216,11 +213,7 @@ def attend(
     def affine(norm: Norm, statistics: Plan, inputs: Sequence[Tensor]) -> Affine:
         if not norm.batch_statistics:
             return fold(norm, norm.running_mean, norm.running_var)
-        mean, var, count = _Statistics.apply(statistics, *inputs)
-        if norm.group is not None:
-            mean, var, count = synchronise(mean, var, count, norm.group)
-        update_running_statistics(norm, mean.detach(), var.detach(), count)
-        return fold(norm, mean, var)
+        return fold_batch(norm, *_Statistics.apply(statistics, *inputs))
 
     last = [gamma.weight2, gamma.bias2, geometry.reflect_pad(value, pad)]
     first = [*maps, *affine(gamma.norm1, plan(relation), maps), gamma.weight1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import geometry
-from ..gamma import Affine, Gamma, Norm, Spec, fold, refuse_double_backward, synchronise, update_running_statistics
+from ..gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_double_backward
 from ..statistics import relation_statistics
 
 __all__ = ['attend', 'library', 'unavailable']
@@ -212,7 +212,7 @@ def _run_backward(arguments: _Arguments, mode: int, gradient: Optional[Tensor]) 
     units = task.batch * ((task.height + 2 * band - 1) // (2 * band))
     slots = max(1, min(units, 64, max(4, MAX_GRADIENT_NUMBERS // sum(sizes))))
     if mode == STATISTICS:
-        outputs, parameters = [], None
+        outputs, parameters = [None] * 4, None
         sums = torch.zeros(slots, 2, hidden, dtype=torch.float64)
     else:
         outputs = [torch.zeros_like(query), torch.zeros_like(key), None if value is None else torch.zeros_like(value),
@@ -220,13 +220,9 @@ def _run_backward(arguments: _Arguments, mode: int, gradient: Optional[Tensor]) 
         parameters, sums = torch.zeros(slots, sum(sizes)), None
     transposed = [_pad(weight1[:, :task.hidden_used].t(), padded).contiguous(),
                   None if weight2 is None else _pad(weight2.flatten(1).t(), hidden).contiguous()]
-    if mode == STATISTICS:
-        maps = [None] * 4
-    else:
-        maps = outputs
     backward = _Backward(
         task, mode, inputs, padded, slots, sum(sizes), band, 0,
-        *(None if x is None else x.data_ptr() for x in (gradient, *transposed, *maps, parameters, sums)))
+        *(None if x is None else x.data_ptr() for x in (gradient, *transposed, *outputs, parameters, sums)))
     library = _loaded()
     library.san_backward_run(ctypes.addressof(backward), _torch_parallel(), torch.get_num_threads())
     arguments.check(backward.task)
@@ -375,14 +371,8 @@ def _affine(norm: Norm, statistics: Callable[[], Tuple[Tensor, Tensor, int]]) ->
     if not norm.batch_statistics:
         return fold(norm, norm.running_mean, norm.running_var)
     mean, var, values = statistics()
-    if values <= 1:
-        raise ValueError(f'batch statistics need more than 1 value per channel, got {values}: '
-                         'use a larger batch or image, or put the norm in eval mode')
-    count = torch.tensor(float(values))
-    if norm.group is not None:
-        mean, var, count = synchronise(mean, var, count, norm.group)
-    update_running_statistics(norm, mean.detach(), var.detach(), count)
-    return fold(norm, mean, var)
+    need_several_values(values)
+    return fold_batch(norm, mean, var, torch.tensor(float(values)))
 
 
 def _hidden_statistics(query: Tensor, key: Tensor, place: Optional[Tensor], norm1: Affine, gamma: Gamma,
