@@ -24,7 +24,7 @@ class BuildLibrary(build_ext):
         return fullname.replace('.', '/') + ('.dll' if sys.platform == 'win32' else '.so')
 
     def get_export_symbols(self, ext):
-        return ['san_run', 'san_work', 'san_task_bytes', 'san_backward_run', 'san_backward_bytes']
+        return ['san_run', 'san_width', 'san_task_bytes', 'san_backward_run', 'san_backward_bytes']
 
 
 class PlatformWheel(bdist_wheel):

@@ -18,7 +18,6 @@ from ..statistics import relation_statistics
 
 __all__ = ['attend', 'library', 'unavailable']
 
-LANES = 16
 RELATIONS = {(True, 'subtraction'): 0, (True, 'summation'): 1, (True, 'hadamard'): 2, (True, 'concatenation'): 3,
              (True, 'dot'): 4, (False, 'concatenation'): 5, (False, 'star'): 6}
 # instruction sets by torch's names for what the processor has (ATEN_CPU_CAPABILITY overrides it), best first
@@ -33,11 +32,12 @@ class _Task(ctypes.Structure):
     """struct task of footprint.c."""
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
-            'relation', 'absolute', 'batch', 'height', 'width', 'rel', 'hidden', 'lanes', 'out', 'kernel', 'dilation')),
+            'relation', 'absolute', 'batch', 'height', 'width', 'rel', 'hidden', 'lanes', 'out', 'kernel', 'dilation',
+            'query_row', 'key_row', 'value_row')),
         *((name, ctypes.c_void_p) for name in (
             'query', 'key', 'value', 'place', 'scale1', 'shift1', 'weight1', 'shift2', 'weight2', 'bias2', 'rows',
-            'columns', 'output')),
-        *((name, ctypes.c_int64) for name in ('hidden_used', 'next', 'failed')),
+            'columns', 'shift', 'output')),
+        *((name, ctypes.c_int64) for name in ('hidden_used', 'together', 'next', 'failed')),
     ]
 
 
@@ -46,7 +46,7 @@ class _Backward(ctypes.Structure):
     _fields_ = [
         ('task', _Task),
         *((name, ctypes.c_int64) for name in (
-            'mode', 'inputs', 'inputs_padded', 'slots', 'parameters', 'band', 'odd')),
+            'mode', 'inputs', 'inputs_padded', 'rel_padded', 'slots', 'parameters', 'band', 'odd')),
         *((name, ctypes.c_void_p) for name in (
             'gradient', 'weight1_t', 'weight2_t', 'd_query', 'd_key', 'd_value', 'd_place', 'd_parameters', 'sums')),
     ]
@@ -69,7 +69,7 @@ def _load() -> Tuple[Optional[ctypes.CDLL], str]:
             except OSError as error:
                 return None, f'{path.name} does not load: {error}'
             sizes = ctypes.sizeof(_Task), ctypes.sizeof(_Backward)
-            if not hasattr(library, 'san_backward_bytes') \
+            if not hasattr(library, 'san_width') \
                     or (library.san_task_bytes(), library.san_backward_bytes()) != sizes:
                 return None, f'{path.name} was built from another version of its source; reinstall san_backbones'
             for run in (library.san_run, library.san_backward_run):
@@ -97,6 +97,11 @@ def _loaded() -> ctypes.CDLL:
     return loaded
 
 
+def _width() -> int:
+    """Numbers in a vector of the build that serves this processor."""
+    return _loaded().san_width()
+
+
 @functools.lru_cache(maxsize=None)
 def _torch_parallel() -> Optional[int]:
     """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, so that its threads do this work too."""
@@ -122,7 +127,7 @@ def _repeat(x: Tensor, lanes: int) -> Tensor:
 
 
 def _round_up(size: int) -> int:
-    return (size + LANES - 1) // LANES * LANES
+    return (size + _width() - 1) // _width() * _width()
 
 
 class _Shape(NamedTuple):
@@ -149,7 +154,7 @@ def _folded(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec) -> Tuple[Lis
     weight2, bias2 = gamma.weight2.flatten(1).float().t(), gamma.bias2.float()
     hidden = weight1.shape[1]
     weight_channels = weight2.shape[1] // (1 if spec.pairwise else area)
-    lanes = math.lcm(weight_channels, LANES)
+    lanes = math.lcm(weight_channels, _width())
     scale1, shift1, weight1 = (_in_loop_order(x, spec) for x in (scale1, shift1, weight1))
     if not spec.pairwise:
         weight2 = weight2.view(hidden, weight_channels, area).transpose(1, 2)
@@ -170,7 +175,24 @@ def _in_loop_order(x: Tensor, spec: Spec) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    return x.detach().float().permute(0, 2, 3, 1).contiguous()
+    """(N, C, H, W) as (N, H, W, C) in float32, without a copy where that is a slice of the channels of such a map."""
+    x = x.detach().float().permute(0, 2, 3, 1)
+    _, height, width, _ = x.shape
+    row = x.stride(2)
+    return x if x.stride() == (height * width * row, width * row, row, 1) else x.contiguous()
+
+
+def _row(x: Tensor) -> int:
+    """Numbers from one pixel of a map from `_channels_last` to the next; the stride of an axis of one is arbitrary."""
+    return x.shape[3] if x.is_contiguous() else x.stride(2)
+
+
+def _readable(x: Optional[Tensor]) -> Optional[Tensor]:
+    """x, or a copy of it, with memory behind it, since the loops read whole vectors beyond its end."""
+    if x is None or (x.dim() == 4 and x.shape[-1] % _width() == 0):
+        return x
+    memory = torch.empty(x.numel() + _width(), dtype=x.dtype)
+    return memory[:x.numel()].view(x.shape).copy_(x)
 
 
 def _channels_first(x: Tensor, like: Tensor) -> Tensor:
@@ -184,27 +206,33 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 class _Arguments:
-    """struct task, and the tensors it points to, which must outlive it."""
+    """struct task, and the tensors it points to."""
 
     def __init__(self, shape: _Shape, maps: Sequence[Optional[Tensor]], folded: Sequence[Optional[Tensor]], out: int):
-        batch, height, width, rel = maps[0].shape
+        query, key, value, place = maps
+        batch, height, width, rel = query.shape
         pad = geometry.padding(shape.kernel_size, shape.dilation)
-        self.indices = [geometry.reflection_index(size, pad) for size in (height, width)]
-        self.tensors = (*maps, *folded)
-        pointers = [None if x is None else x.data_ptr() for x in (*self.tensors, *self.indices)]
+        scale1, shift1, *rest = folded
+        self.tensors = (  # outlive the task, which has their addresses
+            _readable(query), _readable(key), value, _readable(place), _readable(scale1), _readable(shift1), *rest,
+            *(geometry.reflection_index(size, pad) for size in (height, width)))
         self.task = _Task(
             shape.relation, shape.absolute, batch, height, width, rel, _round_up(shape.hidden), shape.lanes, out,
-            shape.kernel_size, shape.dilation, *pointers, None, shape.hidden, 0, 0)
+            shape.kernel_size, shape.dilation, *(0 if x is None else _row(x) for x in self.tensors[:3]),
+            *(None if x is None else x.data_ptr() for x in self.tensors), None, None, shape.hidden, 0, 0, 0)
 
     def check(self, task: _Task) -> None:
         if task.failed:
             raise MemoryError('no memory for the working space of a thread of the native footprint attention')
 
 
-def _run_backward(arguments: _Arguments, mode: int, gradient: Optional[Tensor]) -> List[Tensor]:
+def _run_backward(shape: List[int], maps: Sequence[Optional[Tensor]], folded: Sequence[Optional[Tensor]],
+                  mode: int, gradient: Optional[Tensor]) -> List[Tensor]:
     """Gradients of the maps and of folded gamma; for STATISTICS, the sums of the hidden vectors and their squares."""
+    query, key, value, place = maps
+    arguments = _Arguments(_Shape(*shape), maps, folded, 0 if value is None else value.shape[3])
     task = arguments.task
-    query, key, value, place, scale1, _, weight1, _, weight2, bias2 = arguments.tensors
+    _, _, weight1, _, weight2, bias2 = folded
     inputs, padded, hidden = weight1.shape[0], _round_up(weight1.shape[0]), task.hidden
     columns = 0 if bias2 is None else bias2.numel()
     sizes = [padded, padded, inputs * hidden, hidden, task.hidden_used * columns, columns]
@@ -215,13 +243,13 @@ def _run_backward(arguments: _Arguments, mode: int, gradient: Optional[Tensor]) 
         outputs, parameters = [None] * 4, None
         sums = torch.zeros(slots, 2, hidden, dtype=torch.float64)
     else:
-        outputs = [torch.zeros_like(query), torch.zeros_like(key), None if value is None else torch.zeros_like(value),
-                   None if place is None else torch.zeros(task.batch, *place.shape[1:])]
+        outputs = [None if x is None else torch.zeros(task.batch, *x.shape[1:3], _round_up(x.shape[3]) if i < 2 else
+                                                      x.shape[3]) for i, x in enumerate(maps)]
         parameters, sums = torch.zeros(slots, sum(sizes)), None
     transposed = [_pad(weight1[:, :task.hidden_used].t(), padded).contiguous(),
                   None if weight2 is None else _pad(weight2.flatten(1).t(), hidden).contiguous()]
     backward = _Backward(
-        task, mode, inputs, padded, slots, sum(sizes), band, 0,
+        task, mode, inputs, padded, _round_up(query.shape[3]), slots, sum(sizes), band, 0,
         *(None if x is None else x.data_ptr() for x in (gradient, *transposed, *outputs, parameters, sums)))
     library = _loaded()
     library.san_backward_run(ctypes.addressof(backward), _torch_parallel(), torch.get_num_threads())
@@ -231,7 +259,8 @@ def _run_backward(arguments: _Arguments, mode: int, gradient: Optional[Tensor]) 
     d_scale1, d_shift1, d_weight1, d_shift2, d_weight2, d_bias2 = parameters.sum(0).split(sizes)
     parts = [d_scale1[:inputs], d_shift1[:inputs], d_weight1, d_shift2, d_weight2, d_bias2]
     # copies: an operator's outputs share no memory. weight2 and bias2 are None for the hidden vectors' statistics
-    return [*outputs, *(part.clone().view(x.shape) for part, x in zip(parts, arguments.tensors[4:]) if x is not None)]
+    outputs = [None if x is None else d[..., :x.shape[3]] for d, x in zip(outputs, maps)]
+    return [*outputs, *(part.clone().view(x.shape) for part, x in zip(parts, folded) if x is not None)]
 
 
 def _to_inputs(gradients: Sequence[Optional[Tensor]], maps: Sequence[Optional[Tensor]]) -> List[Tensor]:
@@ -242,7 +271,8 @@ def _to_inputs(gradients: Sequence[Optional[Tensor]], maps: Sequence[Optional[Te
 
 
 def _maps(*maps: Optional[Tensor]) -> List[Optional[Tensor]]:
-    return [None if x is None else _channels_last(x) for x in maps]
+    query, key, value, place = (None if x is None else _channels_last(x) for x in maps)
+    return [query, key, value, None if place is None else place.contiguous()]
 
 
 @torch.library.custom_op('san_backbones::attend', mutates_args=(), device_types='cpu')
@@ -272,8 +302,8 @@ def _attend_backward(
         shift1: Tensor, weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor,
         shape: List[int]) -> List[Tensor]:
     maps, folded = (query, key, value, place), (scale1, shift1, weight1, shift2, weight2, bias2)
-    arguments = _Arguments(_Shape(*shape), _maps(*maps), folded, value.shape[1])
-    return _to_inputs(_run_backward(arguments, ATTENTION, _channels_last(gradient)), maps)
+    gradient = _channels_last(gradient).contiguous()
+    return _to_inputs(_run_backward(shape, _maps(*maps), folded, ATTENTION, gradient), maps)
 
 
 @_attend_backward.register_fake
@@ -307,8 +337,9 @@ def _hidden_sums(
         query: Tensor, key: Tensor, place: Optional[Tensor], scale1: Tensor, shift1: Tensor, weight1: Tensor,
         shape: List[int]) -> Tensor:
     """Sums of u = weight1 relu(norm1(delta)), the input of norm2, and of u * u: (2, hidden) in float64."""
-    arguments = _hidden_arguments(query, key, place, scale1, shift1, weight1, shape)
-    return _run_backward(arguments, STATISTICS, None)[0][:, :_Shape(*shape).hidden].contiguous()
+    folded = (scale1, shift1, weight1, None, None, None)
+    sums, = _run_backward(shape, _maps(query, key, None, place), folded, STATISTICS, None)
+    return sums[:, :_Shape(*shape).hidden].contiguous()
 
 
 @_hidden_sums.register_fake
@@ -320,21 +351,16 @@ def _(query, key, place, scale1, shift1, weight1, shape):
 def _hidden_sums_backward(
         gradient: Tensor, query: Tensor, key: Tensor, place: Optional[Tensor], scale1: Tensor, shift1: Tensor,
         weight1: Tensor, shape: List[int]) -> List[Tensor]:
-    arguments = _hidden_arguments(query, key, place, scale1, shift1, weight1, shape)
+    maps, folded = (query, key, None, place), (scale1, shift1, weight1, None, None, None)
     slopes = gradient * torch.tensor([[1.], [2.]], dtype=gradient.dtype)  # d u / d u and d u^2 / d u = 2 u
     slopes = _pad(slopes.float(), weight1.shape[1]).contiguous()
-    return _to_inputs(_run_backward(arguments, STATISTICS_BACKWARD, slopes), (query, key, None, place))
+    return _to_inputs(_run_backward(shape, _maps(*maps), folded, STATISTICS_BACKWARD, slopes), maps)
 
 
 @_hidden_sums_backward.register_fake
 def _(gradient, query, key, place, scale1, shift1, weight1, shape):
     maps = [torch.empty_like(x, memory_format=_memory_format(x)) for x in (query, key, place) if x is not None]
     return [*maps, *(torch.empty_like(x) for x in (scale1, shift1, weight1))]
-
-
-def _hidden_arguments(query, key, place, scale1, shift1, weight1, shape):
-    query, key, place = _maps(query, key, place)
-    return _Arguments(_Shape(*shape), (query, key, None, place), (scale1, shift1, weight1, None, None, None), 0)
 
 
 def _differentiate_hidden_sums(ctx, gradient):
@@ -381,7 +407,7 @@ def _hidden_statistics(query: Tensor, key: Tensor, place: Optional[Tensor], norm
     hidden = weight1.shape[1]
     scale1, shift1, weight1 = (_in_loop_order(x, spec).contiguous() for x in (*norm1, weight1))
     sums = _hidden_sums(query, key, place, scale1, shift1, _pad(weight1, _round_up(hidden)).contiguous(),
-                        _Shape.of(spec, hidden, LANES))
+                        _Shape.of(spec, hidden, _width()))
     vectors = query.shape[0] * query.shape[2] * query.shape[3] * (spec.kernel_size ** 2 if spec.pairwise else 1)
     mean, square = sums / vectors
     var = (square - mean * mean).clamp(min=0)  # in float64 the difference keeps float32's digits

@@ -3,40 +3,44 @@
 
 /* ---- the weighted sum ---- */
 
+/* What is left to do to the sum over the footprint. */
+struct finish {
+    const float *factor, *shift; /* of the weights, [lanes]; of the output, [out], with ReLU, or NULL */
+};
+
+INLINE void store(const struct finish *f, int64_t c, int64_t lane, vec sum, float *output) {
+    sum *= at(f->factor + lane);
+    *(vec *)(output + c) = f->shift ? positive(sum + at(f->shift + c)) : sum;
+}
+
 /* output[c] = factor[c mod lanes] * sum_o weights[o][c mod lanes] * value(o)[c] */
-INLINE void weighted_sum(const float *weights, const float *const *values, int64_t area, int64_t lanes, int64_t out,
-                         const float *factor, float *output) {
+static void weighted_sum(const float *weights, const float *const *values, int64_t area, int64_t lanes, int64_t out,
+                         const struct finish *f, float *output) {
     int64_t c = 0;
-#define CHUNK(n)                                                                                          \
-    for (; c + n * LANES <= out && c % lanes + n * LANES <= lanes; c += n * LANES) {                      \
-        const int64_t l = c % lanes;                                                                      \
-        vec sum[n];                                                                                       \
-        for (int b = 0; b < n; b++) sum[b] = (vec){0};                                                    \
-        for (int64_t o = 0; o < area; o++)                                                                \
-            for (int b = 0; b < n; b++)                                                                   \
-                sum[b] += *(const vec *)(weights + o * lanes + l + b * LANES) *                           \
-                          *(const vec *)(values[o] + c + b * LANES);                                      \
-        for (int b = 0; b < n; b++)                                                                       \
-            *(vec *)(output + c + b * LANES) = sum[b] * *(const vec *)(factor + l + b * LANES); \
-    }
-    if (lanes == LANES) /* one vector of weights serves several of values */
-        for (; c + 4 * LANES <= out; c += 4 * LANES) {
-            vec sum[4] = {{0}, {0}, {0}, {0}};
+    for (; c + 4 * WIDTH <= out; c += 4 * WIDTH) {
+        vec sum[4] = {{0}, {0}, {0}, {0}};
+        int64_t lane[4];
+        for (int b = 0; b < 4; b++) lane[b] = (c + b * WIDTH) % lanes;
+        if (lanes == WIDTH) /* one vector of weights serves several of values */
             for (int64_t o = 0; o < area; o++) {
-                const vec w = *(const vec *)(weights + o * lanes);
-                for (int b = 0; b < 4; b++) sum[b] += w * *(const vec *)(values[o] + c + b * LANES);
+                const vec w = at(weights + o * WIDTH);
+                for (int b = 0; b < 4; b++) sum[b] += w * at(values[o] + c + b * WIDTH);
             }
-            for (int b = 0; b < 4; b++) *(vec *)(output + c + b * LANES) = sum[b] * *(const vec *)factor;
-        }
-    while (c + LANES <= out) {
-        CHUNK(4)
-        CHUNK(1)
+        else
+            for (int64_t o = 0; o < area; o++)
+                for (int b = 0; b < 4; b++) sum[b] += at(weights + o * lanes + lane[b]) * at(values[o] + c + b * WIDTH);
+        for (int b = 0; b < 4; b++) store(f, c + b * WIDTH, lane[b], sum[b], output);
     }
-#undef CHUNK
+    for (; c + WIDTH <= out; c += WIDTH) {
+        vec sum = {0};
+        for (int64_t o = 0; o < area; o++) sum += at(weights + o * lanes + c % lanes) * at(values[o] + c);
+        store(f, c, c % lanes, sum, output);
+    }
     for (; c < out; c++) {
         float sum = 0;
         for (int64_t o = 0; o < area; o++) sum += weights[o * lanes + c % lanes] * values[o][c];
-        output[c] = sum * factor[c % lanes];
+        sum *= f->factor[c % lanes];
+        output[c] = f->shift ? relu(sum + f->shift[c]) : sum;
     }
 }
 
@@ -45,91 +49,100 @@ struct scratch {
     const float **keys, **values, **places;
 };
 
-INLINE void pairwise_row(const struct task *t, int64_t image, int64_t y, struct scratch *s) {
-    const int64_t area = t->kernel * t->kernel, pixels = t->height * t->width;
-    const float *key = t->key + image * pixels * t->rel, *value = t->value + image * pixels * t->out;
-    /* neighbours worked on together: the whole of a small footprint, one row of a large one, to stay in cache */
-    const int64_t group = t->kernel < ROWS ? area : t->kernel;
-    const int64_t inputs_row = 2 * t->rel + 3;
-    for (int64_t x = 0; x < t->width; x++) {
-        const int64_t here = (image * t->height + y) * t->width + x;
-        const float *q = t->query + here * t->rel;
-        for (int64_t a = 0, o = 0; a < t->kernel; a++) {
-            const int64_t line = t->rows[y + a * t->dilation] * t->width;
-            for (int64_t b = 0; b < t->kernel; b++, o++) {
-                const int64_t there = line + t->columns[x + b * t->dilation];
-                s->keys[o] = key + there * t->rel;
-                s->values[o] = value + there * t->out;
-                s->places[o] = t->place ? t->place + there * 2 : NULL;
-            }
+/* The neighbours of pixel number `here` of the batch. */
+INLINE void find_neighbours(const struct task *t, int64_t here, const float **keys, const float **values,
+                            const float **places) {
+    const int64_t pixels = t->height * t->width, first = here / pixels * pixels;
+    const int64_t y = (here - first) / t->width, x = (here - first) % t->width;
+    for (int64_t a = 0, o = 0; a < t->kernel; a++) {
+        const int64_t line = t->rows[y + a * t->dilation] * t->width;
+        for (int64_t b = 0; b < t->kernel; b++, o++) {
+            const int64_t there = line + t->columns[x + b * t->dilation];
+            keys[o] = t->key + (first + there) * t->key_row;
+            values[o] = t->value + (first + there) * t->value_row;
+            places[o] = t->place ? t->place + there * 2 : NULL;
         }
-        const float *p_i = t->place ? t->place + (y * t->width + x) * 2 : NULL;
-        for (int64_t first = 0; first < area; first += group) {
-            int64_t inputs = 0;
-            for (int64_t o = 0; o < group; o++)
-                inputs = relate(t, q, s->keys[first + o], t->scale1, t->shift1, p_i, s->places[first + o],
-                                s->related + o * inputs_row);
-            multiply(group, (struct left){s->related, inputs_row, 1}, t->weight1, t->hidden, inputs, t->shift2, 0,
-                     s->middle, t->hidden, t->hidden, 1);
-            multiply(group, (struct left){s->middle, t->hidden, 1}, t->weight2, t->lanes, t->hidden_used, t->bias2, 0,
-                     s->weights + first * t->lanes, t->lanes, t->lanes, 0);
-        }
-        softmax(s->weights, area, t->lanes, s->factor);
-        weighted_sum(s->weights, s->values, area, t->lanes, t->out, s->factor, t->output + here * t->out);
+    }
+}
+
+/* ---- pairwise ---- */
+
+INLINE int64_t pairwise_row(const struct task *t) { return 2 * t->rel + 3; } /* of `related` */
+
+/* `count` pixels from number `here` of the batch: their pairs are the rows of one product. */
+INLINE void pairwise_pixels(const struct task *t, const int relation, int64_t here, int64_t count, struct scratch *s) {
+    const int64_t area = t->kernel * t->kernel, row = pairwise_row(t), pixels = t->height * t->width;
+    const struct finish finish = {s->factor, t->shift};
+    int64_t inputs = 0;
+    for (int64_t m = 0; m < count; m++) {
+        const float *q = t->query + (here + m) * t->query_row;
+        const float *p_i = t->place ? t->place + 2 * ((here + m) % pixels) : NULL;
+        find_neighbours(t, here + m, s->keys, s->values + m * area, s->places);
+        for (int64_t o = 0; o < area; o++)
+            inputs = relate(t, relation, q, s->keys[o], p_i, s->places[o], s->related + (m * area + o) * row);
+    }
+    multiply_relu(count * area, (struct left){s->related, row, 1}, t->weight1, t->hidden, inputs, t->shift2, 0,
+                  s->middle, t->hidden, t->hidden);
+    multiply(count * area, (struct left){s->middle, t->hidden, 1}, t->weight2, t->lanes, t->hidden_used, t->bias2, 0,
+             s->weights, t->lanes, t->lanes);
+    for (int64_t m = 0; m < count; m++) {
+        float *weights = s->weights + m * area * t->lanes;
+        softmax(weights, area, t->lanes, s->factor);
+        weighted_sum(weights, s->values + m * area, area, t->lanes, t->out, &finish, t->output + (here + m) * t->out);
     }
 }
 
 /* ---- patchwise ---- */
 
-/* `count` pixels of row y from column x. */
-INLINE void patchwise_pixels(const struct task *t, int64_t image, int64_t y, int64_t x, int64_t count,
-                             struct scratch *s) {
-    const int64_t area = t->kernel * t->kernel, pixels = t->height * t->width, r = t->rel;
-    const float *key = t->key + image * pixels * r, *value = t->value + image * pixels * t->out;
-    const int64_t here = (image * t->height + y) * t->width + x;
-    const float *query = t->query + here * r;
-    const int64_t inputs = t->relation == PATCH_STAR ? area : r * (area + 1);
-    float *d = s->related;
-    if (t->relation != PATCH_STAR)
-        for (int64_t m = 0; m < count; m++)
-            for (int64_t c = 0; c < r; c++) d[m * inputs + c] = relu(query[m * r + c] * t->scale1[c] + t->shift1[c]);
-    for (int64_t a = 0, o = 0; a < t->kernel; a++) {
-        const int64_t line = t->rows[y + a * t->dilation] * t->width;
-        for (int64_t b = 0; b < t->kernel; b++, o++)
-            for (int64_t m = 0; m < count; m++) {
-                const int64_t there = line + t->columns[x + m + b * t->dilation];
-                const float *restrict k = key + there * r, *restrict q = query + m * r;
-                s->values[m * area + o] = value + there * t->out;
-                if (t->relation == PATCH_STAR) {
-                    float product = 0;
-                    for (int64_t c = 0; c < r; c++) product += q[c] * k[c];
-                    d[m * inputs + o] = relu(product * t->scale1[o] + t->shift1[o]);
-                } else {
-                    const float *restrict scale = t->scale1 + (o + 1) * r, *restrict shift = t->shift1 + (o + 1) * r;
-                    float *restrict to = d + m * inputs + (o + 1) * r;
-                    for (int64_t c = 0; c < r; c++) to[c] = relu(k[c] * scale[c] + shift[c]);
-                }
-            }
-    }
-    const int64_t columns = area * t->lanes;
-    multiply(count, (struct left){d, inputs, 1}, t->weight1, t->hidden, inputs, t->shift2, 0, s->middle, t->hidden,
-             t->hidden, 1);
-    multiply(count, (struct left){s->middle, t->hidden, 1}, t->weight2, columns, t->hidden_used, t->bias2, 0,
-             s->weights, columns, columns, 0);
+/* Neighbours whose channels are multiplied with weight1 together, so that these and their weights stay in cache. */
+INLINE int64_t patchwise_group(const struct task *t) {
+    const int64_t area = t->kernel * t->kernel, group = t->relation == PATCH_STAR ? area : 512 / t->rel;
+    return group < 1 ? 1 : group < area ? group : area;
+}
+
+INLINE int64_t patchwise_row(const struct task *t) { /* of `related` */
+    return t->relation == PATCH_STAR ? patchwise_group(t) : (patchwise_group(t) + 1) * t->rel;
+}
+
+INLINE void patchwise_pixels(const struct task *t, int64_t here, int64_t count, struct scratch *s) {
+    const int64_t area = t->kernel * t->kernel, columns = area * t->lanes, row = patchwise_row(t);
+    const int64_t group = patchwise_group(t), hidden = t->hidden;
+    const struct finish finish = {s->factor, t->shift};
     for (int64_t m = 0; m < count; m++)
-        weighted_sum(s->weights + m * columns, s->values + m * area, area, t->lanes, t->out, s->factor,
+        find_neighbours(t, here + m, s->keys + m * area, s->values + m * area, s->places + m * area);
+    for (int64_t first = 0, done = 0; first < area; first += group) {
+        const int64_t last = first + group < area ? first + group : area;
+        int64_t inputs = 0;
+        for (int64_t m = 0; m < count; m++) {
+            const float *q = t->query + (here + m) * t->query_row;
+            float *d = s->related + m * row;
+            inputs = first ? 0 : relate_centre(t, q, d);
+            for (int64_t o = first; o < last; o++)
+                inputs += relate_neighbour(t, q, s->keys[m * area + o], o, d + inputs);
+        }
+        const float *start = first ? s->middle : t->shift2, *weight = t->weight1 + done * hidden;
+        const struct left related = {s->related, row, 1};
+        (last < area ? multiply : multiply_relu)(count, related, weight, hidden, inputs, start, first ? hidden : 0,
+                                                 s->middle, hidden, hidden);
+        done += inputs;
+    }
+    multiply(count, (struct left){s->middle, hidden, 1}, t->weight2, columns, t->hidden_used, t->bias2, 0, s->weights,
+             columns, columns);
+    for (int64_t m = 0; m < count; m++)
+        weighted_sum(s->weights + m * columns, s->values + m * area, area, t->lanes, t->out, &finish,
                      t->output + (here + m) * t->out);
 }
 
 /* ---- threads ---- */
 
-/* Works on rows until none is left. Any number of threads may call this with the same task. */
-void san_work(void *argument) {
+/* Works on pixels until none is left. Any number of threads may call this with the same task. */
+static void work(void *argument) {
     struct task *t = argument;
-    const size_t area = t->kernel * t->kernel, together = t->relation >= PATCH_CONCATENATION ? ROWS : 1;
-    const size_t related = 4 * (together * (t->rel + 1) * (area + 1) + (2 * t->rel + 3) * area + LANES);
-    const size_t middle = 4 * (together + area) * t->hidden, weights = 4 * together * area * t->lanes;
-    const size_t factor = 4 * t->lanes, pointers = together * area * sizeof(float *);
+    const int64_t pairwise = t->relation < PATCH_CONCATENATION, all = t->batch * t->height * t->width;
+    const size_t lines = t->together * (pairwise ? t->kernel * t->kernel : 1); /* of the products */
+    const size_t related = 4 * (lines * (pairwise ? pairwise_row(t) : patchwise_row(t)) + 2 * WIDTH);
+    const size_t middle = 4 * lines * t->hidden, neighbours = t->together * t->kernel * t->kernel;
+    const size_t weights = 4 * neighbours * t->lanes, factor = 4 * t->lanes, pointers = neighbours * sizeof(float *);
     char *memory = malloc(related + middle + weights + factor + 3 * pointers + 8 * 64), *from = memory;
     if (!memory) {
         t->failed = 1;
@@ -146,25 +159,32 @@ void san_work(void *argument) {
     s.places = take(&from, pointers);
     for (int64_t l = 0; l < t->lanes; l++) s.factor[l] = 1;
     for (;;) {
-        const int64_t row = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
-        if (row >= t->batch * t->height) break;
-        const int64_t image = row / t->height, y = row % t->height;
-        if (t->relation < PATCH_CONCATENATION)
-            pairwise_row(t, image, y, &s);
-        else
-            for (int64_t x = 0; x < t->width; x += ROWS)
-                patchwise_pixels(t, image, y, x, t->width - x < ROWS ? t->width - x : ROWS, &s);
+        const int64_t here = __atomic_fetch_add(&t->next, t->together, __ATOMIC_RELAXED);
+        if (here >= all) break;
+        const int64_t count = all - here < t->together ? all - here : t->together;
+        switch (t->relation) {
+            case SUBTRACTION: pairwise_pixels(t, SUBTRACTION, here, count, &s); break;
+            case SUMMATION: pairwise_pixels(t, SUMMATION, here, count, &s); break;
+            case HADAMARD: pairwise_pixels(t, HADAMARD, here, count, &s); break;
+            case CONCATENATION: pairwise_pixels(t, CONCATENATION, here, count, &s); break;
+            case DOT: pairwise_pixels(t, DOT, here, count, &s); break;
+            default: patchwise_pixels(t, here, count, &s);
+        }
     }
     free(memory);
 }
 
-/* Runs san_work on `threads` threads of an OpenMP runtime that is loaded already (GOMP_parallel's address), so that no
- * second pool of threads competes with torch's; without one, on this thread. */
-typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
-
-void san_run(struct task *task, parallel_function parallel, unsigned threads) {
-    if (parallel && threads > 1) parallel(san_work, task, threads, 0);
-    else san_work(task);
+void san_run(struct task *t, parallel_function parallel, unsigned threads) {
+    /* Several pixels share a pass over gamma's weights: few with large footprints, whose pairs fill register blocks and
+     * the cache; no more than leave every thread something to do. */
+    const int64_t pairs = t->relation < PATCH_CONCATENATION ? t->kernel * t->kernel : 1, pixels = t->height * t->width;
+    const int64_t most = (pairs > 1 ? 8 * ROWS : 4 * ROWS) / pairs, share = t->batch * pixels / threads;
+    t->together = share < most ? share : most;
+    if (t->together < 1) t->together = 1;
+    run(work, t, parallel, threads);
 }
+
+/* Attention weights and the middle of gamma come in multiples of this. */
+int64_t san_width(void) { return WIDTH; }
 
 int64_t san_task_bytes(void) { return sizeof(struct task); }
