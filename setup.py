@@ -13,7 +13,7 @@ from setuptools.command.build_py import build_py
 INSTRUCTION_SETS = {'baseline': []}
 if platform.machine().lower() in ('x86_64', 'amd64'):
     INSTRUCTION_SETS.update(avx2=['-march=x86-64-v3'], avx512=['-march=x86-64-v4', '-mprefer-vector-width=512'])
-SOURCES = ('footprint', 'backward')
+SOURCES = ('footprint', 'backward', 'pointwise')
 FLAGS = ['-O3', '-std=gnu11', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi']
 
 
@@ -24,7 +24,8 @@ class BuildLibrary(build_ext):
         return fullname.replace('.', '/') + ('.dll' if sys.platform == 'win32' else '.so')
 
     def get_export_symbols(self, ext):
-        return ['san_run', 'san_width', 'san_task_bytes', 'san_backward_run', 'san_backward_bytes']
+        return ['san_width', *(f'{name}_{what}' for name in ('san', 'san_backward', 'san_stem', 'san_scaled')
+                               for what in ('run', 'bytes'))]
 
 
 class PlatformWheel(bdist_wheel):

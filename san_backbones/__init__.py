@@ -7,8 +7,9 @@ Importing the package registers the models with timm:
 """
 from . import ops
 from .attention import PairwiseAttention, PatchwiseAttention
+from .fuse import fuse_for_inference
 from .san import SAN
 
 from ._version import __version__
 
-__all__ = ['PairwiseAttention', 'PatchwiseAttention', 'SAN', 'ops']
+__all__ = ['PairwiseAttention', 'PatchwiseAttention', 'SAN', 'fuse_for_inference', 'ops']

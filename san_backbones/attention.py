@@ -7,28 +7,14 @@ from collections import OrderedDict
 from typing import Optional, Tuple, Type
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import ops
+from .norms import BATCH_NORM_FORWARDS, as_norm, is_plain, is_pointwise
 from .ops import geometry, reference
 
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
-
-
-# by their forward, so that a subclass that only changes checks (mmengine's SyncBN) counts and one that computes
-# something else (a fused activation, an adapter) does not
-_BATCH_NORM_FORWARDS = (
-    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward, nn.Identity.forward)
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-
-
-def _is_plain(module: nn.Module, forwards: Tuple) -> bool:
-    """Whether calling the module is one of `forwards` and nothing else."""
-    return type(module).forward in forwards and 'forward' not in vars(module) \
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _weight_mlp(width: int, hidden: int, out: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
@@ -41,36 +27,6 @@ def _weight_mlp(width: int, hidden: int, out: int, norm_layer: Type[nn.Module], 
         ('act2', nn.ReLU(inplace=True)),
         ('fc2', nn.Conv2d(hidden, out, 1, **dd)),
     ]))
-
-
-def _sync_group(norm: nn.Module):
-    """The process group of a SyncBatchNorm that has anyone to share with, else None."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not dist.is_available() or not dist.is_initialized():
-        return None
-    group = norm.process_group if norm.process_group is not None else dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
-
-
-def _norm(module: nn.Module, like: Tensor, bias: Optional[Tensor] = None) -> ops.Norm:
-    """A norm module as the operators take it; counts the batch as `nn.BatchNorm2d.forward` does.
-
-    `like` is a vector of its channels. `bias` is that of the linear map before it, where the norm is `nn.Identity`.
-    """
-    if isinstance(module, nn.Identity):  # fused into the linear map before it, whose bias it then brings along
-        return ops.Norm(None, bias, torch.zeros_like(like), torch.ones_like(like), False, 0., 0.)
-    if isinstance(module, FrozenBatchNorm2d):
-        return ops.Norm(module.weight, module.bias, module.running_mean, module.running_var, False, 0., module.eps)
-    momentum = 0. if module.momentum is None else module.momentum
-    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
-        if module.momentum is None:
-            momentum = 1. / float(module.num_batches_tracked)
-    batch_statistics = module.training or module.running_mean is None
-    keep_buffers = not module.training or module.track_running_stats
-    return ops.Norm(
-        module.weight, module.bias,
-        module.running_mean if keep_buffers else None, module.running_var if keep_buffers else None,
-        batch_statistics, momentum, module.eps, _sync_group(module) if module.training else None)
 
 
 def _choice(name: str, value: str, allowed: Tuple[str, ...]) -> str:
@@ -138,7 +94,7 @@ class _FootprintAttention(nn.Module):
     def _make_weight_mlp(self, weight_planes: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
         raise NotImplementedError
 
-    def _place(self, x: Tensor) -> Optional[Tensor]:
+    def place(self, x: Tensor) -> Optional[Tensor]:
         """p: the mapped coordinates of the map x, (1, 2, H, W), or None.
 
         Not a call of the convolution: half precision and autocast would round the coordinates.
@@ -168,17 +124,28 @@ class _FootprintAttention(nn.Module):
         return reference.aggregate(
             logits, geometry.reflect_pad(value, pad), self.is_pairwise, self.kernel_size, self.dilation)
 
-    def _gamma_is_plain(self) -> bool:
+    def gamma_is_plain(self) -> bool:
         """Whether gamma is what `ops.Gamma` describes: batch norms (or none), ReLUs, 1x1 convolutions, and no hooks."""
         mlp = self.weight_mlp
-        expected = (_BATCH_NORM_FORWARDS, (nn.ReLU.forward,), (nn.Conv2d.forward,)) * 2
-        if len(mlp) != 6 or not _is_plain(mlp, (nn.Sequential.forward,)) \
-                or not all(_is_plain(m, forwards) for m, forwards in zip(mlp, expected)):
+        if len(mlp) != 6 or not is_plain(mlp, (nn.Sequential.forward,)) \
+                or not all(is_plain(norm, BATCH_NORM_FORWARDS) for norm in (mlp.norm1, mlp.norm2)) \
+                or not all(is_plain(act, (nn.ReLU.forward,)) for act in (mlp.act1, mlp.act2)) \
+                or not all(is_pointwise(fc) for fc in (mlp.fc1, mlp.fc2)):
             return False
-        for fc in (mlp.fc1, mlp.fc2):
-            if fc.weight.shape[2:] != (1, 1) or fc.stride != (1, 1) or fc.groups != 1 or fc.padding not in (0, (0, 0)):
-                return False
         return mlp.fc2.bias is not None and (mlp.fc1.bias is None or isinstance(mlp.norm2, nn.Identity))
+
+    @torch.jit.ignore
+    def gamma(self) -> ops.Gamma:
+        """The mapping from relations to weights as the operators take it."""
+        mlp = self.weight_mlp
+        return ops.Gamma(
+            as_norm(mlp.norm1, mlp.fc1.weight[0, :, 0, 0]), mlp.fc1.weight,
+            as_norm(mlp.norm2, mlp.fc1.weight[:, 0, 0, 0], mlp.fc1.bias), mlp.fc2.weight, mlp.fc2.bias)
+
+    @torch.jit.ignore
+    def spec(self) -> ops.Spec:
+        """Form, relation, position and footprint as the operators take them."""
+        return ops.Spec(self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation)
 
     @torch.jit.ignore
     def _check(self, x: Tensor) -> None:
@@ -188,14 +155,9 @@ class _FootprintAttention(nn.Module):
 
     @torch.jit.ignore
     def _forward_operators(self, query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor]) -> Tensor:
-        if isinstance(value, torch.fx.Proxy) or not self._gamma_is_plain():
+        if isinstance(value, torch.fx.Proxy) or not self.gamma_is_plain():
             return self._forward_modules(query, key, value, place)
-        mlp = self.weight_mlp
-        gamma = ops.Gamma(
-            _norm(mlp.norm1, mlp.fc1.weight[0, :, 0, 0]), mlp.fc1.weight,
-            _norm(mlp.norm2, mlp.fc1.weight[:, 0, 0, 0], mlp.fc1.bias), mlp.fc2.weight, mlp.fc2.bias)
-        spec = ops.Spec(self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation)
-        return ops.footprint_attention(query, key, value, place, gamma, spec)
+        return ops.footprint_attention(query, key, value, place, self.gamma(), self.spec())
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends to the footprint of every pixel.
@@ -212,7 +174,7 @@ class _FootprintAttention(nn.Module):
         if not torch.jit.is_scripting():
             self._check(x)
         query, key, value = self.query(x), self.key(x), self.value(x)
-        place = self._place(x)
+        place = self.place(x)
         if torch.jit.is_scripting():
             return self._forward_modules(query, key, value, place)
         else:

@@ -59,9 +59,10 @@ def count_multiply_adds(model: SAN, image_size: Union[int, Tuple[int, int]] = 22
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     pixels = height * width
     total = _linear(model.stem.conv, pixels, paper) + _norm_relu(model.stem.conv.out_channels, pixels, paper)
-    for stage in model.stages:
-        if isinstance(stage.pool, nn.MaxPool2d):
-            total += stage.conv.in_channels * pixels if paper else 0
+    for stage, pool, channels in zip(model.stages, [model.stem.pool, *(stage.pool for stage in model.stages[1:])],
+                                     [stage.conv.in_channels for stage in model.stages]):
+        if isinstance(pool, nn.MaxPool2d):
+            total += channels * pixels if paper else 0
             height, width = height // 2, width // 2
             pixels = height * width
         total += _linear(stage.conv, pixels, paper)

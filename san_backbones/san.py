@@ -9,10 +9,10 @@ channels, not one scalar per position. The pairwise form weighs a neighbour by t
 produces the weights of a footprint from the whole footprint.
 """
 import re
-from collections import OrderedDict
+import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -23,7 +23,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 
+from . import fuse, ops
 from .attention import PairwiseAttention, PatchwiseAttention
+from .norms import BATCH_NORM_FORWARDS, as_norm, is_plain, is_pointwise
 from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 
 __all__ = ['SAN']
@@ -34,6 +36,42 @@ register_notrace_module(PatchwiseAttention)
 
 DEPTHS = {'san10': (2, 1, 2, 4, 1), 'san15': (3, 2, 3, 5, 2), 'san19': (3, 3, 4, 6, 3)}
 RELATIONS = {'pairwise': PAIRWISE_RELATIONS, 'patchwise': PATCHWISE_RELATIONS}
+
+
+class Stem(nn.Module):
+    """1x1 convolution, norm, ReLU and 2x2 max pooling."""
+
+    def __init__(
+            self,
+            in_chans: int,
+            width: int,
+            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, width, 1, bias=False, **dd)
+        self.norm = norm_layer(width, **dd)
+        self.act = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(2, 2)
+
+    @torch.jit.ignore
+    def _forward_operator(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        conv, norm, pool = self.conv, self.norm, self.pool
+        if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_plain(norm, BATCH_NORM_FORWARDS) \
+                or not is_plain(self.act, (nn.ReLU.forward,)) or not is_plain(pool, (nn.MaxPool2d.forward,)) \
+                or (conv.bias is not None and not isinstance(norm, nn.Identity)) or not ops.serves(x):
+            return None
+        return ops.stem(x, conv.weight.flatten(1), as_norm(norm, conv.weight[:, 0, 0, 0], conv.bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) to (N, width, H // 2, W // 2); on the CPU in channels_last memory format."""
+        if not torch.jit.is_scripting():
+            pooled = self._forward_operator(x)
+            if pooled is not None:
+                return pooled
+        return self.pool(self.act(self.norm(self.conv(x))))
 
 
 class Block(nn.Module):
@@ -64,11 +102,13 @@ class Block(nn.Module):
         x = self.act1(self.norm1(x))
         x = self.attn(x)
         x = self.act2(self.norm2(x))
-        return residual + self.drop_path(self.conv(x))
+        x = self.drop_path(self.conv(x))
+        x += residual  # in place: one map less to find memory for
+        return x
 
 
 class Stage(nn.Module):
-    """Max pool (unless dilated instead), 1x1 conv to the stage width, blocks, norm, ReLU."""
+    """Max pool (unless the stem pooled, or dilated instead), 1x1 conv to the stage width, blocks, norm, ReLU."""
 
     def __init__(
             self,
@@ -85,6 +125,8 @@ class Stage(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
+        self._folding = False
+        self._folded = None  # a fuse.FoldedStage
         # norm and act come last in forward; registered here, tools that fuse a norm into the convolution registered
         # before it (mmcv's fuse_conv_bn) leave them alone
         self.norm = norm_layer(dim, **dd)
@@ -98,11 +140,40 @@ class Stage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), or (N, dim, H, W) without downsampling."""
         x = self.conv(self.pool(x))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return self.act(self.norm(x))
+        if not torch.jit.is_scripting():
+            if self._folding:
+                folded = self._inference_form(x)
+                if folded is not None:
+                    return folded(x)
+            if self.grad_checkpointing:
+                return self.act(self.norm(checkpoint_seq(self.blocks, x)))
+        return self.act(self.norm(self.blocks(x)))
+
+    @torch.jit.ignore
+    def set_folding(self, enable: bool = True) -> None:
+        """Runs folded for inference (`fuse_for_inference`); folds anew in the next call."""
+        self._folding = enable
+        self._folded = None
+
+    @torch.jit.ignore
+    def _inference_form(self, x: torch.Tensor) -> Optional[Callable[[torch.Tensor], torch.Tensor]]:
+        """The folded stage, if x calls for it."""
+        if self.training or isinstance(x, torch.fx.Proxy) or torch.is_autocast_enabled(x.device.type) \
+                or ops.symbolic_caller(x) is not None:
+            return None
+        if torch.is_grad_enabled():
+            warnings.warn('a model fused for inference was called where gradients are enabled, and runs unfused; call it '
+                      'under torch.inference_mode() or torch.no_grad()', stacklevel=2)
+            return None
+        self._folded = folded = fuse.folded(self, self._folded)
+        return folded
+
+    def _apply(self, fn, recurse=True):
+        self._folded = None  # moved or converted
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        return {**self.__dict__, '_folded': None}
 
 
 def _check_image(x: torch.Tensor, in_chans: int, min_size: int) -> None:
@@ -205,11 +276,7 @@ class SAN(nn.Module):
         self.drop_rate = drop_rate
         self.feature_info: List[Dict[str, Any]] = []
 
-        self.stem = nn.Sequential(OrderedDict([
-            ('conv', nn.Conv2d(in_chans, stem_width, 1, bias=False, **dd)),
-            ('norm', norm_layer(stem_width, **dd)),
-            ('act', nn.ReLU(inplace=True)),
-        ]))
+        self.stem = Stem(in_chans, stem_width, norm_layer=norm_layer, **dd)
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         stride, dilation, in_dim = 1, 1, stem_width
@@ -225,7 +292,7 @@ class SAN(nn.Module):
             else:
                 layer = partial(PatchwiseAttention, **options)
             stages.append(Stage(
-                in_dim, dim, depth, layer, downsample=downsample, norm_layer=norm_layer,
+                in_dim, dim, depth, layer, downsample=downsample and i > 0, norm_layer=norm_layer,
                 drop_path_rates=drop_path_rates[i], **dd))
             self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f'stages.{i}'))
             in_dim = dim
@@ -267,6 +334,11 @@ class SAN(nn.Module):
         """
         for stage in self.stages:
             stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def fuse_for_inference(self) -> 'SAN':
+        """Runs folded in eval mode without gradients; see `san_backbones.fuse_for_inference`."""
+        return fuse.fuse_for_inference(self)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -6,16 +6,18 @@ from torch import Tensor
 
 from . import native, reference
 from .backends import (
-    BACKENDS, Backend, Request, available_backends, choose_backend, is_exporting, make_request, serves_compiled,
-    use_backend)
-from .gamma import Gamma, Norm, Spec
+    BACKENDS, Backend, Request, available_backends, choose_backend, is_exporting, make_request, serves,
+    serves_compiled, symbolic_caller, use_backend)
+from .gamma import Gamma, Norm, Spec, fold
 from .geometry import coordinates, footprint, padding, reflect_pad, reflection_index
+from .pointwise import scale_shift_relu, stem
 from .reference import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 
 __all__ = [
     'BACKENDS', 'Backend', 'Gamma', 'Norm', 'PAIRWISE_RELATIONS', 'PATCHWISE_RELATIONS', 'POSITIONS', 'Request',
-    'Spec', 'available_backends', 'choose_backend', 'coordinates', 'footprint', 'footprint_attention', 'padding',
-    'reflect_pad', 'reflection_index', 'use_backend']
+    'Spec', 'available_backends', 'choose_backend', 'coordinates', 'fold', 'footprint', 'footprint_attention', 'padding',
+    'reflect_pad', 'reflection_index', 'scale_shift_relu', 'serves', 'stem',
+    'symbolic_caller', 'use_backend']
 
 
 def footprint_attention(
@@ -25,6 +27,7 @@ def footprint_attention(
         place: Optional[Tensor],
         gamma: Gamma,
         spec: Spec,
+        shift: Optional[Tensor] = None,
 ) -> Tensor:
     """Vector self-attention over local footprints (Zhao, Jia, Koltun, CVPR 2020, equations 2 and 4).
 
@@ -37,6 +40,7 @@ def footprint_attention(
             (cw * k * k, hidden, 1, 1), channel order c * k^2 + o. Running buffers of its norms are updated in place
             where they use batch statistics.
         spec: Form, relation, position mode, kernel size and dilation.
+        shift: (m,), float32: the output is relu(y + shift) instead of y; None for y.
 
     Returns:
         (N, m, H, W) in value's dtype.
@@ -50,6 +54,10 @@ def footprint_attention(
         native_serves = not is_exporting() and value.device.type == 'cpu' and serves_compiled(
             str(value.dtype), spec.pairwise, spec.relation, statistics)
         attend = native.attend if native_serves else reference.attend
-        return attend(query, key, value, place, gamma, spec)
-    backend = choose_backend(make_request(query, key, value, place, gamma, spec))
-    return backend.attend(query, key, value, place, gamma, spec)
+    else:
+        backend = choose_backend(make_request(query, key, value, place, gamma, spec))
+        attend = backend.attend
+        if shift is not None and backend.finishes and not torch.is_grad_enabled():
+            return attend(query, key, value, place, gamma, spec, shift)
+    output = attend(query, key, value, place, gamma, spec)
+    return output if shift is None else torch.relu(output + shift.to(output.dtype)[:, None, None])

@@ -38,10 +38,16 @@ class Request(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A path: `refusal(request)` is None or the reason why it cannot run; `attend` computes."""
+    """A path: `refusal(request)` is None or the reason why it cannot run; `attend` computes. A path that `finishes`
+    also takes the argument `shift` of `footprint_attention`, without gradients.
+    """
     name: str
     refusal: Callable[[Request], Optional[str]]
     attend: Callable[..., Tensor]
+    finishes: bool = False
+
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _tiled_refusal(request: Request) -> Optional[str]:
@@ -55,7 +61,7 @@ def _native_refusal(request: Request) -> Optional[str]:
         return f'{request.symbolic} sees the plain definition'
     if request.device.type != 'cpu':
         return f'it runs on the CPU, the maps are on {request.device}'
-    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if request.dtype not in _NATIVE_DTYPES:
         return f'it computes in float32, the maps are {request.dtype}'
     if (request.spec.pairwise, request.spec.relation) not in native.RELATIONS:
         return f'it has no {request.spec.relation} relation'
@@ -65,7 +71,7 @@ def _native_refusal(request: Request) -> Optional[str]:
 
 
 BACKENDS = (
-    Backend('native', _native_refusal, native.attend),
+    Backend('native', _native_refusal, native.attend, finishes=True),
     Backend('tiled', _tiled_refusal, tiled.attend),
     Backend('reference', lambda request: None, reference.attend),
 )
@@ -99,6 +105,12 @@ def symbolic_caller(x: Tensor) -> Optional[str]:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return 'torch.func'
     return None
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the compiled loops around the attention take x: the same conditions, and no other path asked for."""
+    return x.device.type == 'cpu' and x.dtype in _NATIVE_DTYPES and _wanted()[0] in (AUTO, 'native') \
+        and symbolic_caller(x) is None and native.unavailable() is None
 
 
 def is_exporting() -> bool:

@@ -1,5 +1,5 @@
 """What the operators are told: the footprint, and gamma (Norm, ReLU, Linear, Norm, ReLU, Linear) as plain tensors."""
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -39,13 +39,15 @@ class Norm(NamedTuple):
 class Gamma(NamedTuple):
     """The mapping from relations to weights: norm1, ReLU, weight1, norm2, ReLU, weight2 and bias2.
 
-    Linear maps are held as 1x1 convolutions, (out, in, 1, 1).
+    Linear maps are held as 1x1 convolutions, (out, in, 1, 1). `cache` is a dict where a path keeps what it derives from
+    the other fields; whoever gives one vouches that their tensors do not change while it lives.
     """
     norm1: Norm
     weight1: Tensor
     norm2: Norm
     weight2: Tensor
     bias2: Tensor
+    cache: Optional[Dict[str, Any]] = None
 
 
 class Affine(NamedTuple):

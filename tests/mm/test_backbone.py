@@ -83,7 +83,7 @@ def test_norm_cfg():
     backbone = small(norm_cfg=dict(type='SyncBN', requires_grad=False))
     norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
-    assert backbone.stages[0].blocks[0].attn._gamma_is_plain(), 'SyncBN must not fall back to the k x k path'
+    assert backbone.stages[0].blocks[0].attn.gamma_is_plain(), 'SyncBN must not fall back to the k x k path'
     assert not any(p.requires_grad for m in norms for p in m.parameters())
     with pytest.raises(ValueError, match='GN'):
         small(norm_cfg=dict(type='GN', num_groups=32))

@@ -2,7 +2,6 @@
 import copy
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 
@@ -82,7 +81,7 @@ def test_layouts(cls):
     layer = _layer(cls)
     x = torch.randn(2, 64, 8, 10)
     with torch.no_grad(), ops.use_backend('native'):
-        query, key, value, place = layer.query(x), layer.key(x), layer.value(x), layer._place(x)
+        query, key, value, place = layer.query(x), layer.key(x), layer.value(x), layer.place(x)
         plain = layer._forward_operators(query, key, value, place)
         last = layer.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
         strided = [torch.stack([t, t], -1)[..., 0] for t in (query, key, value)]
@@ -113,7 +112,7 @@ def test_threads_and_repeats_do_not_change_a_bit(cls):
 def projected(layer, x):
     generator = torch.Generator().manual_seed(0)
     sizes = (layer.rel_planes, layer.rel_planes, layer.out_planes)
-    return [torch.randn(x.shape[0], size, *x.shape[2:], generator=generator) for size in sizes] + [layer._place(x)]
+    return [torch.randn(x.shape[0], size, *x.shape[2:], generator=generator) for size in sizes] + [layer.place(x)]
 
 
 def test_softmax_does_not_overflow():
@@ -279,7 +278,7 @@ def test_clique_is_refused_and_runs_elsewhere():
 @pytest.mark.parametrize('capability', ['default', 'avx2'])
 def test_other_instruction_sets(capability):
     """The same tests on the builds for lesser processors."""
-    code = 'import sys; from san_backbones.ops import native; sys.exit(native.library() == "avx512")'
+    code = 'import sys; from san_backbones.ops import native; sys.exit(native.build() == "avx512")'
     environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'OMP_NUM_THREADS': '1'}
     if subprocess.run([sys.executable, '-c', code], env=environment).returncode:
         pytest.skip(f'torch does not step down to {capability} here')
@@ -288,9 +287,3 @@ def test_other_instruction_sets(capability):
          'positions or odd_widths or layouts or wide or (definition and 7-2) or (gradients and 3-2)'],
         env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
-
-
-def test_installed_where_there_is_a_compiler():
-    if shutil.which('cc') is None and shutil.which('gcc') is None:
-        pytest.skip('no compiler')
-    assert native.library() in ('avx512', 'avx2', 'baseline')

@@ -187,4 +187,4 @@ void san_run(struct task *t, parallel_function parallel, unsigned threads) {
 /* Attention weights and the middle of gamma come in multiples of this. */
 int64_t san_width(void) { return WIDTH; }
 
-int64_t san_task_bytes(void) { return sizeof(struct task); }
+int64_t san_bytes(void) { return sizeof(struct task); }

@@ -42,6 +42,7 @@
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
+#define UNUSED __attribute__((unused)) /* by one of the files */
 
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
@@ -137,13 +138,13 @@ INLINE void multiply_any(int64_t rows, struct left l, const float *w, int64_t w_
 #undef CASE
 }
 
-static void multiply(int64_t rows, struct left l, const float *w, int64_t w_row, int64_t inner, const float *start,
-                     int64_t start_row, float *c, int64_t c_row, int64_t columns) {
+UNUSED static void multiply(int64_t rows, struct left l, const float *w, int64_t w_row, int64_t inner,
+                            const float *start, int64_t start_row, float *c, int64_t c_row, int64_t columns) {
     multiply_any(rows, l, w, w_row, inner, start, start_row, c, c_row, columns, 0);
 }
 
-static void multiply_relu(int64_t rows, struct left l, const float *w, int64_t w_row, int64_t inner,
-                          const float *start, int64_t start_row, float *c, int64_t c_row, int64_t columns) {
+UNUSED static void multiply_relu(int64_t rows, struct left l, const float *w, int64_t w_row, int64_t inner,
+                                 const float *start, int64_t start_row, float *c, int64_t c_row, int64_t columns) {
     multiply_any(rows, l, w, w_row, inner, start, start_row, c, c_row, columns, 1);
 }
 

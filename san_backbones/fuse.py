@@ -1,0 +1,197 @@
+"""Folding for inference: what surrounds the attention of a stage, in as few passes over memory as its mathematics needs.
+
+In eval mode a block is `x + W relu(b2 + a2 attn(relu(a1 x + b1)))` plus biases, its norms being scales a and shifts b.
+Folded, that is four passes: relu(a1 x + b1); one product for query, key and value (a2 goes into the value's weights,
+since the attention is linear in it); the attention, ending in relu(y + b2); and a product added to x where it stands.
+The bias of W is kept out of x: every norm of the stage that reads x has it in its shift.
+"""
+import logging
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .attention import _FootprintAttention
+from .norms import BATCH_NORM_FORWARDS, as_norm, is_plain, is_pointwise
+
+__all__ = ['FoldedStage', 'folded', 'fuse_for_inference']
+
+_logger = logging.getLogger('san_backbones')
+
+
+class FoldedBlock(NamedTuple):
+    """A block in inference form."""
+    scale: Tensor  # (C,), of norm1
+    shift: Tensor
+    weight: Tensor  # (2 r + m, C): query, key and value
+    bias: Tensor
+    attention: nn.Module
+    gamma: ops.Gamma
+    out_shift: Tensor  # (m,), of norm2
+    out_weight: Tensor  # (m, C)
+    places: Dict[Tuple[int, int], Optional[Tensor]]  # the mapped coordinates of the last size
+
+    def _place(self, value: Tensor) -> Optional[Tensor]:
+        size = (value.shape[2], value.shape[3])
+        if size not in self.places:
+            place = self.attention.place(value)
+            self.places.clear()
+            self.places[size] = place
+            return place
+        return self.places[size]
+
+    def __call__(self, x: Tensor) -> None:
+        """Adds the block's branch to x (N, H, W, C), contiguous, in place."""
+        attention, flat = self.attention, x.view(-1, x.shape[-1])
+        projected = F.linear(ops.scale_shift_relu(flat, self.scale, self.shift), self.weight, self.bias)
+        widths = (attention.rel_planes, attention.rel_planes, attention.out_planes)
+        query, key, value = projected.view(*x.shape[:3], -1).permute(0, 3, 1, 2).split(widths, 1)
+        y = ops.footprint_attention(
+            query, key, value, self._place(value), self.gamma, attention.spec(), self.out_shift)
+        flat.addmm_(y.permute(0, 2, 3, 1).reshape(-1, attention.out_planes), self.out_weight)
+
+
+def _affine(norm: nn.Module, like: Tensor, offset: Tensor) -> Tuple[Tensor, Tensor]:
+    """Scale and shift of the norm of x + offset, in float32."""
+    described = as_norm(norm, like)
+    scale, shift = ops.fold(described, described.running_mean, described.running_var)
+    return scale.contiguous(), (shift + scale * offset).contiguous()
+
+
+def _pointwise(conv: nn.Module) -> Tuple[Tensor, Tensor]:
+    """Weight (out, in) and bias (out,) of a 1x1 convolution, in float32."""
+    weight = conv.weight.flatten(1).float()
+    return weight, weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.float()
+
+
+def _fold_block(block: nn.Module, offset: Tensor) -> Tuple[FoldedBlock, Tensor]:
+    """The block's inference form, and the offset of x behind it."""
+    attention, dtype = block.attn, block.conv.weight.dtype
+    scale, shift = _affine(block.norm1, attention.query.weight[0, :, 0, 0], offset)
+    projections = [_pointwise(conv) for conv in (attention.query, attention.key, attention.value)]
+    out_weight, out_bias = _pointwise(block.conv)
+    out_scale, out_shift = _affine(block.norm2, block.conv.weight[0, :, 0, 0], torch.zeros_like(out_weight[0]))
+    value_weight, value_bias = projections[2]
+    projections[2] = value_weight * out_scale[:, None], value_bias * out_scale
+    weight, bias = (torch.cat(parts).to(dtype) for parts in zip(*projections))
+    gamma = attention.gamma()._replace(cache={})
+    folded = FoldedBlock(scale, shift, weight, bias, attention, gamma, out_shift, out_weight.t().to(dtype), {})
+    return folded, offset + out_bias
+
+
+def _obstacle(stage: nn.Module) -> Optional[str]:
+    """Why the stage has no inference form as it stands, or None."""
+    layers = [('conv', stage.conv, 'conv'), ('norm', stage.norm, 'norm'), ('act', stage.act, 'relu')]
+    for name, block in stage.blocks.named_children():
+        if not is_plain(block.attn, (_FootprintAttention.forward,)):
+            return f'blocks.{name}.attn is a {type(block.attn).__name__} and not a SAN attention without hooks'
+        layers += [(f'blocks.{name}.{layer}', block.get_submodule(layer), kind) for layer, kind in (
+            ('norm1', 'norm'), ('act1', 'relu'), ('attn.query', 'conv'), ('attn.key', 'conv'), ('attn.value', 'conv'),
+            ('norm2', 'norm'), ('act2', 'relu'), ('conv', 'conv'))]
+    fits = {'conv': is_pointwise, 'norm': lambda layer: is_plain(layer, BATCH_NORM_FORWARDS),
+            'relu': lambda layer: is_plain(layer, (nn.ReLU.forward,))}
+    wanted = {'conv': '1x1 convolution', 'norm': 'batch norm', 'relu': 'ReLU'}
+    for name, layer, kind in layers:
+        if not fits[kind](layer):
+            return f'{name} is a {type(layer).__name__} and not a {wanted[kind]} without hooks'
+    for name, block in stage.blocks.named_children():
+        if not block.attn.gamma_is_plain():
+            return f'blocks.{name}.attn has other layers than it was made with, or a hook'
+    for name, module in stage.named_modules():
+        if name and (module._forward_hooks or module._forward_pre_hooks):
+            return f'{name} has a hook'
+        if getattr(module, 'running_mean', module) is None:
+            return f'{name} has no running statistics'
+    return None
+
+
+class _Watch:
+    """Tells whether anything changed that a stage was folded from: modules, tensors and their versions."""
+
+    def __init__(self, stage: nn.Module):
+        self.modules = [module for module in stage.modules() if module is not stage]
+        self.entries = []
+        for module in stage.modules():
+            self.entries += [(module._modules, name, child, None) for name, child in module._modules.items()]
+            for tensors in (module._parameters, module._buffers):
+                self.entries += [(tensors, name, x, None if x is None else self._state(x))
+                                 for name, x in tensors.items()]
+
+    @staticmethod
+    def _state(x: Tensor) -> Tuple[int, int]:
+        return x.data_ptr(), 0 if x.is_inference() else x._version
+
+    def unchanged(self) -> bool:
+        for module in self.modules:
+            if module.training or module._forward_hooks or module._forward_pre_hooks:
+                return False
+        for holder, name, item, state in self.entries:
+            if holder.get(name) is not item or (state is not None and self._state(item) != state):
+                return False
+        return True
+
+
+class FoldedStage:
+    """The blocks and the last norm of a stage in inference form, and a watch on what they were made from."""
+
+    def __init__(self, stage: nn.Module):
+        self.watch = _Watch(stage)  # first: what is written while folding shows afterwards
+        self.blocks: List[FoldedBlock] = []
+        with torch.no_grad():
+            offset = torch.zeros(stage.conv.out_channels, device=stage.conv.weight.device)
+            for block in stage.blocks:
+                folded, offset = _fold_block(block, offset)
+                self.blocks.append(folded)
+            self.scale, self.shift = _affine(stage.norm, stage.conv.weight[:, 0, 0, 0], offset)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The stage behind its convolution, whose output x (N, C, H, W) is overwritten."""
+        x = x.permute(0, 2, 3, 1).contiguous()
+        for block in self.blocks:
+            block(x)
+        return ops.scale_shift_relu(x, self.scale, self.shift).permute(0, 3, 1, 2)
+
+
+def folded(stage: nn.Module, present: Optional[FoldedStage]) -> Optional[FoldedStage]:
+    """The inference form of the stage as it is now: `present` if that still holds; None if there is none."""
+    if present is not None and present.watch.unchanged():
+        return present
+    obstacle = _obstacle(stage)
+    if obstacle is None and not any(module.training for module in stage.modules()):
+        return FoldedStage(stage)
+    _logger.debug('a stage runs module by module: %s', obstacle or 'a layer of it is in training mode')
+    return None
+
+
+def fuse_for_inference(model: nn.Module) -> nn.Module:
+    """Lets every SAN stage inside `model` run folded wherever it is in eval mode and no gradients are asked for.
+
+    Norms, biases and the separate projections are folded into fewer passes; parameters, buffers and the state dict stay
+    what they are, and outputs are equal up to rounding. Training, gradients (call the model under `torch.no_grad()` or
+    `torch.inference_mode()`), autocast, tracing, scripting and torch.compile run the modules as before, and so does a
+    stage with forward hooks inside. Folding happens in the first call and anew when parameters or buffers have been
+    loaded, moved, converted, trained or replaced. Only writes through `tensor.data` go unseen: call this again after
+    those.
+
+    Args:
+        model: A SAN, a SANBackbone, or anything that holds one: a feature extractor, a detector.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: There is no SAN stage in `model`, or one that has layers that do not fold; the message names them.
+    """
+    stages = {name: module for name, module in model.named_modules() if hasattr(module, 'set_folding')}
+    if not stages:
+        raise ValueError(f'there is no SAN in this {type(model).__name__} to fuse: expected a model of san_backbones, or '
+                         'one that holds its stages')
+    for name, stage in stages.items():
+        obstacle = _obstacle(stage)
+        if obstacle is not None:
+            raise ValueError(f'fuse_for_inference cannot fold {name or "this stage"}: {obstacle}')
+    for stage in stages.values():
+        stage.set_folding(True)
+    return model

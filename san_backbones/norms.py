@@ -1,0 +1,60 @@
+"""Modules as the operators take them: which are what they seem to be, and batch norms as `ops.Norm`."""
+from typing import Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from . import ops
+
+__all__ = ['BATCH_NORM_FORWARDS', 'as_norm', 'is_pointwise', 'is_plain']
+
+# by their forward, so that a subclass that only changes checks (mmengine's SyncBN) counts and one that computes
+# something else (a fused activation, an adapter) does not
+BATCH_NORM_FORWARDS = (
+    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward, nn.Identity.forward)
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+def is_plain(module: nn.Module, forwards: Tuple) -> bool:
+    """Whether calling the module is one of `forwards` and nothing else."""
+    return type(module).forward in forwards and 'forward' not in vars(module) \
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def is_pointwise(conv: nn.Module) -> bool:
+    """Whether the module is a 1x1 convolution and nothing else."""
+    return is_plain(conv, (nn.Conv2d.forward,)) and conv.weight.shape[2:] == (1, 1) and conv.stride == (1, 1) \
+        and conv.groups == 1 and conv.padding in (0, (0, 0))
+
+
+def _sync_group(norm: nn.Module):
+    """The process group of a SyncBatchNorm that has anyone to share with, else None."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not dist.is_available() or not dist.is_initialized():
+        return None
+    group = norm.process_group if norm.process_group is not None else dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def as_norm(module: nn.Module, like: Tensor, bias: Optional[Tensor] = None) -> ops.Norm:
+    """A norm module as the operators take it; counts the batch as `nn.BatchNorm2d.forward` does.
+
+    `like` is a vector of its channels. `bias` is that of the linear map before it, where the norm is `nn.Identity`.
+    """
+    if isinstance(module, nn.Identity):  # fused into the linear map before it, whose bias it then brings along
+        return ops.Norm(None, bias, torch.zeros_like(like), torch.ones_like(like), False, 0., 0.)
+    if isinstance(module, FrozenBatchNorm2d):
+        return ops.Norm(module.weight, module.bias, module.running_mean, module.running_var, False, 0., module.eps)
+    momentum = 0. if module.momentum is None else module.momentum
+    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:
+            momentum = 1. / float(module.num_batches_tracked)
+    batch_statistics = module.training or module.running_mean is None
+    keep_buffers = not module.training or module.track_running_stats
+    return ops.Norm(
+        module.weight, module.bias,
+        module.running_mean if keep_buffers else None, module.running_var if keep_buffers else None,
+        batch_statistics, momentum, module.eps, _sync_group(module) if module.training else None)

@@ -1,0 +1,136 @@
+"""The compiled loops, as ctypes sees them: structures, loading, and a call that runs on torch's threads."""
+import ctypes
+import functools
+import pathlib
+import sys
+from typing import Optional, Tuple
+
+import torch
+
+__all__ = ['Backward', 'Scaled', 'Stem', 'Task', 'build', 'run', 'unavailable', 'width']
+
+# instruction sets by torch's names for what the processor has (ATEN_CPU_CAPABILITY overrides it), best first
+BUILDS = {'AVX512': ('avx512', 'avx2', 'baseline'), 'AVX2': ('avx2', 'baseline')}
+
+
+class Task(ctypes.Structure):
+    """struct task of footprint.c."""
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (
+            'relation', 'absolute', 'batch', 'height', 'width', 'rel', 'hidden', 'lanes', 'out', 'kernel', 'dilation',
+            'query_row', 'key_row', 'value_row')),
+        *((name, ctypes.c_void_p) for name in (
+            'query', 'key', 'value', 'place', 'scale1', 'shift1', 'weight1', 'shift2', 'weight2', 'bias2', 'rows',
+            'columns', 'shift', 'output')),
+        *((name, ctypes.c_int64) for name in ('hidden_used', 'together', 'next', 'failed')),
+    ]
+
+
+class Backward(ctypes.Structure):
+    """struct backward of backward.c."""
+    _fields_ = [
+        ('task', Task),
+        *((name, ctypes.c_int64) for name in (
+            'mode', 'inputs', 'inputs_padded', 'rel_padded', 'slots', 'parameters', 'band', 'odd')),
+        *((name, ctypes.c_void_p) for name in (
+            'gradient', 'weight1_t', 'weight2_t', 'd_query', 'd_key', 'd_value', 'd_place', 'd_parameters', 'sums')),
+    ]
+
+
+class Stem(ctypes.Structure):
+    """struct stem of pointwise.c."""
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ('batch', 'height', 'width', 'inputs', 'out', 'out_padded')),
+        ('strides', ctypes.c_int64 * 4),
+        *((name, ctypes.c_int64) for name in ('slots', 'parameters')),
+        *((name, ctypes.c_void_p) for name in (
+            'image', 'weight', 'bias', 'output', 'gradient', 'd_image', 'd_parameters')),
+        *((name, ctypes.c_int64) for name in ('next', 'failed')),
+    ]
+
+
+class Scaled(ctypes.Structure):
+    """struct scaled of pointwise.c."""
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ('pixels', 'channels')),
+        *((name, ctypes.c_void_p) for name in ('x', 'scale', 'shift', 'output')),
+        *((name, ctypes.c_int64) for name in ('next', 'failed')),
+    ]
+
+
+_STRUCTURES = {'san': Task, 'san_backward': Backward, 'san_stem': Stem, 'san_scaled': Scaled}
+
+
+@functools.lru_cache(maxsize=None)
+def _load() -> Tuple[Optional[ctypes.CDLL], str]:
+    """The library for this processor, or None; and which one, or why none."""
+    folder = pathlib.Path(__file__).parent
+    builds = BUILDS.get(torch.backends.cpu.get_cpu_capability(), ('baseline',))
+    for build in builds:
+        for path in sorted(folder.glob(f'_{build}.*')):
+            if path.suffix not in ('.so', '.dll'):
+                continue
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError as error:
+                return None, f'{path.name} does not load: {error}'
+            for name, structure in _STRUCTURES.items():
+                if not hasattr(library, f'{name}_bytes') \
+                        or getattr(library, f'{name}_bytes')() != ctypes.sizeof(structure):
+                    return None, f'{path.name} was built from another version of its source; reinstall san_backbones'
+                function = getattr(library, f'{name}_run')
+                function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
+                function.restype = None
+            return library, build
+    return None, f'the compiled loops are not installed (looked for {", ".join(builds)} in {folder})'
+
+
+def build() -> str:
+    """Name of the build that serves this processor, or why there is none."""
+    return _load()[1]
+
+
+def unavailable() -> Optional[str]:
+    """None if the compiled loops are there, else the reason."""
+    loaded, reason = _load()
+    return None if loaded is not None else reason
+
+
+def _loaded() -> ctypes.CDLL:
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(reason)
+    return loaded
+
+
+@torch.compiler.assume_constant_result
+def width() -> int:
+    """Numbers in a vector of the build that serves this processor."""
+    return _loaded().san_width()
+
+
+@functools.lru_cache(maxsize=None)
+def _torch_parallel() -> Optional[int]:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, so that its threads do this work too."""
+    if not sys.platform.startswith('linux'):
+        return None
+    with open('/proc/self/maps') as maps:
+        paths = {line.split(None, 5)[-1].strip() for line in maps if 'omp' in line.rpartition('/')[2]}
+    torch_first = sorted(paths, key=lambda path: 'torch' not in path)
+    for path in torch_first:
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def run(name: str, task: ctypes.Structure) -> None:
+    """Calls `NAME_run` of the library on torch's threads.
+
+    Raises:
+        MemoryError: A thread had no memory for its working space.
+    """
+    getattr(_loaded(), f'{name}_run')(ctypes.addressof(task), _torch_parallel(), torch.get_num_threads())
+    if getattr(task, 'task', task).failed:
+        raise MemoryError(f'no memory for the working space of a thread of the native loops ({name})')

@@ -1,0 +1,138 @@
+/* What surrounds the attention: the stem, relu(max_pool_2x2(W x + b)), forwards and backwards, and relu(s x + t).
+ *
+ * The stem's maps at full resolution are the largest of the network; here they are never in memory.
+ */
+#include "footprint.h"
+
+struct stem {
+    int64_t batch, height, width, inputs, out, out_padded;
+    int64_t strides[4];                 /* of the image: batch, channels, rows, columns, in numbers */
+    int64_t slots, parameters;
+    const float *image, *weight, *bias; /* weight: [inputs][out_padded]; bias: [out_padded] */
+    float *output;                      /* [batch][height / 2][width / 2][out] */
+    const float *gradient;              /* of the output; NULL forwards */
+    float *d_image;                     /* [batch][height][width][inputs], or NULL */
+    float *d_parameters;                /* [slots][inputs + 1][out_padded]: of the weight and of the bias */
+    int64_t next, failed;
+};
+
+/* W x of the four pixels that one output pixel pools over, for one vector of channels. */
+INLINE void four_pixels(const struct stem *t, const float *const *x, int64_t channel, vec *sum) {
+    for (int p = 0; p < 4; p++) sum[p] = (vec){0};
+    for (int64_t k = 0; k < t->inputs; k++) {
+        const vec w = at(t->weight + k * t->out_padded + channel);
+        for (int p = 0; p < 4; p++) sum[p] += x[p][k * t->strides[1]] * w;
+    }
+}
+
+INLINE void stem_pixel(const struct stem *t, const float *const *x, float *output, float *line) {
+    for (int64_t c = 0; c < t->out_padded; c += WIDTH) {
+        vec sum[4];
+        four_pixels(t, x, c, sum);
+        vec top = sum[0];
+        for (int p = 1; p < 4; p++) top = choose(sum[p] == sum[p], larger(top, sum[p]), sum[p]); /* NaN wins */
+        *(vec *)(line + c) = positive(top + at(t->bias + c));
+    }
+    memcpy(output, line, 4 * t->out);
+}
+
+/* `shares`: room for the gradients of the four pixels' W x. */
+INLINE void stem_pixel_backward(const struct stem *t, const float *const *x, const float *gradient, float *d_parameters,
+                                float *const *d_image, float *line, float *shares) {
+    memcpy(line, gradient, 4 * t->out);
+    for (int64_t c = 0; c < t->out_padded; c += WIDTH) {
+        vec sum[4];
+        four_pixels(t, x, c, sum);
+        vec top = sum[0];
+        ivec mine[4] = {(ivec){0} - 1};
+        for (int p = 1; p < 4; p++) { /* the first of equals, as torch's pooling */
+            mine[p] = sum[p] > top;
+            top = larger(top, sum[p]);
+            for (int before = 0; before < p; before++) mine[before] &= ~mine[p];
+        }
+        const vec g = choose(top + at(t->bias + c) > (vec){0}, at(line + c), (vec){0});
+        *(vec *)(d_parameters + t->inputs * t->out_padded + c) += g;
+        for (int p = 0; p < 4; p++) *(vec *)(shares + p * t->out_padded + c) = choose(mine[p], g, (vec){0});
+        for (int64_t k = 0; k < t->inputs; k++) {
+            vec *d_weight = (vec *)(d_parameters + k * t->out_padded + c);
+            for (int p = 0; p < 4; p++) *d_weight += at(shares + p * t->out_padded + c) * x[p][k * t->strides[1]];
+        }
+    }
+    if (d_image)
+        for (int p = 0; p < 4; p++)
+            for (int64_t k = 0; k < t->inputs; k++) {
+                float sum = 0;
+                for (int64_t c = 0; c < t->out; c++) sum += shares[p * t->out_padded + c] * t->weight[k * t->out_padded + c];
+                d_image[p][k] = sum;
+            }
+}
+
+/* Works on slots, each a fixed share of the output rows, until none is left. */
+static void work_stem(void *argument) {
+    struct stem *t = argument;
+    const int64_t height = t->height / 2, width = t->width / 2;
+    float *memory = calloc(5 * t->out_padded + 16, sizeof(float)), *line = memory, *shares = memory + t->out_padded;
+    if (!memory) {
+        t->failed = 1;
+        return;
+    }
+    for (;;) {
+        const int64_t slot = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
+        if (slot >= t->slots) break;
+        for (int64_t row = slot; row < t->batch * height; row += t->slots) {
+            const int64_t image = row / height, y = 2 * (row % height);
+            for (int64_t column = 0; column < width; column++) {
+                const float *x[4];
+                float *d_image[4] = {NULL};
+                for (int p = 0; p < 4; p++) {
+                    const int64_t yp = y + p / 2, xp = 2 * column + p % 2;
+                    x[p] = t->image + image * t->strides[0] + yp * t->strides[2] + xp * t->strides[3];
+                    if (t->d_image)
+                        d_image[p] = t->d_image + ((image * t->height + yp) * t->width + xp) * t->inputs;
+                }
+                const int64_t here = (row * width + column) * t->out;
+                if (t->gradient)
+                    stem_pixel_backward(t, x, t->gradient + here, t->d_parameters + slot * t->parameters,
+                                        t->d_image ? d_image : NULL, line, shares);
+                else
+                    stem_pixel(t, x, t->output + here, line);
+            }
+        }
+    }
+    free(memory);
+}
+
+void san_stem_run(struct stem *t, parallel_function parallel, unsigned threads) { run(work_stem, t, parallel, threads); }
+
+int64_t san_stem_bytes(void) { return sizeof(struct stem); }
+
+struct scaled {
+    int64_t pixels, channels;
+    const float *x, *scale, *shift; /* x: [pixels][channels] */
+    float *output;
+    int64_t next, failed;
+};
+
+static void work_scaled(void *argument) {
+    struct scaled *t = argument;
+    const int64_t some = 64;
+    for (;;) {
+        const int64_t first = __atomic_fetch_add(&t->next, some, __ATOMIC_RELAXED);
+        if (first >= t->pixels) break;
+        const int64_t last = first + some < t->pixels ? first + some : t->pixels;
+        for (int64_t p = first; p < last; p++) {
+            const float *x = t->x + p * t->channels;
+            float *output = t->output + p * t->channels;
+            int64_t c = 0;
+            for (; c + WIDTH <= t->channels; c += WIDTH)
+                *(vec *)(output + c) = positive(at(x + c) * at(t->scale + c) + at(t->shift + c));
+            for (; c < t->channels; c++) output[c] = relu(x[c] * t->scale[c] + t->shift[c]);
+        }
+    }
+}
+
+void san_scaled_run(struct scaled *t, parallel_function parallel, unsigned threads) {
+    run(work_scaled, t, parallel, threads);
+}
+
+int64_t san_scaled_bytes(void) { return sizeof(struct scaled); }

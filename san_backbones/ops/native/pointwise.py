@@ -1,0 +1,111 @@
+"""The stem and relu(s x + t) by the compiled loops of pointwise.c."""
+import ctypes
+from typing import List
+
+import torch
+from torch import Tensor
+
+from ..gamma import refuse_double_backward
+from . import library
+
+SLOTS = 64
+"""Partial sums of parameter gradients, each of a fixed share of the rows: results depend on no number of threads."""
+
+
+def _task(image: Tensor, weight: Tensor, bias: Tensor):
+    """struct stem, and tensors that must outlive it."""
+    out, inputs = weight.shape
+    padded = -(-out // library.width()) * library.width()
+    image = image.detach().float()
+    tensors = [image, torch.nn.functional.pad(weight.t(), (0, padded - out)).contiguous(),
+               torch.nn.functional.pad(bias, (0, padded - out)).contiguous()]
+    batch, _, height, width = image.shape
+    task = library.Stem(batch, height, width, inputs, out, padded, (ctypes.c_int64 * 4)(*image.stride()),
+                        SLOTS, (inputs + 1) * padded, *(x.data_ptr() for x in tensors))
+    return task, tensors
+
+
+@torch.library.custom_op('san_backbones::stem', mutates_args=(), device_types='cpu')
+def _stem(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    task, _tensors = _task(image, weight, bias)
+    output = torch.empty(_output_shape(image, weight), dtype=torch.float32, memory_format=torch.channels_last)
+    task.output = output.data_ptr()
+    library.run('san_stem', task)
+    return output.to(image.dtype)
+
+
+def _output_shape(image: Tensor, weight: Tensor) -> List[int]:
+    return [image.shape[0], weight.shape[0], image.shape[2] // 2, image.shape[3] // 2]
+
+
+@_stem.register_fake
+def _(image, weight, bias):
+    return torch.empty(_output_shape(image, weight), dtype=image.dtype, device=image.device,
+                       memory_format=torch.channels_last)
+
+
+@torch.library.custom_op('san_backbones::stem_backward', mutates_args=(), device_types='cpu')
+def _stem_backward(gradient: Tensor, image: Tensor, weight: Tensor, bias: Tensor, of_image: bool) -> List[Tensor]:
+    """Gradients of weight and bias, and of the image if asked for."""
+    out, inputs = weight.shape
+    task, _tensors = _task(image, weight, bias)
+    gradient = gradient.float().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
+    parameters = torch.zeros(SLOTS, inputs + 1, task.out_padded)
+    d_image = torch.zeros(image.shape[0], *image.shape[2:], inputs) if of_image else None
+    task.gradient, task.d_parameters = gradient.data_ptr(), parameters.data_ptr()
+    task.d_image = None if d_image is None else d_image.data_ptr()
+    library.run('san_stem', task)
+    total = parameters.sum(0)[:, :out]
+    gradients = [total[:-1].t().contiguous(), total[-1].clone()]
+    return gradients if d_image is None else [*gradients, d_image.permute(0, 3, 1, 2).to(image.dtype)]
+
+
+@_stem_backward.register_fake
+def _(gradient, image, weight, bias, of_image):
+    return [torch.empty_like(weight), torch.empty_like(bias),
+            *([torch.empty_like(image, memory_format=torch.channels_last)] if of_image else [])]
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, gradient):
+    refuse_double_backward()
+    image, weight, bias = ctx.saved_tensors
+    d_weight, d_bias, *d_image = _stem_backward(gradient, image, weight, bias, ctx.needs_input_grad[0])
+    return d_image[0] if d_image else None, d_weight, d_bias
+
+
+_stem.register_autograd(_differentiate, setup_context=_keep)
+
+
+def stem(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """relu(max_pool2d(W x + b, 2)), without a map at full resolution.
+
+    Args:
+        image: (N, C, H, W), float32, bfloat16 or float16, any strides.
+        weight: (D, C), float32.
+        bias: (D,), float32.
+
+    Returns:
+        (N, D, H // 2, W // 2) in the dtype of the image, in channels_last memory format.
+    """
+    return _stem(image, weight, bias)
+
+
+def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """relu(scale x + shift) in one pass; no gradients.
+
+    Args:
+        x: (..., C), float32, contiguous.
+        scale: (C,), float32, contiguous.
+        shift: (C,), float32, contiguous.
+
+    Returns:
+        Like x.
+    """
+    output = torch.empty_like(x)
+    task = library.Scaled(x.numel() // x.shape[-1], x.shape[-1], *(t.data_ptr() for t in (x, scale, shift, output)))
+    library.run('san_scaled', task)
+    return output

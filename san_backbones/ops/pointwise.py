@@ -1,0 +1,67 @@
+"""What surrounds the attention: the stem in one piece, and relu(s x + t)."""
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .backends import serves
+from .gamma import Norm, fold, fold_batch, need_several_values
+
+__all__ = ['scale_shift_relu', 'stem']
+
+
+def _linear_statistics(x: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor, int]:
+    """Mean and biased variance of W x over batch and pixels, and how many values each has.
+
+    From the mean m and the covariance C of x: W m and diag(W C W^T), in float64.
+    """
+    x, weight = x.double(), weight.double()
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    need_several_values(count)
+    mean = x.mean((0, 2, 3))
+    centred = (x - mean[:, None, None]).flatten(2)
+    covariance = torch.matmul(centred, centred.transpose(1, 2)).sum(0) / count
+    return (weight @ mean).float(), ((weight @ covariance) * weight).sum(1).clamp(min=0).float(), count
+
+
+def stem(image: Tensor, weight: Tensor, norm: Norm) -> Tensor:
+    """max_pool2d(relu(norm(W x)), 2) without a map at full resolution.
+
+    Args:
+        image: (N, C, H, W), one that `serves` accepts, H and W at least 2.
+        weight: (D, C).
+        norm: Batch normalisation of the D channels; running buffers are updated in place as BatchNorm2d's are.
+
+    Returns:
+        (N, D, H // 2, W // 2) in the dtype of the image (of autocast, where that is on) and channels_last memory
+        format.
+
+    Raises:
+        ValueError: Batch statistics of a single value.
+    """
+    kind = image.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
+    with torch.autocast(kind, enabled=False):
+        if norm.batch_statistics:
+            mean, var, count = _linear_statistics(image, weight)
+            affine = fold_batch(norm, mean, var, torch.tensor(float(count)))
+        else:
+            affine = fold(norm, norm.running_mean, norm.running_var)
+        return native.stem(image.to(dtype), weight.float() * affine.scale[:, None], affine.shift)
+
+
+def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """relu(scale x + shift), for inference: no gradients where a compiled loop serves.
+
+    Args:
+        x: (..., C), contiguous, any floating dtype.
+        scale: (C,), float32.
+        shift: (C,), float32.
+
+    Returns:
+        Like x.
+    """
+    if x.dtype == torch.float32 and not torch.is_grad_enabled() and serves(x):
+        return native.scale_shift_relu(x, scale, shift)
+    return torch.addcmul(shift, x, scale).relu_().to(x.dtype)

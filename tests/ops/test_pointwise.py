@@ -1,0 +1,185 @@
+"""The stem in one piece and relu(s x + t), against float64 modules."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from san_backbones import SAN, ops
+from san_backbones.ops import native, pointwise
+from san_backbones.san import Stem
+
+needs_loops = pytest.mark.skipif(native.unavailable() is not None, reason=f'no compiled loops: {native.unavailable()}')
+
+
+def _stem(in_chans=3, width=20, **kwargs):
+    torch.manual_seed(0)
+    stem = Stem(in_chans, width, **kwargs)
+    if isinstance(stem.norm, nn.BatchNorm2d):
+        for tensor, low, high in ((stem.norm.weight, -1.5, 1.5), (stem.norm.bias, -0.5, 0.5),
+                                  (stem.norm.running_mean, -0.5, 0.5), (stem.norm.running_var, 0.5, 1.5)):
+            nn.init.uniform_(tensor, low, high)
+    return stem
+
+
+def _definition(stem, image):
+    """Output, gradients and buffers of the modules in float64."""
+    stem = copy.deepcopy(stem).double()
+    image = image.detach().double().requires_grad_(image.requires_grad)
+    y = stem.pool(stem.act(stem.norm(stem.conv(image))))
+    return stem, image, y
+
+
+def _close(actual, expected, bound=1e-5):
+    assert actual.shape == expected.shape
+    scale = max(expected.double().norm().item(), 1e-6)
+    assert (actual.double() - expected.double()).norm().item() / scale < bound
+
+
+@needs_loops
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('size', [(2, 3), (8, 8), (9, 14), (33, 2)])
+@pytest.mark.parametrize('in_chans, width', [(1, 16), (3, 20), (3, 64), (5, 24)])
+def test_output_gradients_and_buffers(training, size, in_chans, width):
+    stem = _stem(in_chans, width).train(training)
+    image = (3 + torch.randn(2, in_chans, *size)).requires_grad_()
+    expected_stem, expected_image, expected = _definition(stem, image)
+    assert ops.serves(image)
+    y = stem(image)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    weight = torch.randn_like(y)
+    (y * weight).sum().backward()
+    (expected * weight).sum().backward()
+    _close(y, expected)
+    _close(image.grad, expected_image.grad, 1e-3 if training else 1e-5)
+    for (name, p), q in zip(stem.named_parameters(), expected_stem.parameters()):
+        _close(p.grad, q.grad, 1e-3 if training and name == 'conv.weight' else 1e-4)
+    for b, c in zip(stem.buffers(), expected_stem.buffers()):
+        _close(b, c)
+
+
+@needs_loops
+@pytest.mark.parametrize('momentum, track', [(0.3, True), (None, True), (0.1, False)])
+def test_norm_options(momentum, track):
+    stem = _stem(norm_layer=lambda channels, **kwargs: nn.BatchNorm2d(
+        channels, eps=0.1, momentum=momentum, track_running_stats=track, **kwargs)) if track else \
+        Stem(3, 20, norm_layer=lambda channels, **kwargs: nn.BatchNorm2d(channels, track_running_stats=False, **kwargs))
+    for training in (True, True, False):  # the second call tells a cumulative mean from a moving one
+        image = torch.randn(2, 3, 6, 7)
+        expected_stem, _, expected = _definition(stem.train(training), image)
+        _close(stem(image), expected)
+        for b, c in zip(stem.buffers(), expected_stem.buffers()):
+            _close(b, c)
+
+
+@needs_loops
+def test_layouts_and_types():
+    stem = _stem().eval()
+    image = torch.randn(2, 3, 11, 12)
+    expected = _definition(stem, image)[2]
+    wide = torch.randn(2, 3, 22, 24)
+    wide[:, :, ::2, ::2] = image
+    for same in (image.to(memory_format=torch.channels_last), wide[:, :, ::2, ::2], image.flip(0).flip(0)):
+        _close(stem(same), expected)
+    _close(stem(image[:1].expand(2, -1, -1, -1)), expected[:1].expand(2, -1, -1, -1))
+    for dtype, bound in ((torch.bfloat16, 0.02), (torch.float16, 0.003)):
+        low = copy.deepcopy(stem).to(dtype)(image.to(dtype))
+        assert low.dtype == dtype
+        _close(low, expected, bound)
+    with torch.autocast('cpu', torch.bfloat16):
+        low = stem(image)
+    assert low.dtype == torch.bfloat16
+    _close(low, expected, 0.02)
+
+
+@needs_loops
+def test_a_norm_fused_into_the_convolution():
+    stem = _stem().eval()
+    image = torch.randn(2, 3, 8, 9)
+    expected = stem(image)
+    fused = copy.deepcopy(stem)
+    fused.conv = torch.nn.utils.fusion.fuse_conv_bn_eval(stem.conv, stem.norm)
+    fused.norm = nn.Identity()
+    torch.testing.assert_close(fused(image), expected)
+
+
+@needs_loops
+def test_threads_and_repeats_do_not_change_a_bit():
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        stem = _stem().train()
+        torch.manual_seed(1)
+        y = stem(torch.randn(3, 3, 21, 18))
+        y.square().mean().backward()
+        results.append([y, *(p.grad for p in stem.parameters())])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@needs_loops
+def test_nan_and_infinity_reach_the_output():
+    stem = _stem().eval()
+    for value in (float('nan'), float('inf')):
+        for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            image = torch.zeros(1, 3, 4, 4)
+            image[0, 0, place[0], place[1]] = value
+            expected = _definition(stem, image)[2]
+            torch.testing.assert_close(stem(image).double(), expected, equal_nan=True)
+
+
+@needs_loops
+def test_operator_contract():
+    arguments = (torch.randn(2, 3, 6, 7, requires_grad=True), torch.randn(20, 3, requires_grad=True),
+                 torch.randn(20, requires_grad=True))
+    torch.library.opcheck(torch.ops.san_backbones.stem, arguments)
+
+
+@needs_loops
+def test_no_map_at_full_resolution_is_kept():
+    stem = _stem(width=64).train()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        stem(torch.randn(1, 3, 64, 64))
+    assert max(kept) <= 3 * 64 * 64
+
+
+@needs_loops
+def test_one_value_has_no_statistics():
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        pointwise.stem(torch.randn(1, 3, 1, 1), torch.randn(4, 3), ops.Norm(None, None, None, None, True, 0., 1e-5))
+
+
+@needs_loops
+@pytest.mark.parametrize('change', ['hook', 'group norm', 'reference', 'double', 'other act'])
+def test_anything_else_runs_as_modules(change):
+    stem = _stem(norm_layer=(lambda c, **k: nn.GroupNorm(4, c, **k)) if change == 'group norm' else nn.BatchNorm2d)
+    seen = []
+    image = torch.randn(2, 3, 6, 6)
+    if change == 'hook':
+        stem.norm.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    elif change == 'double':
+        stem, image = stem.double(), image.double()
+    elif change == 'other act':
+        stem.act = nn.Tanh()
+    with ops.use_backend('reference' if change == 'reference' else 'auto'):
+        y = stem.eval()(image)
+    _close(y, _definition(stem, image)[2])
+    assert y.is_contiguous()  # the compiled stem would answer in channels_last
+    assert seen[:1] == ([(2, 20, 6, 6)] if change == 'hook' else [])
+
+
+def test_scale_shift_relu():
+    for shape in ((3, 5, 20), (7, 16), (1, 3)):
+        x, scale, shift = torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])
+        expected = torch.relu(x.double() * scale.double() + shift.double())
+        for backend in ('auto', 'reference'):
+            with ops.use_backend(backend), torch.no_grad():
+                _close(ops.scale_shift_relu(x, scale, shift), expected, 1e-6)
+                assert ops.scale_shift_relu(x.bfloat16(), scale, shift).dtype == torch.bfloat16
+
+
+def test_stem_of_a_network_pools_once():
+    model = SAN('patchwise', depths=(1, 1), widths=(32, 32), kernel_sizes=(3, 7), stem_width=16)
+    assert isinstance(model.stages[0].pool, nn.Identity) and isinstance(model.stages[1].pool, nn.MaxPool2d)
+    assert model.stem(torch.randn(1, 3, 16, 18)).shape == (1, 16, 8, 9)

@@ -1,0 +1,253 @@
+"""fuse_for_inference: the same outputs, the same state, and never a stale one."""
+import copy
+import io
+import threading
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import san_backbones
+from san_backbones import SAN, fuse_for_inference, ops
+
+
+def _model(attention='patchwise', **kwargs):
+    torch.manual_seed(0)
+    model = SAN(attention, depths=(1, 2, 1), widths=(32, 64, 96), kernel_sizes=(3, 7, 5), stem_width=16, num_classes=7,
+                **kwargs).eval()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.dim() == 1:
+            nn.init.uniform_(tensor, 0.3, 1.3)  # norms that do something, of either place
+    return model
+
+
+def _image(*shape):
+    return torch.randn(*(shape or (2, 3, 36, 44)))
+
+
+def _error(model, image):
+    """Relative error of the model to its modules in float64 by the plain definition."""
+    plain = copy.deepcopy(model).double()
+    for stage in plain.stages:
+        stage.set_folding(False)
+    with torch.no_grad(), ops.use_backend('reference'):
+        expected = plain.forward_features(image.double())
+    with torch.no_grad():
+        actual = model.forward_features(image)
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def _runs_folded(model, image):
+    """Whether the blocks' modules are passed by."""
+    called = []
+    inner = type(model.stages[1].blocks[0]).forward
+    block = model.stages[1].blocks[0]
+    block.forward = lambda x: called.append(1) or inner(block, x)
+    try:
+        model(image)
+    finally:
+        del block.forward
+    return not called
+
+
+@pytest.mark.parametrize('backend', ['auto', 'reference', 'tiled'])
+@pytest.mark.parametrize('attention, options', [
+    ('pairwise', {}), ('patchwise', {}), ('pairwise', dict(position='none', relation='hadamard')),
+    ('pairwise', dict(relation='concatenation', position='absolute')), ('patchwise', dict(relation='star')),
+    ('pairwise', dict(position_ref_size=64, output_stride=8)), ('patchwise', dict(drop_path_rate=0.3))])
+def test_outputs(attention, options, backend):
+    model = _model(attention, **options)
+    assert fuse_for_inference(model) is model
+    with ops.use_backend(backend):
+        for size in ((2, 3, 36, 44), (1, 3, 32, 32), (1, 3, 67, 40)):  # sizes in turn: places are kept by size
+            assert _error(model, _image(*size)) < 2e-6
+    with torch.inference_mode():
+        assert _runs_folded(model, _image())
+
+
+def test_state_dict_is_untouched():
+    model = _model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model.fuse_for_inference()(_image())
+    after = model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_gradients_run_the_modules_and_say_so():
+    model, image = fuse_for_inference(_model()), _image()
+    with pytest.warns(UserWarning, match='inference_mode'):
+        model(image).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_training_and_back():
+    model, image = fuse_for_inference(_model()), _image()
+    with torch.no_grad():
+        before = model(image)
+        model.train()
+        model(image)  # moves running statistics
+        model.eval()
+        assert not torch.allclose(model(image), before)
+    assert _error(model, image) < 2e-6
+    model.stages[1].blocks[1].norm2.train()  # one layer alone
+    with torch.no_grad():
+        assert not _runs_folded(model, image)
+
+
+@pytest.mark.parametrize('change', [
+    'load', 'assign', 'in place', 'optimizer', 'replaced parameter', 'replaced layer', 'buffer', 'data', 'double',
+    'there and back'])
+def test_changes_are_seen(change):
+    model, image = fuse_for_inference(_model('pairwise')), _image()
+    with torch.no_grad():
+        before = model(image)
+    block = model.stages[1].blocks[0]
+    other = {name: tensor * 1.1 if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    if change in ('load', 'assign'):
+        model.load_state_dict(other, assign=change == 'assign')
+    elif change == 'in place':
+        with torch.no_grad():
+            block.attn.weight_mlp.fc2.weight.mul_(3)
+    elif change == 'optimizer':
+        block.norm2.bias.grad = torch.ones_like(block.norm2.bias)
+        torch.optim.SGD(model.parameters(), 0.5).step()
+    elif change == 'replaced parameter':
+        block.attn.value.bias = nn.Parameter(block.attn.value.bias + 1)
+    elif change == 'replaced layer':
+        block.norm1 = copy.deepcopy(block.norm1)
+        nn.init.constant_(block.norm1.bias, -0.2)
+    elif change == 'buffer':
+        block.attn.weight_mlp.norm2.running_var.mul_(4)
+    elif change == 'data':
+        block.conv.weight.data = block.conv.weight.data * 2
+    elif change == 'double':
+        model, image = model.double(), image.double()
+    elif change == 'there and back':
+        model.to(torch.bfloat16).float()
+    assert _error(model, image) < 2e-6
+    with torch.no_grad():
+        assert change == 'double' or not torch.equal(model(image), before)
+        assert _runs_folded(model, image)
+
+
+def test_what_goes_unseen_is_what_the_docstring_says():
+    model, image = fuse_for_inference(_model()), _image()
+    with torch.no_grad():
+        before = model(image)
+        model.stages[1].blocks[0].attn.value.weight.data.mul_(2)
+        assert torch.equal(model(image), before)
+        assert not torch.equal(fuse_for_inference(model)(image), before)
+
+
+@pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_half_precision(dtype, bound):
+    model, image = fuse_for_inference(_model()).to(dtype), _image().to(dtype)
+    with torch.no_grad():
+        assert model(image).dtype == dtype
+    assert _error(model, image) < bound
+
+
+def test_autocast_runs_the_modules():
+    model, image = fuse_for_inference(_model()), _image()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert not _runs_folded(model, image)
+
+
+@pytest.mark.parametrize('where', ['stages.1.blocks.0', 'stages.1.blocks.0.attn', 'stages.1.conv'])
+def test_hooks_are_called(where):
+    model, image = fuse_for_inference(_model()), _image()
+    with torch.no_grad():
+        expected = model(image)
+        seen = []
+        handle = model.get_submodule(where).register_forward_hook(lambda module, inputs, output: seen.append(output))
+        torch.testing.assert_close(model(image), expected, rtol=1e-4, atol=1e-5)
+        assert len(seen) == 1
+        kept = seen[0].clone()
+        handle.remove()
+        model(image)
+    assert torch.equal(seen[0], kept)  # nobody wrote into what a hook took
+
+
+def test_copies_and_pickles():
+    model, image = fuse_for_inference(_model()), _image()
+    with torch.no_grad():
+        expected = model(image)
+        plain = io.BytesIO()
+        torch.save(_model(), plain)
+        file = io.BytesIO()
+        torch.save(model, file)
+        assert len(file.getvalue()) < 1.02 * len(plain.getvalue())  # no folded weights inside
+        file.seek(0)
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert torch.equal(other(image), expected)
+            nn.init.constant_(other.stages[0].norm.bias, 3.)
+            assert not torch.equal(other(image), expected)
+        assert torch.equal(model(image), expected)
+
+
+def test_inside_other_models():
+    image = torch.rand(1, 3, 64, 64)
+    features = timm.create_model('test_san_pairwise', features_only=True).eval()
+    with torch.no_grad():
+        expected = features(image)
+        for a, b in zip(fuse_for_inference(features)(image), expected):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert features.stages_1._folded is not None
+
+
+def test_traced_and_compiled_models_hold_the_modules():
+    model, image = fuse_for_inference(_model()), _image()
+    with torch.no_grad():
+        expected = model(image)
+        for other in (torch.jit.script(model), torch.jit.trace(model, image), torch.fx.symbolic_trace(model),
+                      torch.export.export(model, (image,)).module()):
+            torch.testing.assert_close(other(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_folded_is_an_error():
+    with pytest.raises(ValueError, match='stages.0: norm is a GroupNorm and not a batch norm'):
+        fuse_for_inference(_model(norm_layer=lambda channels, **kwargs: nn.GroupNorm(1, channels, **kwargs)))
+    model = _model()
+    model.stages[1].blocks[1].act2 = nn.GELU()
+    with pytest.raises(ValueError, match='stages.1: blocks.1.act2 is a GELU and not a ReLU'):
+        model.fuse_for_inference()
+    with pytest.raises(ValueError, match='no SAN in this Linear'):
+        fuse_for_inference(nn.Linear(2, 2))
+
+
+def test_other_threads_load_weights_meanwhile():
+    """A forward may meet weights half loaded; once the loading is over, the next one must not."""
+    model, image = fuse_for_inference(_model()), _image(1, 3, 32, 32)
+    states = [{name: tensor * factor if tensor.is_floating_point() else tensor
+               for name, tensor in model.state_dict().items()} for factor in (1., 1.2)]
+    expected = []
+    with torch.no_grad():
+        for state in states:
+            model.load_state_dict(state)
+            expected.append(model(image))
+        stop = threading.Event()
+
+        def infer():
+            with torch.no_grad():
+                while not stop.is_set():
+                    model(image)
+        threads = [threading.Thread(target=infer) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            for i in range(20):
+                model.load_state_dict(states[i % 2])
+                assert torch.equal(model(image), expected[i % 2])
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+def test_no_warning_without_gradients():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('error')
+        san_backbones.fuse_for_inference(_model())(_image())
