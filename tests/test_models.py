@@ -1,6 +1,7 @@
 """The timm models: registration, names, features, counts, tracing, import."""
 import copy
 import os
+import shutil
 import subprocess
 import sys
 
@@ -176,7 +177,7 @@ def test_released_checkpoint_by_path(module_prefix, tmp_path):
     overlay = dict(file=str(tmp_path / 'model_best.pth'))
     features = timm.create_model('san10_patchwise', pretrained=True, pretrained_cfg_overlay=overlay,
                                  features_only=True, in_chans=1)
-    torch.testing.assert_close(features.stem_conv.weight, state['conv_in.weight'].sum(1, keepdim=True))
+    torch.testing.assert_close(features.stem.conv.weight, state['conv_in.weight'].sum(1, keepdim=True))
 
 
 def test_mismatched_checkpoint_is_an_error(tmp_path):
@@ -261,8 +262,9 @@ class TestTracing:
             for run in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')):
                 run(self.image).square().mean().backward()
                 results.append([p.grad for p in run.parameters()] + [b for b in run.buffers() if b.dim()])
+            # training: the stem's batch statistics are float64 outside of a graph and float32 inside
             for expected, actual in zip(*results):
-                torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 if training else 1e-5)
 
     def test_what_a_compiled_graph_calls(self, model):
         """The compiled loops where they are, unless told otherwise; an exported program never does."""
@@ -282,6 +284,22 @@ class TestTracing:
         assert not called('reference')
         exported = torch.export.export(model, (self.image,))
         assert not any('san_backbones' in str(node.target) for node in exported.graph.nodes)
+
+    @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on the CPU')
+    @pytest.mark.parametrize('backend', ['auto', 'reference'])
+    def test_inductor(self, model, backend):
+        torch.compiler.reset()
+        layer = model.stages[1].blocks[0].attn
+        x = torch.randn(2, layer.dim, 9, 12)
+        with ops.use_backend(backend), torch.no_grad():
+            torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+    def test_export_with_any_size(self, model):
+        dynamic = {dim: torch.export.Dim.DYNAMIC for dim in (0, 2, 3)}
+        exported = torch.export.export(model, (self.image,), dynamic_shapes=(dynamic,)).module()
+        for size in ((1, 3, 64, 64), (3, 3, 101, 78), (2, 3, 65, 200)):  # torch's guards want two pixels a side at the end
+            image = torch.randn(size)
+            torch.testing.assert_close(exported(image), model(image), rtol=1e-4, atol=1e-5)
 
     def test_meta(self, model):
         assert model.to('meta')(torch.empty(2, 3, 64, 64, device='meta')).shape == (2, 1000)

@@ -32,8 +32,9 @@ def reflection_index(size: int, pad: int, device: Optional[torch.device] = None)
         int64 tensor of shape (size + 2 * pad,) with values in [0, size).
     """
     period = max(2 * (size - 1), 1)
-    index = torch.arange(-pad, size + pad, device=device)
-    return (size - 1) - (index.remainder(period) - (size - 1)).abs()
+    # counted from a whole number of periods before the axis: inductor of torch 2.15 breaks on negative numbers here
+    place = (torch.arange(size + 2 * pad, device=device) + (period - 1) * pad).remainder(period)
+    return torch.minimum(place, period - place)
 
 
 @torch.fx.wrap  # its arithmetic on sizes is opaque to symbolic tracing
@@ -47,7 +48,7 @@ def reflect_pad(x: Tensor, pad: int) -> Tensor:
 
 
 def footprint(padded: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """The footprint of every pixel, as a view that copies nothing.
+    """The footprint of every pixel, as a view that copies nothing where nothing is compiled.
 
     Args:
         padded: (N, C, H + 2 pad, W + 2 pad) as `reflect_pad` returns it.
@@ -60,9 +61,11 @@ def footprint(padded: Tensor, kernel_size: int, dilation: int) -> Tensor:
     reach = dilation * (kernel_size - 1)
     height, width = padded.shape[-2] - reach, padded.shape[-1] - reach
     if not torch.jit.is_scripting() and torch.compiler.is_compiling():  # Tensor.unfold would fix the sizes
-        steps = [dilation * i for i in range(kernel_size)]
-        return torch.stack([
-            torch.stack([padded[:, :, y:y + height, x:x + width] for x in steps], 2) for y in steps], 2)
+        down = torch.arange(kernel_size * height, device=padded.device)
+        along = torch.arange(kernel_size * width, device=padded.device)
+        rows = padded.index_select(2, down // height * dilation + down % height)
+        pixels = rows.index_select(3, along // width * dilation + along % width)
+        return pixels.unflatten(2, [kernel_size, height]).unflatten(4, [kernel_size, width]).permute(0, 1, 2, 4, 3, 5)
     return padded.unfold(2, height, dilation).unfold(3, width, dilation)
 
 

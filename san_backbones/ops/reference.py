@@ -114,11 +114,13 @@ def aggregate(logits: Tensor, value: Tensor, pairwise: bool, kernel_size: int, d
     Returns:
         (N, m, H, W) in the dtype of value.
     """
-    batch, height, width = logits.shape[0], logits.shape[3], logits.shape[4]
     if pairwise:
         logits = logits.softmax(2)
-    weight_channels = logits.shape[1] if pairwise else logits.shape[1] // (kernel_size * kernel_size)
-    weight = logits.reshape(batch, 1, weight_channels, kernel_size, kernel_size, height, width)
+    else:
+        area = kernel_size * kernel_size
+        logits = logits.squeeze(2).unflatten(1, [logits.shape[1] // area, area])
+    weight_channels = logits.shape[1]
+    weight = logits.unflatten(2, [kernel_size, kernel_size]).unsqueeze(1)
     shares = value.shape[1] // weight_channels
     values = geometry.footprint(value, kernel_size, dilation).unflatten(1, [shares, weight_channels])
     return (weight * values).sum([3, 4]).flatten(1, 2).to(value.dtype)

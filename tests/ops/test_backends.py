@@ -1,6 +1,7 @@
 """The choice of a path, and that paths agree in what is particular to them: tiles, statistics, precision."""
 import logging
 import re
+import shutil
 import threading
 
 import pytest
@@ -162,9 +163,9 @@ def test_what_gamma_cannot_describe_runs_as_modules(name):
     if name == 'bias':
         layer.weight_mlp.norm2 = nn.BatchNorm2d(2)
         layer.weight_mlp.fc2 = nn.Conv2d(2, 1, 1)
-    assert not layer._gamma_is_plain()
+    assert not layer.gamma_is_plain()
     x = torch.randn(2, 32, 5, 5)
-    expected = layer._forward_modules(layer.query(x), layer.key(x), layer.value(x), layer._place(x))
+    expected = layer._forward_modules(layer.query(x), layer.key(x), layer.value(x), layer.place(x))
     output = layer(x)
     assert torch.equal(output, expected)
     output.sum().backward()
@@ -181,7 +182,7 @@ def test_norm_fused_into_the_linear_map_before_it(index):
         mlp = layer.weight_mlp
         mlp.fc1 = torch.nn.utils.fusion.fuse_conv_bn_eval(mlp.fc1, mlp.norm2)
         mlp.norm2 = nn.Identity()
-        assert layer._gamma_is_plain() and mlp.fc1.bias is not None
+        assert layer.gamma_is_plain() and mlp.fc1.bias is not None
         for backend in ('reference', 'tiled'):
             with ops.use_backend(backend):
                 torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
@@ -253,10 +254,16 @@ def test_norm_options_are_batch_norms(momentum, track):
             x = torch.randn(2, 32, 6, 6, dtype=torch.float64)
             layer.train(training)
             if forward == 'modules':
-                outputs.append(layer._forward_modules(layer.query(x), layer.key(x), layer.value(x), layer._place(x)))
+                outputs.append(layer._forward_modules(layer.query(x), layer.key(x), layer.value(x), layer.place(x)))
             else:
                 with ops.use_backend('tiled'):
                     outputs.append(layer(x))
         results.append([*outputs, *(b.double().clone() for b in layer.buffers())])
     for expected, actual in zip(*results):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_compiled_loops_are_there_where_a_compiler_is():
+    if shutil.which('cc') is None and shutil.which('gcc') is None:
+        pytest.skip('no compiler')
+    assert ops.native.build() in ('avx512', 'avx2', 'baseline')
