@@ -269,8 +269,9 @@ def test_released_logits_and_features(released):
 def test_released_training_in_single_precision(released):
     """Train-mode logits and every running buffer.
 
-    Gradients have a loose bound here, for a ReLU or a maximum that rounding tips over moves them by more than rounding
-    does; :func:`test_released_gradients` has the strict one.
+    A ReLU or a maximum that rounding tips over moves gradients by more than rounding does, those of a few parameters by a
+    lot: the bound here is on all gradients together, and a loose one on each; :func:`test_released_gradients` has the
+    strict one.
     """
     model = released_model(released).train()
     logits = model(released['image'].float())
@@ -279,7 +280,10 @@ def test_released_training_in_single_precision(released):
     for name, expected in own_names(released['train']['running'], model).items():
         assert_close(buffers(model)[name], expected, 1e-4, name)
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert_all_close(grads, own_names(released['grads'], model), tolerance=0.1)
+    expected = own_names(released['grads'], model)
+    together = [torch.cat([tensors[name].double().flatten() for name in expected]) for tensors in (grads, expected)]
+    assert_close(*together, 0.05, 'all gradients')
+    assert_all_close(grads, expected, tolerance=0.4)
 
 
 def test_released_gradients(released):
