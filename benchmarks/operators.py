@@ -1,0 +1,98 @@
+"""The attention of SAN15's five stages, alone: ours, the plain definition and its torch.compile, in turns.
+
+    python benchmarks/operators.py
+
+At 224 x 224, batch 8 (--size, --batch). Forward, and forward with backward of all maps and parameters, norms frozen or
+in eval mode. A row's floor is the larger of its operations over the measured matrix rate and of its bytes (maps in and
+out, once) over the measured copy rate. The last rows add up all fifteen layers of the network.
+"""
+import math
+
+import harness
+import torch
+
+import san_backbones
+from san_backbones import PairwiseAttention, PatchwiseAttention, ops
+
+STAGES = ((64, 2, 3, 3), (256, 4, 7, 2), (512, 8, 7, 3), (1024, 16, 7, 5), (2048, 32, 7, 2))  # dim, stride, k, depth
+
+
+def work(layer, batch, side, training):
+    """Operations and bytes that the attention cannot do without."""
+    r, m, cw, area = layer.rel_planes, layer.out_planes, layer.out_planes // layer.share_planes, layer.kernel_size ** 2
+    if layer.pairwise:
+        per_pixel = area * ((r + 2) * r + r * cw + m)
+    else:
+        per_pixel = r * (area + 1) * cw + cw * area * cw + area * m
+    pixels, maps = batch * side ** 2, 2 * r + 2 * m
+    return 2 * pixels * per_pixel * (3 if training else 1), 4 * pixels * maps * (3 if training else 1)
+
+
+def make(layer, batch, side, training, path):
+    """A function that runs the attention of `layer` once by `path`."""
+    def map_of(channels):
+        x = torch.randn(batch, channels, side, side, device=harness.DEVICE).to(memory_format=torch.channels_last)
+        return x.requires_grad_(training)
+
+    query, key, value = map_of(layer.rel_planes), map_of(layer.rel_planes), map_of(layer.out_planes)
+    gradient = torch.randn_like(value)
+    spec = layer.spec()
+
+    def attend(query, key, value):
+        return ops.footprint_attention(query, key, value, layer.place(value), layer.gamma(), spec)
+    called = torch.compile(attend, dynamic=False) if path == 'compiled' else attend
+    backend = 'auto' if path == 'ours' else 'reference'
+
+    def call():
+        with ops.use_backend(backend), torch.set_grad_enabled(training):
+            y = called(query, key, value)
+            if training:
+                torch.autograd.grad(y, (query, key, value, *parameters), gradient)
+    parameters = [p for name, p in layer.named_parameters() if name.startswith(('weight_mlp', 'position'))]
+    return call
+
+
+def main():
+    options = harness.parser(__doc__.splitlines()[0])
+    options.add_argument('--size', type=int, default=224)
+    options.add_argument('--batch', type=int, default=8)
+    options = options.parse_args()
+    matrix_rate, copy_rate = harness.rates()
+    machine = harness.machine()
+    print(f'{machine}; {matrix_rate / 1e9:.0f} GFLOP/s, {copy_rate / 1e9:.1f} GB/s')
+    paths = ['ours', 'reference'] + ([] if options.no_compile else ['compiled'])
+    rows = []
+    for cls in (PairwiseAttention, PatchwiseAttention):
+        for training in (False, True):
+            form = cls.__name__.replace('Attention', '').lower()
+            what = 'forward and backward' if training else 'forward'
+            total = dict.fromkeys([*paths, 'floor'], 0.)
+            for dim, stride, kernel_size, depth in STAGES:
+                torch.manual_seed(0)
+                layer = cls(dim, kernel_size=kernel_size, device=harness.DEVICE).eval()
+                side = options.size // stride
+                medians = harness.alternate(
+                    {path: make(layer, options.batch, side, training, path) for path in paths}, options.rounds)
+                operations, moved = work(layer, options.batch, side, training)
+                medians['floor'] = max(operations / matrix_rate, moved / copy_rate)
+                for name, value in medians.items():
+                    total[name] += depth * value
+                rows.append(row(form, what, f'{dim} channels, {side} x {side}, k = {kernel_size}', medians, machine))
+                torch.compiler.reset()
+            rows.append(row(form, what, 'SAN15, 15 layers', total, machine))
+    harness.write(options.results / f'operators-{options.size}-{harness.DEVICE.type}.csv', rows)
+
+
+def row(form, what, layer, t, machine):
+    figure, ratio = harness.figure, harness.ratio
+    result = dict(form=form, what=what, layer=layer, ours_ms=figure(t['ours'] * 1e3, 2),
+                  reference_ms=figure(t['reference'] * 1e3, 2), compiled_ms=figure(t.get('compiled', math.nan) * 1e3, 2),
+                  floor_ms=figure(t['floor'] * 1e3, 2), reference_to_ours=ratio(t['reference'], t['ours'], 1),
+                  compiled_to_ours=ratio(t.get('compiled'), t['ours'], 1), times_floor=ratio(t['ours'], t['floor'], 1),
+                  machine=machine)
+    harness.show(result)
+    return result
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,104 @@
+"""Draws the CSVs of `results/` as PNGs beside them.
+
+    python benchmarks/plot.py
+"""
+import csv
+import sys
+
+import harness
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def read(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def finish(figure, path, machine):
+    figure.text(0.01, 0.005, machine, fontsize=7, color='0.4')
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f'wrote {path}')
+
+
+def models(path):
+    """Two bars for every model and setting, time and memory beside resnet50's."""
+    rows = read(path)
+    settings = list(dict.fromkeys(row['setting'] for row in rows))
+    figure, axes = plt.subplots(len(settings), 2, figsize=(11, 0.6 + 0.34 * len(rows)), squeeze=False,
+                                gridspec_kw=dict(height_ratios=[sum(r['setting'] == s for r in rows) for s in settings]))
+    for (left, right), setting in zip(axes, settings):
+        some = [row for row in rows if row['setting'] == setting][::-1]
+        labels = [row['model'] for row in some]
+        colours = ['0.6' if not label.startswith('san') else '#b04a3a' if ' reference' in label or ' compiled' in label
+                   else '#2f6f8f' for label in labels]
+        for axis, column, what in ((left, 'throughput_to_resnet50', 'throughput, resnet50 = 1'),
+                                   (right, 'peak_to_resnet50', 'peak memory, resnet50 = 1')):
+            values = [float(row[column] or 'nan') for row in some]
+            axis.barh(labels, values, color=colours)
+            axis.axvline(1, color='black', linewidth=0.8)
+            for y, value in enumerate(values):
+                if value == value:
+                    axis.text(value, y, f' {value:.2f}', va='center', fontsize=7)
+            axis.set_xlim(0, 1.15 * max([1., *(v for v in values if v == v)]))
+            axis.set_title(f'{setting}: {what}', fontsize=8, loc='left')
+            axis.tick_params(labelsize=7)
+            axis.spines[['top', 'right']].set_visible(False)
+        right.set_yticklabels([])
+    finish(figure, path.with_suffix('.png'), rows[0]['machine'])
+
+
+def operators(path):
+    """Time of every layer by every path, above its floor."""
+    rows = [row for row in read(path) if not row['layer'].startswith('SAN15')]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), sharey=True)
+    for axis, (form, what) in zip(axes.flat, dict.fromkeys((row['form'], row['what']) for row in rows)):
+        some = [row for row in rows if (row['form'], row['what']) == (form, what)]
+        for i, (column, label, colour) in enumerate((
+                ('reference_ms', 'plain definition', '#b04a3a'), ('compiled_ms', 'its torch.compile', '#d9a441'),
+                ('ours_ms', 'ours', '#2f6f8f'), ('floor_ms', 'floor', '0.7'))):
+            values = [float(row[column] or 'nan') for row in some]
+            axis.bar([x + 0.2 * i - 0.3 for x in range(len(some))], values, 0.2, label=label, color=colour)
+        axis.set_yscale('log')
+        axis.set_xticks(range(len(some)), [row['layer'].replace(', ', '\n', 1) for row in some], fontsize=7)
+        axis.set_title(f'{form}, {what}', fontsize=9, loc='left')
+        axis.spines[['top', 'right']].set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel('milliseconds')
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    finish(figure, path.with_suffix('.png'), rows[0]['machine'])
+
+
+def growth(path):
+    """Time and memory against the number of pixels; a straight line through the origin is linear growth."""
+    rows = read(path)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5))
+    for axis_row, what in zip(axes, dict.fromkeys(row['what'] for row in rows)):
+        for axis, column, label in zip(axis_row, ('milliseconds', 'peak_megabytes'), ('milliseconds', 'peak, MB')):
+            for name in dict.fromkeys(row['model'] for row in rows):
+                some = [row for row in rows if (row['what'], row['model']) == (what, name)]
+                axis.plot([int(row['side']) ** 2 / 1e6 for row in some], [float(row[column]) for row in some], 'o-',
+                          markersize=3, label=name, color='0.6' if name == 'resnet50' else None)
+            axis.set_xlim(0)
+            axis.set_ylim(0)
+            axis.set_xlabel('megapixels')
+            axis.set_title(f'{what}: {label}', fontsize=9, loc='left')
+            axis.spines[['top', 'right']].set_visible(False)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    finish(figure, path.with_suffix('.png'), rows[0]['machine'])
+
+
+def main():
+    paths = sorted(harness.RESULTS.glob('*.csv'))
+    for path in paths:
+        globals()[path.stem.partition('-')[0]](path)
+    if not paths:
+        sys.exit(f'no CSV in {harness.RESULTS}: run models.py, operators.py or growth.py first')
+
+
+if __name__ == '__main__':
+    main()
