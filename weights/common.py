@@ -1,0 +1,83 @@
+"""What the scripts beside this file share: the manifest's file, files that appear whole or not at all, errors."""
+import functools
+import json
+import os
+import pathlib
+import sys
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence
+
+from san_backbones.hub import WeightsError
+from san_backbones.san import DEPTHS
+
+MANIFEST = pathlib.Path(__file__).resolve().with_name('manifest.json')
+TAG = 'in1k'  # of the authors' weights
+
+
+def replace_files(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files into a folder, made if it is not there, all of them beside their places before the first is moved.
+
+    An interruption leaves each file as it was or as it is to be; the next call overwrites what lies beside.
+
+    Raises:
+        WeightsError: They cannot be written.
+    """
+    beside = {name: folder / f'.{name}.tmp' for name in contents}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            with open(beside[name], 'wb') as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in contents:
+            os.replace(beside[name], folder / name)
+    except OSError as error:
+        raise WeightsError(f'cannot write {", ".join(contents)} to {folder} ({error}); make room or name a folder that '
+                           'can be written to') from error
+    finally:
+        for path in beside.values():
+            if path.exists():
+                path.unlink()
+
+
+def read_manifest(path: pathlib.Path) -> Dict[str, Dict[str, Any]]:
+    """The manifest's models by name and tag, read anew: the scripts change the file.
+
+    Raises:
+        WeightsError: There is no such file, or it is no manifest.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding='utf-8'))['models'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f'the manifest {path} cannot be read ({type(error).__name__}: {error}); expected a JSON '
+                           f"file with an object 'models', as weights/manifest.json") from error
+
+
+def record(path: pathlib.Path, model: str, **fields: Any) -> None:
+    """Sets fields of a model in the manifest, leaving the rest of it as it is."""
+    content = json.loads(path.read_text(encoding='utf-8'))
+    content['models'][model].update(fields)
+    replace_files(path.parent, {path.name: (json.dumps(content, indent=2) + '\n').encode()})
+
+
+def architecture_of(model: str) -> str:
+    """'san15_patchwise' of 'san15_patchwise.in1k', 'san15_patchwise', 'san15'."""
+    name = model.partition('.')[0]
+    return f'{name}_patchwise' if name in DEPTHS else name
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Makes a script's `main` print errors that a user can mend, and return 1 for them, 130 if stopped by the user."""
+
+    @functools.wraps(main)
+    def run(argv: Optional[Sequence[str]] = None, **options: Any) -> int:
+        try:
+            return main(argv, **options)
+        except WeightsError as error:
+            print(f'error: {error}', file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print('stopped; the same command goes on from here', file=sys.stderr)
+            return 130
+
+    return run
