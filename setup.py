@@ -36,7 +36,7 @@ class PlatformWheel(bdist_wheel):
 
 
 class BuildPackage(build_py):
-    """Adds the configs as `san_backbones/.mim`, where OpenMMLab's mim looks for them."""
+    """Adds the configs as `san_backbones/.mim`, where OpenMMLab's mim looks for them, and the weights that ship."""
 
     def run(self):
         super().run()
@@ -44,6 +44,8 @@ class BuildPackage(build_py):
             target = pathlib.Path(self.build_lib) / 'san_backbones' / '.mim'
             shutil.copytree('mm_configs', target / 'mm_configs', dirs_exist_ok=True)
             shutil.copy('model-index.yml', target)
+            weights = target.parent / '.weights'
+            shutil.copytree('weights', weights, dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.py', '__pycache__'))
 
 
 setup(

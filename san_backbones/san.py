@@ -19,11 +19,11 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function, \
-    register_notrace_module
+    register_notrace_module, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 
-from . import fuse, ops
+from . import fuse, hub, ops
 from .attention import PairwiseAttention, PatchwiseAttention
 from .norms import BATCH_NORM_FORWARDS, as_norm, is_plain, is_pointwise
 from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
@@ -499,85 +499,128 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'san10_pairwise.in1k': _cfg(),
-    'san10_patchwise.in1k': _cfg(),
-    'san15_pairwise.in1k': _cfg(),
-    'san15_patchwise.in1k': _cfg(),
-    'san19_pairwise.in1k': _cfg(),
-    'san19_patchwise.in1k': _cfg(),
+    **{f'{name}_{attention}.in1k': _cfg(hf_hub_id=f'{hub.ORGANISATION}/{name}_{attention}.in1k')
+       for name in DEPTHS for attention in ('pairwise', 'patchwise')},
     # the patchwise models, the more accurate ones
-    'san10.in1k': _cfg(),
-    'san15.in1k': _cfg(),
-    'san19.in1k': _cfg(),
+    **{f'{name}.in1k': _cfg(hf_hub_id=f'{hub.ORGANISATION}/{name}_patchwise.in1k') for name in DEPTHS},
     'test_san_pairwise.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+    # tells the demo's shapes apart; ships with the package
+    'test_san_patchwise.shapes': _cfg(
+        hf_hub_id=f'{hub.ORGANISATION}/test_san_patchwise.shapes', num_classes=3, input_size=(3, 96, 96),
+        pool_size=(3, 3), crop_pct=1., label_names=('square', 'star', 'ring'), license='apache-2.0', paper_ids=None,
+        paper_name=None, origin_url=None, description='squares, stars and rings of demo/shapes.py, cut out'),
     'test_san_patchwise.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
 })
 
 
+def _release(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Which model a state dict seems to be of, for messages."""
+    blocks = {re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name) for name in state_dict} - {None}
+    depths = tuple(len({b[2] for b in blocks if b[1] == str(stage)}) for stage in range(5))
+    attention = 'pairwise' if any('.attn.position.' in name for name in state_dict) else 'patchwise'
+    release = next((name for name, released in DEPTHS.items() if released == depths), None)
+    return f'{release}_{attention}' if release else f'a SAN of depths {depths}' if any(depths) else 'no SAN'
+
+
+def _checked_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """`checkpoint_filter_fn`, and an error where names do not fit: timm lets any pass as soon as it adapts the head."""
+    translated = checkpoint_filter_fn(state_dict, model)
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in translated and not name.startswith('head.')]
+    unexpected = [name for name in translated if name not in expected and not name.startswith('head.')]
+    wrong = [f'{name} {list(translated[name].shape)} instead of {list(tensor.shape)}'
+             for name, tensor in expected.items() if name in translated and not name.startswith(('head.', 'stem.conv.'))
+             and translated[name].shape != tensor.shape]
+    if missing or unexpected or wrong:
+        def some(names):
+            return f'{len(names)} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})' if names else '0'
+        raise hub.WeightsError(
+            f'these weights are not of this model: missing {some(missing)}, unexpected {some(unexpected)}, wrong shape '
+            f'{some(wrong)}; they seem to be of {_release(translated)}. Create the model they were made for')
+    return translated
+
+
 def _create_san(variant: str, pretrained: bool = False, **kwargs: Any) -> SAN:
-    return build_model_with_cfg(
-        SAN, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
-        **kwargs,
-    )
+    path = None
+    if pretrained:
+        overlay = kwargs.get('pretrained_cfg_overlay') or {}
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+        if cfg.source == 'hf-hub' or (cfg.source != 'local-dir' and not cfg.state_dict and not cfg.file):
+            if cfg.hf_hub_id:
+                path = hub.weights(cfg.hf_hub_id, cfg.hf_hub_filename or hub.FILENAME, kwargs.get('cache_dir'))
+                kwargs['pretrained_cfg_overlay'] = dict(overlay, file=path, source='')
+    strict = kwargs.get('pretrained_strict', True)
+    try:
+        model = build_model_with_cfg(
+            SAN, variant, pretrained,
+            pretrained_filter_fn=_checked_filter_fn if strict else checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
+            **kwargs,
+        )
+    except hub.WeightsError as error:
+        raise hub.WeightsError(f'{variant}: {error}' + (f'. The file is {path}' if path else '')) from None
+    if path is not None:  # where the weights lie on this machine is no part of what they are
+        model.pretrained_cfg.pop('file', None)
+        model.pretrained_cfg.pop('source', None)
+    return model
 
 
+_SAN10, _SAN15, _SAN19 = (dict(depths=depths) for depths in DEPTHS.values())
 _TEST = dict(depths=(1, 1, 1, 1, 1), widths=(32, 64, 64, 96, 128), stem_width=16)
 
 
 @register_model
 def san10_pairwise(pretrained: bool = False, **kwargs: Any) -> SAN:
     """SAN10 with pairwise self-attention (subtraction)."""
-    return _create_san('san10_pairwise', pretrained, **dict(depths=DEPTHS['san10'], attention='pairwise', **kwargs))
+    return _create_san('san10_pairwise', pretrained, **dict(_SAN10, attention='pairwise', **kwargs))
 
 
 @register_model
 def san10_patchwise(pretrained: bool = False, **kwargs: Any) -> SAN:
     """SAN10 with patchwise self-attention (concatenation)."""
-    return _create_san('san10_patchwise', pretrained, **dict(depths=DEPTHS['san10'], attention='patchwise', **kwargs))
+    return _create_san('san10_patchwise', pretrained, **dict(_SAN10, attention='patchwise', **kwargs))
 
 
 @register_model
 def san15_pairwise(pretrained: bool = False, **kwargs: Any) -> SAN:
     """SAN15 with pairwise self-attention (subtraction)."""
-    return _create_san('san15_pairwise', pretrained, **dict(depths=DEPTHS['san15'], attention='pairwise', **kwargs))
+    return _create_san('san15_pairwise', pretrained, **dict(_SAN15, attention='pairwise', **kwargs))
 
 
 @register_model
 def san15_patchwise(pretrained: bool = False, **kwargs: Any) -> SAN:
     """SAN15 with patchwise self-attention (concatenation)."""
-    return _create_san('san15_patchwise', pretrained, **dict(depths=DEPTHS['san15'], attention='patchwise', **kwargs))
+    return _create_san('san15_patchwise', pretrained, **dict(_SAN15, attention='patchwise', **kwargs))
 
 
 @register_model
 def san19_pairwise(pretrained: bool = False, **kwargs: Any) -> SAN:
     """SAN19 with pairwise self-attention (subtraction)."""
-    return _create_san('san19_pairwise', pretrained, **dict(depths=DEPTHS['san19'], attention='pairwise', **kwargs))
+    return _create_san('san19_pairwise', pretrained, **dict(_SAN19, attention='pairwise', **kwargs))
 
 
 @register_model
 def san19_patchwise(pretrained: bool = False, **kwargs: Any) -> SAN:
     """SAN19 with patchwise self-attention (concatenation)."""
-    return _create_san('san19_patchwise', pretrained, **dict(depths=DEPTHS['san19'], attention='patchwise', **kwargs))
+    return _create_san('san19_patchwise', pretrained, **dict(_SAN19, attention='patchwise', **kwargs))
 
 
 @register_model
 def san10(pretrained: bool = False, **kwargs: Any) -> SAN:
     """SAN10, patchwise."""
-    return _create_san('san10', pretrained, **dict(depths=DEPTHS['san10'], attention='patchwise', **kwargs))
+    return _create_san('san10', pretrained, **dict(_SAN10, attention='patchwise', **kwargs))
 
 
 @register_model
 def san15(pretrained: bool = False, **kwargs: Any) -> SAN:
     """SAN15, patchwise."""
-    return _create_san('san15', pretrained, **dict(depths=DEPTHS['san15'], attention='patchwise', **kwargs))
+    return _create_san('san15', pretrained, **dict(_SAN15, attention='patchwise', **kwargs))
 
 
 @register_model
 def san19(pretrained: bool = False, **kwargs: Any) -> SAN:
     """SAN19, patchwise."""
-    return _create_san('san19', pretrained, **dict(depths=DEPTHS['san19'], attention='patchwise', **kwargs))
+    return _create_san('san19', pretrained, **dict(_SAN19, attention='patchwise', **kwargs))
 
 
 @register_model

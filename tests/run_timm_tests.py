@@ -1,7 +1,8 @@
 """Runs timm's own model tests for the models of this package.
 
 timm's wheel carries no tests, so the source distribution of the installed version is fetched with pip. The only change
-to the tests: the module 'san' is added to the list of modules whose intermediate features are tested.
+to the tests: the module 'san' is added to the list of modules whose intermediate features are tested. Those that load pretrained
+weights get random ones, from a folder.
 
     python tests/run_timm_tests.py [pytest arguments]
 """
@@ -12,6 +13,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+
+import timm
+from safetensors.torch import save_file
+
+import san_backbones  # noqa: F401
+from san_backbones import hub
 
 MODELS = 'san10 or san15 or san19 or test_san'
 
@@ -38,13 +45,25 @@ def fetch_tests(folder: pathlib.Path, version: str) -> pathlib.Path:
     return tests
 
 
+def write_weights(folder: pathlib.Path) -> None:
+    """Random weights for every model that has a repository on the Hub."""
+    for name in timm.list_pretrained('*san*'):
+        repository = timm.get_pretrained_cfg(name).hf_hub_id
+        path = folder / f'{repository.partition("/")[2]}.safetensors' if repository else None
+        if path and not path.exists() and hub.find_local(path.stem) is None:
+            save_file(timm.create_model(name).state_dict(), path)
+
+
 def main() -> int:
     cache = pathlib.Path(__file__).resolve().parent.parent / '.cache'
     cache.mkdir(exist_ok=True)
     tests = fetch_tests(cache, importlib.metadata.version('timm'))
     command = [sys.executable, '-m', 'pytest', 'test_models.py', '-k', MODELS, '-q', '-p', 'no:cacheprovider',
                '-W', 'ignore', *sys.argv[1:]]
-    return subprocess.run(command, cwd=tests, env={**os.environ, 'TORCH_BACKEND': 'san_backbones'}).returncode
+    with tempfile.TemporaryDirectory() as weights:
+        write_weights(pathlib.Path(weights))
+        environment = {**os.environ, 'TORCH_BACKEND': 'san_backbones', hub.FOLDER_VARIABLE: weights}
+        return subprocess.run(command, cwd=tests, env=environment).returncode
 
 
 if __name__ == '__main__':

@@ -7,6 +7,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from .. import hub
+
 __all__ = ['HUB_PREFIX', 'allow_mmengine_checkpoints', 'read_state_dict']
 
 HUB_PREFIX = 'hf-hub:'
@@ -63,11 +65,8 @@ def allow_mmengine_checkpoints() -> None:
 
 @CheckpointLoader.register_scheme(prefixes=HUB_PREFIX)
 def _load_from_hub(filename: str, map_location: Any = None) -> Dict[str, torch.Tensor]:
-    """`hf-hub:ORG/NAME[@REVISION]`: model.safetensors of that repository, through huggingface_hub's cache."""
-    from huggingface_hub import hf_hub_download
-    repository, _, revision = filename[len(HUB_PREFIX):].partition('@')
-    path = hf_hub_download(repository, 'model.safetensors', revision=revision or None)
-    return _read_safetensors(path, map_location)
+    """`hf-hub:ORG/NAME[@REVISION]`: model.safetensors of that repository, as `hub.weights` finds it."""
+    return _read_safetensors(hub.weights(filename[len(HUB_PREFIX):]), map_location)
 
 
 def _read_safetensors(path: str, map_location: Any = None) -> Dict[str, torch.Tensor]:

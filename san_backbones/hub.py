@@ -1,0 +1,221 @@
+"""Where pretrained weights come from, and how they are checked.
+
+A model's weights, say those of `san15_patchwise.in1k`, are looked for in this order:
+
+1. the folder that the environment variable SAN_BACKBONES_WEIGHTS names, as `san15_patchwise.in1k/model.safetensors` or
+   `san15_patchwise.in1k.safetensors`;
+2. the weights that ship with the package;
+3. the Hugging Face Hub, repository `san-backbones/san15_patchwise.in1k` (SAN_BACKBONES_HUB_ORG names another
+   organisation, HF_ENDPOINT another server), through huggingface_hub: its cache, tokens, offline mode, progress bar.
+
+Files are safetensors; nothing is unpickled. Where the manifest pins a digest, the file must have it.
+"""
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from typing import Any, Dict, Optional, Union
+
+import huggingface_hub
+from huggingface_hub import constants, errors
+from safetensors import SafetensorError, safe_open
+
+__all__ = ['FILENAME', 'FOLDER_VARIABLE', 'ORGANISATION', 'ORGANISATION_VARIABLE', 'WeightsError', 'check', 'digest',
+           'fetch', 'find_local', 'manifest', 'repository', 'weights']
+
+FILENAME = 'model.safetensors'
+FOLDER_VARIABLE = 'SAN_BACKBONES_WEIGHTS'
+ORGANISATION_VARIABLE = 'SAN_BACKBONES_HUB_ORG'
+ORGANISATION = 'san-backbones'
+
+_logger = logging.getLogger('san_backbones.hub')
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+class WeightsError(RuntimeError):
+    """Pretrained weights that cannot be had, or are not what they should be; the message says what to do."""
+
+
+def _shipped() -> pathlib.Path:
+    """The folder `weights` of an installed package, or of the checkout."""
+    installed = _PACKAGE / '.weights'
+    return installed if installed.is_dir() else _PACKAGE.parent / 'weights'
+
+
+@functools.lru_cache(maxsize=None)
+def manifest() -> Dict[str, Dict[str, Any]]:
+    """What is known about each model's weights, by name and tag, say 'san15_patchwise.in1k'."""
+    path = _shipped() / 'manifest.json'
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text())['models']
+
+
+def repository(model: str) -> str:
+    """The Hub repository of a model's weights, `ORGANISATION/MODEL`."""
+    return f'{os.environ.get(ORGANISATION_VARIABLE) or ORGANISATION}/{model}'
+
+
+def digest(path: Union[str, os.PathLike]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    result = hashlib.sha256()
+    with open(path, 'rb') as file:
+        for block in iter(lambda: file.read(1 << 20), b''):
+            result.update(block)
+    return result.hexdigest()
+
+
+def _ways_out(model: str) -> str:
+    return (f"Two ways out: convert the authors' file (python weights/convert.py model_best.pth --model "
+            f'{model.partition(".")[0]} --out FOLDER/{model}) and set {FOLDER_VARIABLE}=FOLDER; or name a mirror '
+            f'(HF_ENDPOINT), another organisation ({ORGANISATION_VARIABLE}) or a folder that has the file '
+            f'({FOLDER_VARIABLE}).')
+
+
+def check(path: Union[str, os.PathLike], model: str, origin: str, sha256: Optional[str] = None) -> None:
+    """Makes sure that a file is the safetensors file it should be.
+
+    Raises:
+        WeightsError: It is not one, or `sha256` is given and not its digest.
+    """
+    if sha256 is not None:
+        found = digest(path)
+        if found != sha256:
+            raise WeightsError(f'{path}, from {origin}, is not the file that the manifest pins for {model}: SHA-256 '
+                               f'{found}, expected {sha256}. {_ways_out(model)}')
+    try:
+        with safe_open(path, 'pt') as file:
+            names = file.keys()
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f'{path}, from {origin}, is not a safetensors file ({error}); expected the weights of '
+                           f'{model} as model.safetensors. {_ways_out(model)}') from error
+    if not names:
+        raise WeightsError(f'{path}, from {origin}, holds no tensors; expected the weights of {model}. '
+                           f'{_ways_out(model)}')
+
+
+def find_local(model: str) -> Optional[pathlib.Path]:
+    """The model's file in the folder named by the environment or in the package, checked; None if it is in neither.
+
+    Raises:
+        WeightsError: The folder named is not there, or the file found in it is not what it should be.
+    """
+    folders = [(_shipped(), 'the package')]
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        if not os.path.isdir(named):
+            raise WeightsError(f'{FOLDER_VARIABLE} names {named!r}, which is not a folder; expected one with '
+                               f'{model}/{FILENAME} or {model}.safetensors, or the variable unset')
+        folders.insert(0, (pathlib.Path(named), f'the folder that {FOLDER_VARIABLE} names'))
+    for folder, origin in folders:
+        for path in (folder / model / FILENAME, folder / f'{model}.safetensors'):
+            if path.is_file():
+                check(path, model, origin, (manifest().get(model) or {}).get('sha256'))
+                return path
+            _logger.debug('no %s', path)
+    return None
+
+
+def _reason(error: BaseException, where: str, filename: str, revision: Optional[str]) -> str:
+    """What went wrong, in words for who asked for the weights."""
+    cause = error.__cause__ or error
+    status = getattr(getattr(cause, 'response', None), 'status_code', None)
+    if getattr(error, 'errno', None) == errno.ENOSPC or getattr(cause, 'errno', None) == errno.ENOSPC:
+        return f'the disk with the cache ({constants.HF_HUB_CACHE}) is full'
+    if isinstance(error, errors.GatedRepoError):
+        return 'the repository is gated: accept its terms on its page, then log in (hf auth login) or set HF_TOKEN'
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        return ('there is no such repository for you: it is not published yet, it is private, or the token (HF_TOKEN, '
+                'hf auth login) is wrong')
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f'the repository has no revision {revision!r}'
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
+            return f'offline mode is on (HF_HUB_OFFLINE) and the file is not in the cache ({constants.HF_HUB_CACHE})'
+        if status is not None:
+            return f'{where} answered {status}' + (' (too many requests: wait, or log in)' if status == 429 else '')
+        return f'{where} cannot be reached ({type(cause).__name__}: {cause}) and the file is not in the cache'
+    if isinstance(error, errors.EntryNotFoundError):
+        return f'the repository has no file {filename}'
+    if status is not None:
+        return f'{where} answered {status}' + (' (too many requests: wait, or log in)' if status == 429 else '')
+    return f'the download broke off ({type(error).__name__}: {error}); nothing half is kept: run again'
+
+
+def fetch(
+        repository: str,
+        model: str,
+        revision: Optional[str] = None,
+        sha256: Optional[str] = None,
+        filename: str = FILENAME,
+        cache_dir: Optional[Union[str, os.PathLike]] = None,
+) -> str:
+    """Downloads a file of a Hub repository, or takes it from the cache, and checks it.
+
+    Args:
+        repository: ORGANISATION/NAME.
+        model: Whose weights they are, for messages.
+        revision: Branch, tag or commit; None for the main branch.
+        sha256: Digest that the file must have, or None. A file with another is removed from the cache.
+        filename: The file in the repository.
+        cache_dir: Another cache than huggingface_hub's.
+
+    Returns:
+        Path of the file in the cache.
+
+    Raises:
+        WeightsError: It cannot be had, or is not what it should be; the message says which file from where, and what
+            to do.
+    """
+    where = constants.ENDPOINT
+    origin = f'{where}/{repository}' + (f'@{revision}' if revision else '')
+    try:
+        path = huggingface_hub.hf_hub_download(
+            repository, filename, revision=revision, cache_dir=cache_dir, library_name='san-backbones')
+    except Exception as error:
+        raise WeightsError(f'cannot get {filename}, the weights of {model}, from {origin}: '
+                           f'{_reason(error, where, filename, revision)}. {_ways_out(model)}') from error
+    if not filename.endswith('.safetensors'):
+        raise WeightsError(f'{filename} of {origin} is not a safetensors file, and no other kind is read. '
+                           f'{_ways_out(model)}')
+    try:
+        check(path, model, origin, sha256)
+    except WeightsError:
+        for leftover in {os.path.realpath(path), path}:  # lest the next call finds it again
+            if os.path.lexists(leftover):
+                os.remove(leftover)
+        raise
+    return path
+
+
+def weights(source: str, filename: str = FILENAME, cache_dir: Optional[Union[str, os.PathLike]] = None) -> str:
+    """The file with the weights that a cfg's `hf_hub_id`, or what follows `hf-hub:`, names.
+
+    Args:
+        source: ORGANISATION/NAME[@REVISION]. One of `ORGANISATION` is looked for in the local folders first, unless it
+            names a revision, then on the Hub at the organisation that the environment names.
+        filename: The file in the repository.
+        cache_dir: Another cache than huggingface_hub's.
+
+    Returns:
+        Its path.
+
+    Raises:
+        WeightsError: As `find_local` and `fetch`.
+    """
+    name, _, revision = source.partition('@')
+    organisation, _, model = name.partition('/')
+    if not organisation or not model or '/' in model:
+        raise WeightsError(f'{source!r} names no Hub repository: expected ORGANISATION/NAME or ORGANISATION/NAME@REVISION')
+    pinned = None
+    if organisation == ORGANISATION:
+        name = repository(model)
+        if not revision and filename == FILENAME:
+            local = find_local(model)
+            if local is not None:
+                return str(local)
+            pinned = (manifest().get(model) or {}).get('sha256')
+    return fetch(name, model, revision or None, pinned, filename, cache_dir)

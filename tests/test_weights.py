@@ -1,0 +1,316 @@
+"""Pretrained weights: local folders, shipped weights, and the Hub, through the real client and a server on this machine."""
+import errno
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save, save_file
+
+import san_backbones  # noqa: F401
+from hub_server import HubServer
+from san_backbones import hub
+from san_backbones.hub import WeightsError
+
+REPOSITORY = 'someone/weights'
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub with one repository that holds a small file, and a client of this process that talks to it."""
+    for name in (hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, 'HF_TOKEN'):
+        monkeypatch.delenv(name, raising=False)
+    with HubServer() as server:
+        server.add_repo(REPOSITORY)
+        server.put(REPOSITORY, hub.FILENAME, _content())
+        _point_at(monkeypatch, server.endpoint)
+        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_TELEMETRY', True)
+        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+        yield server
+
+
+def _point_at(monkeypatch, endpoint):
+    """HF_ENDPOINT for a client that has read it already."""
+    monkeypatch.setattr(constants, 'ENDPOINT', endpoint)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', endpoint + '/{repo_id}/resolve/{revision}/{filename}')
+
+
+def _content(value=1., size=10):
+    return save({'weight': torch.full((size,), value)})
+
+
+def _small(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('test_san_patchwise.shapes', **kwargs)
+
+
+def _run(code, *arguments, **environment):
+    """Python code in a process of its own, with what it printed last as JSON."""
+    done = subprocess.run([sys.executable, '-c', code, *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- Where weights are looked for ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('form', ['{}/model.safetensors', '{}.safetensors'])
+def test_a_named_folder_comes_first(monkeypatch, tmp_path, form):
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path))
+    path = tmp_path / form.format('test_san_patchwise.shapes')
+    path.parent.mkdir(exist_ok=True)
+    state = {name: torch.full_like(tensor, 2) for name, tensor in _small().state_dict().items()}
+    save_file(state, path)
+    monkeypatch.setattr(hub, 'manifest', dict)  # whose digest is that of the shipped file
+    model = timm.create_model('test_san_patchwise', pretrained=True)
+    assert torch.equal(model.stem.conv.weight, state['stem.conv.weight'])
+    assert 'file' not in model.pretrained_cfg and model.pretrained_cfg['hf_hub_id'].startswith('san-backbones/')
+
+
+def test_a_named_folder_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path / 'none'))
+    with pytest.raises(WeightsError, match=f"{hub.FOLDER_VARIABLE} names '.*none', which is not a folder"):
+        timm.create_model('san10', pretrained=True)
+
+
+def test_san15_is_san15_patchwise(monkeypatch, tmp_path):
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path))
+    state = timm.create_model('san10_patchwise').state_dict()
+    save_file(state, tmp_path / 'san10_patchwise.in1k.safetensors')
+    for name in ('san10', 'san10.in1k', 'san10_patchwise', 'san10_patchwise.in1k'):
+        model = timm.create_model(name, pretrained=True)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert model.pretrained_cfg['hf_hub_id'] == 'san-backbones/san10_patchwise.in1k'
+    assert timm.get_pretrained_cfg('san15').hf_hub_id == 'san-backbones/san15_patchwise.in1k'
+
+
+@pytest.mark.parametrize('variable, organisation', [(None, 'san-backbones'), ('elsewhere', 'elsewhere')])
+def test_the_organisation(server, monkeypatch, variable, organisation):
+    if variable:
+        monkeypatch.setenv(hub.ORGANISATION_VARIABLE, variable)
+    server.add_repo(f'{organisation}/model.tag')
+    server.put(f'{organisation}/model.tag', hub.FILENAME, _content(3.))
+    assert load_file(hub.weights('san-backbones/model.tag'))['weight'][0] == 3
+
+
+def test_revisions(server):
+    first = server.put(REPOSITORY, hub.FILENAME, _content(5.))
+    server.put(REPOSITORY, hub.FILENAME, _content(6.))
+    assert load_file(hub.weights(REPOSITORY))['weight'][0] == 6
+    assert load_file(hub.weights(f'{REPOSITORY}@{first}'))['weight'][0] == 5
+    with pytest.raises(WeightsError, match="no revision 'v9'"):
+        hub.weights(f'{REPOSITORY}@v9')
+
+
+def test_a_revision_is_not_looked_for_locally(server, monkeypatch, tmp_path):
+    server.add_repo('san-backbones/model.tag')
+    commit = server.put('san-backbones/model.tag', hub.FILENAME, _content(3.))
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path))
+    (tmp_path / 'model.tag.safetensors').write_bytes(_content(4.))
+    assert load_file(hub.weights('san-backbones/model.tag'))['weight'][0] == 4
+    assert load_file(hub.weights(f'san-backbones/model.tag@{commit}'))['weight'][0] == 3
+
+
+@pytest.mark.parametrize('source', ['', 'name', '/name', 'org/', 'a/b/c'])
+def test_what_names_no_repository(source):
+    with pytest.raises(WeightsError, match='expected ORGANISATION/NAME'):
+        hub.weights(source)
+
+
+# --- What can go wrong -----------------------------------------------------------------------------------------------
+
+def _error(source=REPOSITORY):
+    with pytest.raises(WeightsError) as caught:
+        hub.weights(source)
+    message = str(caught.value)
+    assert 'convert.py' in message and 'HF_ENDPOINT' in message and hub.FOLDER_VARIABLE in message
+    assert source.partition('@')[0] in message and hub.FILENAME in message
+    return message
+
+
+def test_no_such_repository(server):
+    message = _error('someone/else')
+    assert 'not published yet' in message and server.endpoint in message
+
+
+def test_no_such_file(server):
+    server.add_repo('someone/empty')
+    server.put('someone/empty', 'README.md', b'hello')
+    assert 'has no file model.safetensors' in _error('someone/empty')
+
+
+def test_gated_and_private(server, monkeypatch):
+    server.add_repo('someone/gated', gated=True, token='right')
+    server.put('someone/gated', hub.FILENAME, _content())
+    assert 'gated' in _error('someone/gated')
+    server.add_repo('someone/private', private=True, token='right')
+    server.put('someone/private', hub.FILENAME, _content(7.))
+    assert 'token' in _error('someone/private')
+    monkeypatch.setenv('HF_TOKEN', 'wrong')
+    assert 'token' in _error('someone/private')
+    monkeypatch.setenv('HF_TOKEN', 'right')
+    assert load_file(hub.weights('someone/private'))['weight'][0] == 7
+
+
+@pytest.mark.parametrize('status, words', [(429, 'answered 429 .too many requests'), (500, 'answered 500')])
+def test_a_server_in_trouble(server, status, words, monkeypatch):
+    monkeypatch.setattr('time.sleep', lambda seconds: None)  # between the client's own attempts
+    server.fault('*/resolve/*', status=status, times=None)
+    with pytest.raises(WeightsError, match=words):
+        hub.weights(REPOSITORY)
+
+
+def test_nobody_there(server, monkeypatch):
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+    _point_at(monkeypatch, 'http://127.0.0.1:9')
+    assert 'cannot be reached' in _error()
+
+
+def test_offline(server, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert 'offline mode is on' in _error()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    path = hub.weights(REPOSITORY)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert hub.weights(REPOSITORY) == path
+
+
+def test_an_interrupted_download_goes_on(server):
+    content = _content(size=4_000_000)  # the client keeps what has come in steps of 10 MiB
+    server.put(REPOSITORY, hub.FILENAME, content)
+    server.fault(f'*/{hub.FILENAME}', method='GET', cut_after=(10 << 20) + 1000)
+    assert pathlib.Path(hub.weights(REPOSITORY)).read_bytes() == content
+    assert [request.range for request in server.seen(method='GET') if request.range] == [f'bytes={10 << 20}-']
+
+
+def test_a_broken_download_leaves_nothing(server, monkeypatch, tmp_path):
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+    content = _content(size=500_000)
+    server.put(REPOSITORY, hub.FILENAME, content)
+    server.fault(f'*/{hub.FILENAME}', method='GET', cut_after=300_000, times=None)
+    assert 'run again' in _error()
+    assert not [path for path in (tmp_path / 'cache').rglob('*') if path.is_file() and path.stat().st_size > 1000]
+    server.clear()
+    assert pathlib.Path(hub.weights(REPOSITORY)).read_bytes() == content
+
+
+def test_a_wrong_digest(server, monkeypatch):
+    server.add_repo('san-backbones/model.tag')
+    server.put('san-backbones/model.tag', hub.FILENAME, _content(1.))
+    monkeypatch.setattr(hub, 'manifest', lambda: {'model.tag': {'sha256': '0' * 64}})
+    for _ in range(2):  # nor is it found in the cache
+        message = _error('san-backbones/model.tag')
+        assert 'SHA-256' in message and '0' * 64 in message
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(pathlib.Path(constants.HF_HUB_CACHE)))
+    (pathlib.Path(constants.HF_HUB_CACHE) / 'model.tag.safetensors').write_bytes(_content(1.))
+    assert 'SHA-256' in _error_of_folder('san-backbones/model.tag')
+
+
+def _error_of_folder(source):
+    with pytest.raises(WeightsError) as caught:
+        hub.weights(source)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('content', [b'', b'<html>not here</html>', b'\x80\x04pickle', _content()[:-8]])
+def test_no_safetensors_file(server, content):
+    server.put(REPOSITORY, hub.FILENAME, content)
+    assert 'is not a safetensors file' in _error()
+
+
+def test_a_pickle_is_not_read(server):
+    server.put(REPOSITORY, 'pytorch_model.bin', b'\x80\x04pickle')
+    with pytest.raises(WeightsError, match='no other kind is read'):
+        hub.weights(REPOSITORY, 'pytorch_model.bin')
+
+
+def test_a_full_disk(server, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', full)
+    assert 'is full' in _error()
+
+
+@pytest.mark.parametrize('options', [{}, dict(num_classes=7), dict(features_only=True)])
+def test_weights_of_another_model(monkeypatch, tmp_path, options):
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path))
+    path = tmp_path / 'san10_patchwise.in1k.safetensors'
+    save_file(timm.create_model('san10_pairwise').state_dict(), path)
+    with pytest.raises(WeightsError, match='missing .*attn.weight_mlp.*seem to be of san10_pairwise') as caught:
+        timm.create_model('san10_patchwise', pretrained=True, **options)
+    assert str(path) in str(caught.value)
+
+
+def test_models_without_weights():
+    with pytest.raises(RuntimeError, match='[Nn]o pretrained weights'):
+        timm.create_model('test_san_pairwise', pretrained=True)
+
+
+# --- What ships ------------------------------------------------------------------------------------------------------
+
+def test_shipped_weights_load_offline(monkeypatch):
+    _point_at(monkeypatch, 'http://127.0.0.1:9')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    model = timm.create_model('test_san_patchwise', pretrained=True)
+    assert model.num_classes == 3 and model.pretrained_cfg['label_names'] == ('square', 'star', 'ring')
+    path = hub.find_local('test_san_patchwise.shapes')
+    state = load_file(path)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert sum(file.stat().st_size for file in path.parent.iterdir()) < 2e6
+    local = timm.create_model(f'local-dir:{path.parent}', pretrained=True)
+    assert torch.equal(local.head.fc.weight, model.head.fc.weight)
+
+
+def test_adapting_to_other_classes_and_channels():
+    state = load_file(hub.find_local('test_san_patchwise.shapes'))
+    other = timm.create_model('test_san_patchwise', pretrained=True, num_classes=11, in_chans=1)
+    assert other.head.fc.weight.shape == (11, 128)
+    torch.testing.assert_close(other.stem.conv.weight, state['stem.conv.weight'].sum(1, keepdim=True))
+    features = timm.create_model('test_san_patchwise', pretrained=True, features_only=True, out_indices=(1, 2))
+    assert torch.equal(features.stages_2.conv.weight, state['stages.2.conv.weight'])
+
+
+# --- The whole road, in processes of their own -----------------------------------------------------------------------
+
+CREATE = '''
+import hashlib, json, sys, timm, torch, san_backbones
+model = timm.create_model(sys.argv[1], pretrained=True).eval()
+with torch.inference_mode():
+    y = model(torch.linspace(-1, 1, 3 * 64 * 96).reshape(1, 3, 64, 96))
+print(json.dumps(hashlib.sha256(y.numpy().tobytes()).hexdigest()))
+'''
+
+
+def test_from_the_authors_file_to_pretrained(tmp_path):
+    """Released format, convert, publish, `pretrained=True` with an empty cache, offline: the same bits."""
+    import oracle
+    root = pathlib.Path(__file__).resolve().parent.parent
+    source = tmp_path / 'source' / 'san10_pairwise'
+    source.mkdir(parents=True)
+    state = oracle.random_state('san10_pairwise', seed=3, dtype=torch.float32)
+    torch.save(oracle.released_checkpoint(state), source / 'model_best.pth')
+    with HubServer() as server:
+        server.add_token('maintainer', 'maintainer', organisations=['san-backbones'])
+        environment = server.environment(tmp_path / 'home', 'maintainer')
+        command = [sys.executable, root / 'weights' / 'publish.py', 'san10_pairwise', '--org', 'san-backbones', '--source',
+                   tmp_path / 'source', '--work', tmp_path / 'work', '--manifest', tmp_path / 'manifest.json']
+        (tmp_path / 'manifest.json').write_text((root / 'weights' / 'manifest.json').read_text())
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        recorded = json.loads((tmp_path / 'manifest.json').read_text())['models']['san10_pairwise.in1k']
+        assert recorded['sha256'] == hub.digest(tmp_path / 'work' / 'san10_pairwise.in1k' / 'repository' / 'model.safetensors')
+
+        user = server.environment(tmp_path / 'user')
+        expected = _run(CREATE.replace('pretrained=True', "checkpoint_path=sys.argv[2]"), 'san10_pairwise',
+                        source / 'model_best.pth')
+        assert _run(CREATE, 'san10_pairwise.in1k', **user) == expected
+        assert _run(CREATE, 'hf-hub:san-backbones/san10_pairwise.in1k', **user) == expected
+    user['HF_HUB_OFFLINE'] = '1'
+    assert _run(CREATE, 'san10_pairwise', **user) == expected
