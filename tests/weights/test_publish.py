@@ -1,7 +1,6 @@
 """weights/publish.py against a Hub on this machine: what arrives there, and that any interruption can be continued."""
 import hashlib
 import json
-import shutil
 import sys
 import types
 
