@@ -48,10 +48,8 @@ def allow_mmengine_checkpoints() -> None:
 
     torch 2.6 and later refuse classes that are not on an allow-list; resuming, `load_from` and testing from a
     checkpoint then fail in mmengine 0.10.7. The classes allowed here hold data and run no code of the file's
-    choosing; `weights_only` stays on. Before torch 2.6 `torch.load` needs no such list.
+    choosing; `weights_only` stays on.
     """
-    if torch.__version__ < (2, 6):
-        return
     allowed: List[Any] = [(_history_buffer_method, 'builtins.getattr')]
     for path in _MMENGINE_GLOBALS:
         module, _, name = path.rpartition('.')
