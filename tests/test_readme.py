@@ -38,4 +38,5 @@ def test_runner(monkeypatch, tmp_path):
 
 
 def test_every_kind_of_block_is_tested():
-    assert len(BLOCKS) == 5
+    untested = [b for b in BLOCKS if not b.startswith(('import timm', '_base_')) and 'Runner' not in b]
+    assert len(BLOCKS) == 7 and not untested
