@@ -76,7 +76,8 @@ class Unreadable(WeightsError):
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 def _load(path: pathlib.Path) -> Any:
-    with torch.serialization.safe_globals(DATA_CLASSES):
+    present = torch.serialization.get_safe_globals()  # these are to stay; the context takes away all it was given
+    with torch.serialization.safe_globals([entry for entry in DATA_CLASSES if entry not in present]):
         return torch.load(path, map_location='cpu', weights_only=True)
 
 

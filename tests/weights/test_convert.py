@@ -57,6 +57,22 @@ def card_of(folder):
 
 # --- The manifest ----------------------------------------------------------------------------------------------------
 
+def test_what_torch_load_may_read_elsewhere_stays_as_it_was(tmp_path):
+    entry = convert.DATA_CLASSES[0]
+    was = torch.serialization.get_safe_globals()
+    torch.save({'weight': torch.ones(1)}, tmp_path / 'file.pth')
+    try:
+        for allowed in (was, [*was, entry]):
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(allowed)
+            convert.read(tmp_path / 'file.pth')
+            assert set(torch.serialization.get_safe_globals()) == set(allowed)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(was)
+
+
+
 def test_manifest_has_the_six_models():
     models = common.read_manifest(common.MANIFEST)
     released = {name: entry for name, entry in models.items() if 'drive_id' in entry}
