@@ -65,8 +65,8 @@ def seconds(function):
 def alternate(cases, rounds, patience=20.):
     """Median seconds of each of `cases` (name: function), measured in turns after one call to warm up.
 
-    A case whose calls have taken more than `patience` seconds sits out the rest of the rounds.  One that fails is named,
-    with why, and is NaN.
+    A case whose calls have taken more than `patience` seconds sits out the rest of the rounds. One that fails is
+    named, with why, and is NaN.
     """
     times = {name: [] for name in cases}
     for name, function in cases.items():

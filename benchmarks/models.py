@@ -109,8 +109,9 @@ def main():
         matrix_rate, _ = harness.rates()
         cases = [case for case in names(setting[3], not options.no_compile and not is_large(setting) and setting[0] > 1)
                  if not any(word in case for word in options.without)]
+        # a CPU process would show the compiler's memory too
         peaks = {case: None if case.endswith(' compiled') and harness.DEVICE.type == 'cpu' else
-                 harness.peak_memory((case, setting)) for case in cases}  # a CPU process shows the compiler's memory too
+                 harness.peak_memory((case, setting)) for case in cases}
         functions = {case: make(case, setting) for case in cases}
         medians = harness.alternate(functions, options.rounds)
         for case in cases:

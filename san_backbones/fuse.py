@@ -1,4 +1,4 @@
-"""Folding for inference: what surrounds the attention of a stage, in as few passes over memory as its mathematics needs.
+"""Folding for inference: what surrounds the attention of a stage, in as few passes over memory as it needs.
 
 In eval mode a block is `x + W relu(b2 + a2 attn(relu(a1 x + b1)))` plus biases, its norms being scales a and shifts b.
 Folded, that is four passes: relu(a1 x + b1); one product for query, key and value (a2 goes into the value's weights,
@@ -186,8 +186,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     """
     stages = {name: module for name, module in model.named_modules() if hasattr(module, 'set_folding')}
     if not stages:
-        raise ValueError(f'there is no SAN in this {type(model).__name__} to fuse: expected a model of san_backbones, or '
-                         'one that holds its stages')
+        raise ValueError(f'there is no SAN in this {type(model).__name__} to fuse: expected a model of san_backbones, '
+                         'or one that holds its stages')
     for name, stage in stages.items():
         obstacle = _obstacle(stage)
         if obstacle is not None:

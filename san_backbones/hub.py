@@ -209,7 +209,8 @@ def weights(source: str, filename: str = FILENAME, cache_dir: Optional[Union[str
     name, _, revision = source.partition('@')
     organisation, _, model = name.partition('/')
     if not organisation or not model or '/' in model:
-        raise WeightsError(f'{source!r} names no Hub repository: expected ORGANISATION/NAME or ORGANISATION/NAME@REVISION')
+        raise WeightsError(f'{source!r} names no Hub repository: expected ORGANISATION/NAME or '
+                           'ORGANISATION/NAME@REVISION')
     pinned = None
     if organisation == ORGANISATION:
         name = repository(model)

@@ -162,8 +162,8 @@ class Stage(nn.Module):
                 or ops.symbolic_caller(x) is not None:
             return None
         if torch.is_grad_enabled():
-            warnings.warn('a model fused for inference was called where gradients are enabled, and runs unfused; call it '
-                      'under torch.inference_mode() or torch.no_grad()', stacklevel=2)
+            warnings.warn('a model fused for inference was called where gradients are enabled, and runs unfused; call '
+                      'it under torch.inference_mode() or torch.no_grad()', stacklevel=2)
             return None
         self._folded = folded = fuse.folded(self, self._folded)
         return folded

@@ -1,8 +1,8 @@
 """Runs timm's own model tests for the models of this package.
 
 timm's wheel carries no tests, so the source distribution of the installed version is fetched with pip. The only change
-to the tests: the module 'san' is added to the list of modules whose intermediate features are tested. Those that load pretrained
-weights get random ones, from a folder.
+to the tests: the module 'san' is added to the list of modules whose intermediate features are tested. Those that load
+pretrained weights get random ones, from a folder.
 
     python tests/run_timm_tests.py [pytest arguments]
 """

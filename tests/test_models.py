@@ -292,7 +292,8 @@ class TestTracing:
     def test_export_with_any_size(self, model):
         dynamic = {dim: torch.export.Dim.DYNAMIC for dim in (0, 2, 3)}
         exported = torch.export.export(model, (self.image,), dynamic_shapes=(dynamic,)).module()
-        for size in ((1, 3, 64, 64), (3, 3, 101, 78), (2, 3, 65, 200)):  # torch's guards want two pixels a side at the end
+        # torch's guards want two pixels a side at the end
+        for size in ((1, 3, 64, 64), (3, 3, 101, 78), (2, 3, 65, 200)):
             image = torch.randn(size)
             torch.testing.assert_close(exported(image), model(image), rtol=1e-4, atol=1e-5)
 

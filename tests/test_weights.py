@@ -1,4 +1,4 @@
-"""Pretrained weights: local folders, shipped weights, and the Hub, through the real client and a server on this machine."""
+"""Pretrained weights: local folders, shipped weights, and the Hub, by the real client and a server on this machine."""
 import errno
 import json
 import os
