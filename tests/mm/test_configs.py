@@ -1,84 +1,209 @@
-"""Every config of mm_configs builds its model, takes a training step and predicts, at reduced size."""
+"""Every config of mm_configs builds its model, takes a training step and predicts, at reduced size; and its name, its
+metafile and its table say what it holds."""
+import copy
 import pathlib
+import re
 
 import pytest
 
 pytest.importorskip('mmdet', reason='needs the mm extra')
 pytest.importorskip('mmseg', reason='needs the mm extra')
 
+import san_backbones.mm  # noqa: E402, F401  before mmdet.structures.mask
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from mmengine.config import Config  # noqa: E402
-from mmengine.registry import init_default_scope  # noqa: E402
+from mmengine.optim import build_optim_wrapper  # noqa: E402
+from mmengine.registry import MODELS, init_default_scope  # noqa: E402
+from torch import nn  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parents[2] / 'mm_configs'
-CONFIGS = sorted(path for path in ROOT.glob('*/*.py') if path.parent.name != '_base_')
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FOLDERS = sorted(path.parent for path in (ROOT / 'mm_configs').glob('*/metafile.yml'))
+SIZE = 64
+# the conventions of MMDetection and of MMSegmentation
+NAMES = {
+    'mmdet': r'(?P<method>mask-rcnn|faster-rcnn|cascade-mask-rcnn|retinanet|dino-4scale)_'
+             r'(?P<arch>san\d\d-[a-z]+)(_fpn)?_(8xb2-)?(?P<schedule>1x|ms-3x|12e)_(?P<data>coco)',
+    'mmseg': r'(?P<arch>san\d\d-[a-z]+)(?P<dilated>-d8)?_(?P<method>upernet|fpn|deeplabv3plus)_(?P<gpus>\d)xb(?P<images>\d)-'
+             r'(?P<schedule>\d+)k_(?P<data>ade20k|cityscapes)-(?P<height>\d+)x(?P<width>\d+)',
+}
+METHODS = {
+    'mask-rcnn': 'MaskRCNN', 'faster-rcnn': 'FasterRCNN', 'cascade-mask-rcnn': 'CascadeRCNN', 'retinanet': 'RetinaNet',
+    'dino-4scale': 'DINO', 'upernet': 'UPerHead', 'fpn': 'FPNHead', 'deeplabv3plus': 'DepthwiseSeparableASPPHead'}
+EPOCHS = {'1x': 12, 'ms-3x': 36, '12e': 12}
+ARCHITECTURES = [f'san{depth}-{attention}' for depth in (10, 15, 19) for attention in ('pairwise', 'patchwise')]
 
 
-def test_configs_exist():
-    assert len(CONFIGS) >= 4
+def configs(folder):
+    return sorted(folder.glob('*.py'))
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+# the classifiers have a test of their own, where mmpretrain is installed
+CONFIGS = [path for folder in FOLDERS if folder.name != 'classification' for path in configs(folder)]
+
+
+@pytest.fixture(scope='module', params=CONFIGS, ids=lambda path: path.stem)
 def config(request):
     config = Config.fromfile(request.param)
     init_default_scope(config.default_scope)
     return config
 
 
-def _sample(config, size):
-    image = torch.randint(0, 255, (3, size, size), dtype=torch.uint8)
-    if config.default_scope == 'mmdet':
-        from mmdet.structures import DetDataSample
-        from mmdet.structures.mask import BitmapMasks
-        from mmengine.structures import InstanceData
-        sample = DetDataSample(metainfo=dict(
-            img_shape=(size, size), ori_shape=(size, size), scale_factor=(1., 1.), batch_input_shape=(size, size)))
-        masks = torch.zeros(1, size, size)
-        masks[0, 10:50, 10:50] = 1
-        sample.gt_instances = InstanceData(
-            bboxes=torch.tensor([[10., 10., 50., 50.]]), labels=torch.tensor([3]),
-            masks=BitmapMasks(masks.numpy().astype('uint8'), size, size))
-        return dict(inputs=[image], data_samples=[sample])
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-    sample = SegDataSample(metainfo=dict(img_shape=(size, size), ori_shape=(size, size)))
-    sample.gt_sem_seg = PixelData(data=torch.randint(0, 150, (1, size, size)))
-    return dict(inputs=[image], data_samples=[sample])
-
-
-def test_builds_trains_and_predicts(config):
-    from mmengine.registry import MODELS
-    size = 64
+@pytest.fixture(scope='module')
+def model(config):
+    model_config = copy.deepcopy(config.model)
+    model_config.backbone.init_cfg = None  # weights are another matter
     if config.default_scope == 'mmseg':
-        config.model.data_preprocessor.size = (size, size)
-        config.model.decode_head.channels = 32
-    model = MODELS.build(config.model)
+        model_config.data_preprocessor.size = (SIZE, SIZE)
+        for head in ('decode_head', 'auxiliary_head'):
+            if head in model_config:
+                model_config[head].channels = 32
+    if 'roi_head' in model_config:
+        boxes = model_config.roi_head.bbox_head
+        for head in boxes if isinstance(boxes, list) else [boxes]:
+            head.fc_out_channels = 32
+    if model_config.type == 'DINO':  # a small picture has fewer places than DINO has queries
+        model_config.update(num_queries=20, test_cfg=dict(max_per_img=10))
+    model = MODELS.build(model_config)
     model.init_weights()
-    model.train()
-    batch = _sample(config, size)
-    if config.default_scope == 'mmseg':  # UPerNet pools to 1x1: batch statistics need two images
-        batch = {key: value * 2 for key, value in batch.items()}
-    losses, _ = model.parse_losses(model(**model.data_preprocessor(batch, True), mode='loss'))
-    losses.backward()
-    assert torch.isfinite(losses)
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.backbone.parameters())
+    return model
 
+
+def batch(config, images):
+    """What the data loader gives: pictures with one box, mask and class, or with a class for each pixel."""
+    inputs = [torch.randint(0, 255, (3, SIZE, SIZE), dtype=torch.uint8) for _ in range(images)]
+    samples = []
+    for _ in inputs:
+        meta = dict(img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE), scale_factor=(1., 1.),
+                    batch_input_shape=(SIZE, SIZE))
+        if config.default_scope == 'mmdet':
+            from mmdet.structures import DetDataSample
+            from mmdet.structures.mask import BitmapMasks
+            from mmengine.structures import InstanceData
+            mask = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
+            mask[0, 10:50, 10:50] = 1
+            sample = DetDataSample(metainfo=meta)
+            sample.gt_instances = InstanceData(
+                bboxes=torch.tensor([[10., 10., 50., 50.]]), labels=torch.tensor([3]),
+                masks=BitmapMasks(mask.numpy(), SIZE, SIZE))
+        else:
+            from mmengine.structures import PixelData
+            from mmseg.structures import SegDataSample
+            sample = SegDataSample(metainfo=meta)
+            classes = config.model.decode_head.num_classes
+            sample.gt_sem_seg = PixelData(data=torch.randint(0, classes, (1, SIZE, SIZE)))
+        samples.append(sample)
+    return dict(inputs=inputs, data_samples=samples)
+
+
+def test_training_step(config, model):
+    torch.manual_seed(0)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper)
+    before = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
+    model.train()
+    # two images: UPerNet's and DeepLab's global pooling has one value a channel of each to normalise
+    losses = model.train_step(batch(config, 2), optimizer)
+    assert losses and all(torch.isfinite(loss) for loss in losses.values())
+    for name, parameter in model.backbone.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        # relative positions do not feel the bias, which cancels in their differences
+        assert moved == parameter.requires_grad or name.endswith('position.bias'), name
+    frozen = {name.split('.')[1] for name, p in model.backbone.named_parameters() if not p.requires_grad}
+    assert frozen == ({'conv', 'norm', '0'} if config.default_scope == 'mmdet' else set())
+
+
+def test_prediction(config, model):
     model.eval()
     with torch.no_grad():
-        result = model(**model.data_preprocessor(_sample(config, size), False), mode='predict')[0]
-    if config.default_scope == 'mmdet':
-        assert result.pred_instances.masks.shape[1:] == (size, size)
+        result, = model.test_step(batch(config, 1))
+    if config.default_scope == 'mmseg':
+        assert result.pred_sem_seg.data.shape == (1, SIZE, SIZE)
+        assert result.seg_logits.data.shape == (config.model.decode_head.num_classes, SIZE, SIZE)
     else:
-        assert result.pred_sem_seg.data.shape == (1, size, size)
+        found = result.pred_instances
+        assert found.bboxes.shape == (len(found.labels), 4) and torch.isfinite(found.scores).all()
+        if 'mask' in config.filename:
+            assert found.masks.shape[1:] == (SIZE, SIZE)
 
 
-def test_names_what_it_needs(config):
+def test_norms_and_biases_do_not_decay(config, model):
+    optimizer = build_optim_wrapper(model, config.optim_wrapper)
+    norms = {id(p) for module in model.modules()
+             if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm))
+             for p in module.parameters()}
+    biases = {id(module.bias) for module in model.modules() if getattr(module, 'bias', None) is not None}
+    decays = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    assert all(decays[p] == 0 for p in norms | biases if p in decays)
+    assert all(decays[id(p)] > 0 for p in model.backbone.parameters() if p.dim() > 1 and id(p) in decays)
+
+
+def test_states_what_it_needs(config):
+    text = pathlib.Path(config.filename).read_text()
+    backbone = config.model.backbone
+    assert "custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)" in text
     assert config.custom_imports['imports'] == ['san_backbones.mm']
-    assert config.model.backbone.type == 'SANBackbone'
-    assert config.model.backbone.position_ref_size == 224
+    assert re.search(r'# Expected memory: (-|\d)', text)
+    assert backbone.type == 'SANBackbone' and backbone.position_ref_size == 224 and backbone.with_cp is False
+    assert backbone.init_cfg == dict(type='Pretrained', checkpoint=f'hf-hub:san-backbones/{backbone.arch}.in1k')
+    assert f"checkpoint='{backbone.init_cfg.checkpoint}'" in text
+    assert config.optim_wrapper.optimizer.type == 'AdamW'
 
 
-def test_name_says_the_architecture(config):
-    name = pathlib.Path(config.filename).stem
-    attention = 'pairwise' if 'pairwise' in name else 'patchwise'
-    assert config.model.backbone.arch == name[name.index('san'):][:5] + f'_{attention}'
+def test_is_what_its_name_says(config):
+    path = pathlib.Path(config.filename)
+    name = re.fullmatch(NAMES[config.default_scope], path.stem)
+    assert name, f'{path.stem} does not follow the convention of {config.default_scope}'
+    assert config.model.backbone.arch == name['arch'].replace('-', '_')
+    data = config.train_dataloader.dataset
+    assert name['data'] in data.data_root.replace('ade/', 'ade20k/')
+    if config.default_scope == 'mmdet':
+        assert config.model.type == METHODS[name['method']]
+        epochs = EPOCHS[name['schedule']]
+        assert config.train_cfg.max_epochs == config.param_scheduler[-1].end == epochs
+        resizes = [step.type for step in data.pipeline if 'Resize' in step.type]
+        assert resizes == dict([('1x', ['Resize']), ('ms-3x', ['RandomChoiceResize']), ('12e', [])])[name['schedule']]
+        assert config.train_dataloader.batch_size == 2 and config.auto_scale_lr.base_batch_size == 16
+        return
+    assert config.model.decode_head.type == METHODS[name['method']]
+    assert config.train_dataloader.batch_size == int(name['images'])
+    iterations = 1000 * int(name['schedule'])
+    assert config.train_cfg.max_iters == config.param_scheduler[-1].end == iterations
+    crop = int(name['height']), int(name['width'])
+    assert config.model.data_preprocessor.size == crop == data.pipeline[3].crop_size
+    classes = dict(ade20k=150, cityscapes=19)[name['data']]
+    heads = [config.model.decode_head, config.model.get('auxiliary_head')]
+    assert {head.num_classes for head in heads if head} == {classes}
+    assert config.model.backbone.output_stride == (8 if name['dilated'] else 32)
+
+
+def test_bases_are_shallow():
+    def depth(path):
+        bases = Config._parse_base(str(path)) if hasattr(Config, '_parse_base') else Config._get_base_files(str(path))
+        own = [path.parent / base for base in bases if '::' not in base]
+        return 1 + max([depth(base) for base in own], default=1 if bases else 0)
+
+    assert max(depth(path) for path in CONFIGS) <= 3
+
+
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda path: path.name)
+class TestFolder:
+    def test_metafile(self, folder):
+        metafile = yaml.safe_load((folder / 'metafile.yml').read_text())
+        collections = {collection['Name']: collection for collection in metafile['Collections']}
+        for collection in collections.values():
+            assert (ROOT / collection['README']).is_file()
+        models = {model['Name']: model for model in metafile['Models']}
+        assert sorted(models) == [path.stem for path in configs(folder)]
+        for name, model in models.items():
+            assert model['Config'] == f'mm_configs/{folder.name}/{name}.py' and model['In Collection'] in collections
+            assert model['Weights'] == 'none yet/' and 'Results' not in model  # nobody has trained them
+
+    def test_every_model_is_there(self, folder):
+        kinds = {re.sub(r'san\d\d-(pairwise|patchwise)', 'SAN', path.stem) for path in configs(folder)}
+        assert [path.stem for path in configs(folder)] == sorted(
+            kind.replace('SAN', arch) for kind in kinds for arch in ARCHITECTURES)
+
+    def test_table(self, folder):
+        text = (folder / 'README.md').read_text()
+        linked = re.findall(r'\| \[config\]\(([\w.-]+\.py)\) \|', text)
+        assert sorted(linked) == [path.name for path in configs(folder)]
