@@ -50,7 +50,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     boxes = widened(boxes)
     # Counting pixels inclusively is the same as moving the lower right corner by one.
     boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
-    return torch.ops.torchvision.nms(boxes, scores.to(boxes.dtype), iou_threshold)
+    # mmcv rounds the threshold as the IoU: 3 / 5 is not more than 0.6, in float32 or float64, but is across the two.
+    threshold = boxes.new_tensor(iou_threshold).item()
+    return torch.ops.torchvision.nms(boxes, scores.to(boxes.dtype), threshold)
 
 
 def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float, min_score: float,
@@ -77,16 +79,28 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, s
         best = scores.argmax()
         taken.append(remaining[best, None])
         final_scores.append(scores[best, None])
+        # mmcv's order decides between equal scores: the first box takes the place of the best one.
+        left = torch.arange(len(scores), device=scores.device)
+        left[best] = 0
+        left = left[1:]
         # Two empty boxes have no IoU; they leave each other alone.
-        ious = _ious(candidates[best], candidates, offset).nan_to_num(0)
-        scores = scores * _decay(ious, iou_threshold, sigma, method)
-        alive = scores >= min_score
-        alive[best] = False
-        candidates, scores, remaining = candidates[alive], scores[alive], remaining[alive]
+        ious = _ious(candidates[best], candidates[left], offset).nan_to_num(0)
+        decayed = scores[left] * _decay(ious, iou_threshold, sigma, method)
+        alive = _close_gaps(decayed >= min_score)
+        left, scores = left[alive], decayed[alive]
+        candidates, remaining = candidates[left], remaining[left]
     order = torch.cat(taken)
     dets[:len(order), :4] = boxes[order]
     dets[:len(order), 4] = torch.cat(final_scores)
     return order
+
+
+def _close_gaps(alive: Tensor) -> Tensor:
+    """Indices of the boxes that are alive (N,), in mmcv's order: each gap is filled with the last box."""
+    order = torch.arange(len(alive), device=alive.device)
+    count = int(alive.sum())
+    order[:count][~alive[:count]] = order[count:][alive[count:]].flip(0)
+    return order[:count]
 
 
 def _decay(ious: Tensor, iou_threshold: float, sigma: float, method: int) -> Tensor:

@@ -125,9 +125,29 @@ def _deform_conv(input, weight, offset, mask, bias, geometry) -> Tensor:
 
 def _deform_conv_backward(grad_output, input, weight, offset, mask, bias, geometry) -> tuple[Tensor, ...]:
     """Gradients in input, weight, offset, mask and bias."""
+    offset = _off_the_border(widened(offset), weight.shape[2:], *geometry[:6])
     return torch.ops.torchvision._deform_conv2d_backward(
         widened(grad_output).contiguous(), *_deform_conv_operands(input, weight, offset, mask, bias), *geometry,
         mask is not None)
+
+
+def _off_the_border(offset: Tensor, kernel: tuple[int, int], stride_h: int, stride_w: int, pad_h: int, pad_w: int,
+                    dilation_h: int, dilation_w: int) -> Tensor:
+    """The shifts (N, channels, H', W'), but far outwards where a tap lies exactly at -1, just outside of the map.
+
+    It reads 0 both ways, and its value has a kink: mmcv says that the slope is 0, torchvision gives that of the inner
+    side. Shifts that are all 0, which is how networks start, put the taps in a padding of 1 there.
+    """
+    def places(axis, stride, padding, dilation):
+        """Coordinates (taps, size) of the taps without shifts."""
+        taps, size = (torch.arange(count, device=offset.device) for count in (kernel[axis], offset.shape[2 + axis]))
+        return taps[:, None] * dilation + size * stride - padding
+
+    down, across = offset.unflatten(1, (-1, *kernel, 2)).unbind(4)  # (N, groups, kernel rows, kernel columns, H', W')
+    rows = places(0, stride_h, pad_h, dilation_h)[:, None, :, None]
+    columns = places(1, stride_w, pad_w, dilation_w)[:, None]
+    shifts = [torch.where(down + rows == -1, -FAR, down), torch.where(across + columns == -1, -FAR, across)]
+    return torch.stack(shifts, 4).view(offset.shape)
 
 
 def _deform_conv_operands(input, weight, offset, mask, bias) -> list[Tensor]:
