@@ -1,8 +1,8 @@
 """What `mim train san-backbones CONFIG` and `mim test san-backbones CONFIG --checkpoint FILE` run.
 
-The wheel holds this file as `.mim/tools/train.py` and `.mim/tools/test.py`, where mim looks. Each runs the script of its
-name that belongs to the framework of the config (its `default_scope`), with mmcv's operators in place beforehand: the
-tools/test.py of MMDetection imports them before it reads a config, so `mim test mmdet` needs compiled ones.
+The wheel holds this file as `.mim/tools/train.py` and `.mim/tools/test.py`, where mim looks. Each runs the script of
+its name that belongs to the framework of the config (its `default_scope`), with mmcv's operators in place beforehand:
+the tools/test.py of MMDetection imports them before it reads a config, so `mim test mmdet` needs compiled ones.
 """
 import importlib.util
 import os
@@ -22,8 +22,8 @@ def find_tool(name: str, config: str) -> str:
     package = importlib.util.find_spec(scope) if scope else None
     path = os.path.join(os.path.dirname(package.origin), '.mim', 'tools', name) if package and package.origin else ''
     if not os.path.isfile(path):
-        raise ValueError(f'{config}: default_scope is {scope!r}; expected an installed package that has .mim/tools/{name}'
-                         ", such as 'mmdet', 'mmseg' or 'mmpretrain'")
+        raise ValueError(f'{config}: default_scope is {scope!r}; expected an installed package that has '
+                         f".mim/tools/{name}, such as 'mmdet', 'mmseg' or 'mmpretrain'")
     return path
 
 

@@ -30,8 +30,8 @@ needs_mim = pytest.mark.skipif(importlib.util.find_spec('mim') is None, reason='
 def installed(tmp_path_factory):
     """A folder with the installed wheel of this tree, less the C loops, which mim does not need."""
     folder = tmp_path_factory.mktemp('wheel')
-    ignore = shutil.ignore_patterns('.*', 'build', '*.egg-info', '*.so', '__pycache__', 'tests', 'benchmarks', 'work_dirs')
-    shutil.copytree(ROOT, folder / 'tree', ignore=ignore)
+    shutil.copytree(ROOT, folder / 'tree', ignore=shutil.ignore_patterns(
+        '.*', 'build', '*.egg-info', '*.so', '__pycache__', 'tests', 'benchmarks', 'work_dirs'))
     built = f'build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}'
     stale = folder / 'tree' / built / 'san_backbones/.mim/mm_configs/renamed/old.py'
     stale.parent.mkdir(parents=True)
