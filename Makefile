@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 READY := .venv/.ready
 
-.PHONY: demo test test-timm clean
+.PHONY: demo test test-timm test-mim test-mmpretrain clean
 
 # make demo DATA=/folder/of/coco-format/data trains on your own pictures
 demo: $(READY)
@@ -18,6 +18,10 @@ test: $(READY)
 # timm's own model tests, for our models
 test-timm: $(READY)
 	$(BIN)/python tests/run_timm_tests.py
+
+# OpenMMLab's mim and MMPretrain do not go together with all the rest: their tests run in environments of their own
+test-mim test-mmpretrain: test-%: $(READY)
+	$(BIN)/python tests/run_apart.py $*
 
 $(READY): setup.cfg pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \

@@ -42,8 +42,12 @@ class BuildPackage(build_py):
         super().run()
         if not self.editable_mode:
             target = pathlib.Path(self.build_lib) / 'san_backbones' / '.mim'
-            shutil.copytree('mm_configs', target / 'mm_configs', dirs_exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)  # what an earlier build left: a renamed config would ship twice
+            shutil.copytree('mm_configs', target / 'mm_configs', ignore=shutil.ignore_patterns('__pycache__'))
             shutil.copy('model-index.yml', target)
+            (target / 'tools').mkdir()
+            for tool in ('train.py', 'test.py'):
+                shutil.copy('san_backbones/mm/mim_tool.py', target / 'tools' / tool)
             weights = target.parent / '.weights'
             shutil.copytree('weights', weights, dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.py', '__pycache__'))
 

@@ -1,0 +1,10 @@
+_base_ = [
+    'mmpretrain::_base_/datasets/imagenet_bs32.py',
+    'mmpretrain::_base_/default_runtime.py',
+    '../_base_/models/san_classifier.py',
+    '../_base_/schedules/imagenet_bs256_100e_cosine.py',
+]
+custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
+
+# Expected memory: -
+model = dict(backbone=dict(arch='san10_patchwise'))
