@@ -1,5 +1,5 @@
-"""Every config of mm_configs builds its model, takes a training step and predicts, at reduced size; and its name, its
-metafile and its table say what it holds."""
+"""Every config of mm_configs builds its model, takes a training step and predicts, at reduced size; and its name and its
+folder's table say what it holds. The metafiles are in test_mim.py, the classifiers in test_classification.py."""
 import copy
 import pathlib
 import re
@@ -11,14 +11,15 @@ pytest.importorskip('mmseg', reason='needs the mm extra')
 
 import san_backbones.mm  # noqa: E402, F401  before mmdet.structures.mask
 import torch  # noqa: E402
-import yaml  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from torch import nn  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FOLDERS = sorted(path.parent for path in (ROOT / 'mm_configs').glob('*/metafile.yml'))
+FOLDERS = sorted(path.parent for path in (ROOT / 'mm_configs').glob('*/metafile.yml')
+                 if path.parent.name != 'classification')
+CONFIGS = [path for folder in FOLDERS for path in sorted(folder.glob('*.py'))]
 SIZE = 64
 # the conventions of MMDetection and of MMSegmentation
 NAMES = {
@@ -32,14 +33,6 @@ METHODS = {
     'dino-4scale': 'DINO', 'upernet': 'UPerHead', 'fpn': 'FPNHead', 'deeplabv3plus': 'DepthwiseSeparableASPPHead'}
 EPOCHS = {'1x': 12, 'ms-3x': 36, '12e': 12}
 ARCHITECTURES = [f'san{depth}-{attention}' for depth in (10, 15, 19) for attention in ('pairwise', 'patchwise')]
-
-
-def configs(folder):
-    return sorted(folder.glob('*.py'))
-
-
-# the classifiers have a test of their own, where mmpretrain is installed
-CONFIGS = [path for folder in FOLDERS if folder.name != 'classification' for path in configs(folder)]
 
 
 @pytest.fixture(scope='module', params=CONFIGS, ids=lambda path: path.stem)
@@ -187,23 +180,12 @@ def test_bases_are_shallow():
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda path: path.name)
 class TestFolder:
-    def test_metafile(self, folder):
-        metafile = yaml.safe_load((folder / 'metafile.yml').read_text())
-        collections = {collection['Name']: collection for collection in metafile['Collections']}
-        for collection in collections.values():
-            assert (ROOT / collection['README']).is_file()
-        models = {model['Name']: model for model in metafile['Models']}
-        assert sorted(models) == [path.stem for path in configs(folder)]
-        for name, model in models.items():
-            assert model['Config'] == f'mm_configs/{folder.name}/{name}.py' and model['In Collection'] in collections
-            assert model['Weights'] == 'none yet/' and 'Results' not in model  # nobody has trained them
-
     def test_every_model_is_there(self, folder):
-        kinds = {re.sub(r'san\d\d-(pairwise|patchwise)', 'SAN', path.stem) for path in configs(folder)}
-        assert [path.stem for path in configs(folder)] == sorted(
+        kinds = {re.sub(r'san\d\d-(pairwise|patchwise)', 'SAN', path.stem) for path in sorted(folder.glob('*.py'))}
+        assert [path.stem for path in sorted(folder.glob('*.py'))] == sorted(
             kind.replace('SAN', arch) for kind in kinds for arch in ARCHITECTURES)
 
     def test_table(self, folder):
         text = (folder / 'README.md').read_text()
         linked = re.findall(r'\| \[config\]\(([\w.-]+\.py)\) \|', text)
-        assert sorted(linked) == [path.name for path in configs(folder)]
+        assert sorted(linked) == [path.name for path in sorted(folder.glob('*.py'))]
