@@ -5,7 +5,7 @@ custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
 
 classes = ('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian', 'bicyclist')
 void = 11  # neither learned nor judged
-crop_size = (256, 256)
+crop_size = (192, 192)
 channels = 96
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
