@@ -4,7 +4,7 @@ Importing this package
 - supplies mmcv's operators where compiled ones are missing (`operators`), so it must come before `mmdet.models`,
   `mmdet.apis`, `mmseg.models` and the like;
 - lets mmengine load its own checkpoints under torch 2.6 and later (`checkpoints`);
-- registers `SANBackbone` in mmengine's root registry.
+- registers `SANBackbone` and `SANLayerDecayOptimWrapperConstructor` in mmengine's root registries.
 """
 from .operators import install_operators, operators_in_use
 
@@ -15,5 +15,6 @@ from .checkpoints import allow_mmengine_checkpoints  # noqa: E402
 allow_mmengine_checkpoints()
 
 from .backbone import SANBackbone  # noqa: E402
+from .layer_decay import SANLayerDecayOptimWrapperConstructor  # noqa: E402
 
-__all__ = ['SANBackbone', 'operators_in_use']
+__all__ = ['SANBackbone', 'SANLayerDecayOptimWrapperConstructor', 'operators_in_use']
