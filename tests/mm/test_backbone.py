@@ -94,18 +94,23 @@ def test_norm_cfg():
         small(norm_cfg='BN')
 
 
-def test_with_cp_has_equal_outputs_and_gradients():
+@pytest.mark.parametrize('norm_eval', [False, True])
+@pytest.mark.parametrize('attention', ['pairwise', 'patchwise'])
+def test_with_cp_has_equal_outputs_gradients_and_buffers(attention, norm_eval):
     image = torch.randn(2, 3, 64, 64)
     results = []
     for with_cp in (False, True):
-        backbone = small(with_cp=with_cp).train()
+        backbone = small(arch=dict(SMALL, attention=attention), with_cp=with_cp, norm_eval=norm_eval).train()
         assert [stage.grad_checkpointing for stage in backbone.stages] == [with_cp] * 5
+        own = [id(buffer) for buffer in backbone.buffers()]
         outputs = backbone(image)
         sum(o.square().mean() for o in outputs).backward()
-        results.append((outputs, [p.grad for p in backbone.parameters()]))
+        assert [id(buffer) for buffer in backbone.buffers()] == own
+        results.append((outputs, [p.grad for p in backbone.parameters()], list(backbone.buffers())))
     for plain, checkpointed in zip(*results):
-        for a, b in zip(plain, checkpointed):
+        for a, b in zip(plain, checkpointed, strict=True):
             torch.testing.assert_close(a, b)
+    assert all(int(b) == int(not norm_eval) for name, b in backbone.named_buffers() if name.endswith('_tracked'))
 
 
 def test_output_stride_and_position_ref_size():
