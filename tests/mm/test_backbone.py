@@ -11,6 +11,7 @@ from torch import nn  # noqa: E402
 
 import san_backbones.mm  # noqa: E402, F401
 from san_backbones.mm import SANBackbone  # noqa: E402
+from san_backbones.norms import SyncBatchNorm  # noqa: E402
 
 SMALL = dict(attention='patchwise', depths=(1, 2, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16)
 
@@ -82,7 +83,7 @@ def test_norm_cfg():
     pytest.importorskip('mmcv')
     backbone = small(norm_cfg=dict(type='SyncBN', requires_grad=False))
     norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert norms and all(isinstance(m, (nn.SyncBatchNorm, SyncBatchNorm)) for m in norms)
     assert backbone.stages[0].blocks[0].attn.gamma_is_plain(), 'SyncBN must not fall back to the k x k path'
     assert not any(p.requires_grad for m in norms for p in m.parameters())
     with pytest.raises(ValueError, match='GN'):
