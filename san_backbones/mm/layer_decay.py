@@ -1,11 +1,11 @@
-"""Layer-wise learning rates: the nearer a block is to the image, the less it moves (ELECTRA's recipe for fine-tuning)."""
+"""Layer-wise learning rates: the nearer a block is to the image, the less it moves."""
 from typing import Dict, List, Optional, Union
 
 import torch.nn as nn
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
-from timm.models import group_parameters
+from timm.models._manipulate import group_with_matcher
 
 from .. import san
 from .backbone import SANBackbone
@@ -71,8 +71,9 @@ class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for name, backbone in model.named_modules():
             if not isinstance(backbone, SANBackbone):
                 continue
-            layers = group_parameters(
-                backbone, san.SAN.group_matcher(backbone, coarse=by_stage), return_values=True)
+            parameters = ((n.replace('_fsdp_wrapped_module.', ''), p) for n, p in backbone.named_parameters())
+            layers = group_with_matcher(
+                parameters, san.SAN.group_matcher(backbone, coarse=by_stage), return_values=True)
             for i, parameters in layers.items():
                 scales.update((id(parameter), rate ** (len(layers) - i)) for parameter in parameters)
             print_log(f'layer decay: {name or "the model"} has {len(layers)} layers, learning rates from '

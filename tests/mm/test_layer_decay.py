@@ -114,7 +114,11 @@ def test_wrapped_and_nested_models():
     model = nn.Module()
     model.module = nn.Module()  # as a model wrapper holds it
     model.module.student, model.module.teacher = student, nn.ModuleDict(dict(ema=teacher))
+    inner = nn.Module()  # and as FSDP holds a part
+    inner._fsdp_wrapped_module = student.backbone.stages[1]
+    student.backbone.stages[1] = inner
     groups = _groups(model.module, _wrapper(model))
+    assert groups['student.backbone.stages.1._fsdp_wrapped_module.norm.weight']['lr'] == pytest.approx(0.1 * RATE ** 5)
     assert groups['student.backbone.stem.conv.weight']['lr'] == pytest.approx(0.1 * RATE ** 8)
     assert groups['teacher.ema.backbone.stem.conv.weight']['lr'] == pytest.approx(0.1 * RATE ** 7), 'no last stage'
     assert groups['teacher.ema.decode_head.conv_seg.weight']['lr'] == 0.1
