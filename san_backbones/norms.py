@@ -1,4 +1,8 @@
-"""Modules as the operators take them: which are what they seem to be, and batch norms as `ops.Norm`."""
+"""Modules as the operators take them: which are what they seem to be, and batch norms as `ops.Norm`.
+
+And `SyncBatchNorm`, which shares its statistics on the CPU as well.
+"""
+import math
 from typing import Optional, Tuple
 
 import torch
@@ -8,13 +12,40 @@ from torch import Tensor
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import ops
+from .ops.gamma import normalise
 
-__all__ = ['BATCH_NORM_FORWARDS', 'as_norm', 'is_pointwise', 'is_plain']
+__all__ = ['BATCH_NORM_FORWARDS', 'SyncBatchNorm', 'as_norm', 'is_pointwise', 'is_plain']
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm with statistics shared by all processes, for the CPU (over gloo), which `nn.SyncBatchNorm` refuses.
+
+    Arguments and state dict are those of `nn.SyncBatchNorm`. Not a subclass of it: DistributedDataParallel refuses any
+    of its instances on the CPU.
+    """
+
+    def __init__(self, *args, process_group=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.process_group = process_group
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f'expected at least 2 dimensions (N, C, ...), got {list(x.shape)}')
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) to the same."""
+        if not self.training or _sync_group(self) is None:
+            return super().forward(x)
+        self._check_input_dim(x)
+        maps = x if x.dim() == 4 else x.reshape(*x.shape[:2], 1, math.prod(x.shape[2:]))
+        return normalise(maps, as_norm(self, maps)).reshape(x.shape)
+
 
 # by their forward, so that a subclass that only changes checks (mmengine's SyncBN) counts and one that computes
 # something else (a fused activation, an adapter) does not
 BATCH_NORM_FORWARDS = (
-    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward, nn.Identity.forward)
+    nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward, FrozenBatchNorm2d.forward,
+    nn.Identity.forward)
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
@@ -32,7 +63,7 @@ def is_pointwise(conv: nn.Module) -> bool:
 
 def _sync_group(norm: nn.Module):
     """The process group of a SyncBatchNorm that has anyone to share with, else None."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not dist.is_available() or not dist.is_initialized():
+    if not isinstance(norm, (nn.SyncBatchNorm, SyncBatchNorm)) or not dist.is_available() or not dist.is_initialized():
         return None
     group = norm.process_group if norm.process_group is not None else dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None

@@ -10,7 +10,8 @@ produces the weights of a footprint from the whole footprint.
 """
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
 
@@ -21,7 +22,7 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function, \
     register_notrace_module, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint_seq
+from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
 from .attention import PairwiseAttention, PatchwiseAttention
@@ -72,6 +73,19 @@ class Stem(nn.Module):
             if pooled is not None:
                 return pooled
         return self.pool(self.act(self.norm(self.conv(x))))
+
+
+@contextmanager
+def _spare_buffers(module: nn.Module) -> Iterator[None]:
+    """Lets the module work on copies of its buffers, so that computing it again counts no batch a second time."""
+    kept = [(owner, name, buffer) for owner in module.modules() for name, buffer in owner.named_buffers(recurse=False)]
+    for owner, name, buffer in kept:
+        setattr(owner, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for owner, name, buffer in kept:
+            setattr(owner, name, buffer)
 
 
 class Block(nn.Module):
@@ -146,8 +160,17 @@ class Stage(nn.Module):
                 if folded is not None:
                     return folded(x)
             if self.grad_checkpointing:
-                return self.act(self.norm(checkpoint_seq(self.blocks, x)))
+                for block in self.blocks:
+                    x = self._checkpointed(block, x)
+                return self.act(self.norm(x))
         return self.act(self.norm(self.blocks(x)))
+
+    @torch.jit.ignore
+    def _checkpointed(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """block(x), computed again in the backward pass, where it leaves its running statistics alone."""
+        if torch.compiler.is_compiling():  # which traces the block once, and takes no context
+            return checkpoint(block, x, use_reentrant=False)
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _spare_buffers(block)))
 
     @torch.jit.ignore
     def set_folding(self, enable: bool = True) -> None:
@@ -328,10 +351,7 @@ class SAN(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block in the backward pass instead of keeping its activations.
-
-        The recomputation updates the running statistics of batch norms a second time, as with any checkpointed norm.
-        """
+        """Recomputes each block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 

@@ -4,7 +4,9 @@ Importing this package
 - supplies mmcv's operators where compiled ones are missing (`operators`), so it must come before `mmdet.models`,
   `mmdet.apis`, `mmseg.models` and the like;
 - lets mmengine load its own checkpoints under torch 2.6 and later (`checkpoints`);
-- registers `SANBackbone` in mmengine's root registry.
+- lets norms of type SyncBN, which torch restricts to GPUs, train where there is none (`norms`);
+- registers `SANBackbone`, `SANLayerDecayOptimWrapperConstructor`, `AutocastOptimWrapper` and `ExactResumeHook` in
+  mmengine's root registries.
 """
 from .operators import install_operators, operators_in_use
 
@@ -14,6 +16,13 @@ from .checkpoints import allow_mmengine_checkpoints  # noqa: E402
 
 allow_mmengine_checkpoints()
 
+from .autocast import AutocastOptimWrapper  # noqa: E402
 from .backbone import SANBackbone  # noqa: E402
+from .exact_resume import ExactResumeHook  # noqa: E402
+from .layer_decay import SANLayerDecayOptimWrapperConstructor  # noqa: E402
+from .norms import allow_sync_bn_on_cpu  # noqa: E402
 
-__all__ = ['SANBackbone', 'operators_in_use']
+allow_sync_bn_on_cpu()
+
+__all__ = ['AutocastOptimWrapper', 'ExactResumeHook', 'SANBackbone', 'SANLayerDecayOptimWrapperConstructor',
+           'operators_in_use']

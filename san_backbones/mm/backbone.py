@@ -56,8 +56,7 @@ class SANBackbone(BaseModule):
             eval mode.
         norm_eval: Keep all norms in eval mode while training; their parameters still learn.
         norm_cfg: Norms of all layers, for instance dict(type='SyncBN', requires_grad=True); None is BN.
-        with_cp: Recompute blocks in the backward pass to save memory. Batch norms that learn their running statistics
-            then update them twice a step.
+        with_cp: Recompute blocks in the backward pass to save memory.
         output_stride: 8, 16 or 32: stages beyond it dilate instead of pooling.
         position_ref_size: Image side in pixels whose coordinate steps are used at every size (pairwise only has an
             effect). The default 224 is the size that the released models were trained at; None spans [-1, 1] over

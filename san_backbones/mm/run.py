@@ -2,13 +2,21 @@
 
 `custom_imports` in a config comes too late for MMDetection's tools/test.py and its like, and for data loader workers
 that are spawned: they import `mmcv.ops` first. Started this way, `san_backbones.mm` is there before them.
+
+Under torchrun (`torchrun --nproc-per-node=2 -m san_backbones.mm.run SCRIPT ... --launcher pytorch`) it also makes the
+process group where there is no GPU, over gloo: MMEngine would ask for one.
 """
 import os
 import sys
 
+import torch
+import torch.distributed as dist
+
 if __name__ == '__main__':
     if len(sys.argv) < 2 or not os.path.isfile(sys.argv[1]):
         sys.exit(f'{__doc__}\ngiven: {" ".join(sys.argv[1:]) or "nothing"}; expected the path of a Python script')
+    if dist.is_available() and dist.is_torchelastic_launched() and not torch.cuda.is_available():
+        dist.init_process_group('gloo')
     del sys.argv[0]
     __file__ = os.path.abspath(sys.argv[0])
     sys.path[0] = os.path.dirname(__file__)

@@ -11,6 +11,7 @@ from torch import nn  # noqa: E402
 
 import san_backbones.mm  # noqa: E402, F401
 from san_backbones.mm import SANBackbone  # noqa: E402
+from san_backbones.norms import SyncBatchNorm  # noqa: E402
 
 SMALL = dict(attention='patchwise', depths=(1, 2, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16)
 
@@ -82,7 +83,7 @@ def test_norm_cfg():
     pytest.importorskip('mmcv')
     backbone = small(norm_cfg=dict(type='SyncBN', requires_grad=False))
     norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert norms and all(isinstance(m, (nn.SyncBatchNorm, SyncBatchNorm)) for m in norms)
     assert backbone.stages[0].blocks[0].attn.gamma_is_plain(), 'SyncBN must not fall back to the k x k path'
     assert not any(p.requires_grad for m in norms for p in m.parameters())
     with pytest.raises(ValueError, match='GN'):
@@ -94,18 +95,23 @@ def test_norm_cfg():
         small(norm_cfg='BN')
 
 
-def test_with_cp_has_equal_outputs_and_gradients():
+@pytest.mark.parametrize('norm_eval', [False, True])
+@pytest.mark.parametrize('attention', ['pairwise', 'patchwise'])
+def test_with_cp_has_equal_outputs_gradients_and_buffers(attention, norm_eval):
     image = torch.randn(2, 3, 64, 64)
     results = []
     for with_cp in (False, True):
-        backbone = small(with_cp=with_cp).train()
+        backbone = small(arch=dict(SMALL, attention=attention), with_cp=with_cp, norm_eval=norm_eval).train()
         assert [stage.grad_checkpointing for stage in backbone.stages] == [with_cp] * 5
+        own = [id(buffer) for buffer in backbone.buffers()]
         outputs = backbone(image)
         sum(o.square().mean() for o in outputs).backward()
-        results.append((outputs, [p.grad for p in backbone.parameters()]))
+        assert [id(buffer) for buffer in backbone.buffers()] == own
+        results.append((outputs, [p.grad for p in backbone.parameters()], list(backbone.buffers())))
     for plain, checkpointed in zip(*results):
-        for a, b in zip(plain, checkpointed):
+        for a, b in zip(plain, checkpointed, strict=True):
             torch.testing.assert_close(a, b)
+    assert all(int(b) == int(not norm_eval) for name, b in backbone.named_buffers() if name.endswith('_tracked'))
 
 
 def test_output_stride_and_position_ref_size():

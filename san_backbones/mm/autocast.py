@@ -1,0 +1,26 @@
+"""bfloat16 without a loss scaler, on any device."""
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+import torch.nn as nn
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.runner import autocast
+
+__all__ = ['AutocastOptimWrapper']
+
+
+@OPTIM_WRAPPERS.register_module()
+class AutocastOptimWrapper(OptimWrapper):
+    """Runs forward passes under torch.autocast in bfloat16; weights, gradients and steps stay in float32.
+
+    For the CPU, where MMEngine's `AmpOptimWrapper` refuses to run. bfloat16 has the range of float32, so that losses
+    need no scaling.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """What MMEngine enters for the forward pass of a training step."""
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield

@@ -1,0 +1,69 @@
+"""Resuming so that training goes on as if it had never stopped."""
+from typing import Any, Iterator
+
+import numpy as np
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import set_random_seed
+
+__all__ = ['ExactResumeHook']
+
+
+def _reseed(seed: int, step: int) -> None:
+    """Seeds Python, NumPy and torch for one epoch or iteration of this process."""
+    set_random_seed(int(np.random.SeedSequence((seed, get_rank(), step)).generate_state(1)[0]))
+
+
+class _Reseeding:
+    """An iterator that seeds before each of its items, by the item's number."""
+
+    def __init__(self, iterator: Iterator, seed: int):
+        self._iterator, self._seed, self._step = iterator, seed, 0
+
+    def __iter__(self) -> '_Reseeding':
+        return self
+
+    def __next__(self) -> Any:
+        _reseed(self._seed, self._step)
+        self._step += 1
+        return next(self._iterator)
+
+
+@HOOKS.register_module()
+class ExactResumeHook(Hook):
+    """Makes losses after a resume those of a run that was not interrupted, bit for bit where operators are so.
+
+    MMEngine restores weights, optimizer and schedules, and finds its place in the data, but random augmentation,
+    dropout and stochastic depth start anew from the seed. With this hook in both runs, randomness is a function of
+    seed, rank and epoch (of the iteration, in a loop by iterations), so that a checkpoint need not carry any state.
+
+        randomness = dict(seed=0)
+        custom_hooks = [dict(type='ExactResumeHook')]
+
+    Holds for loops by iterations, and for loops by epochs that resume from the end of an epoch. Loops by epochs that
+    augment in worker processes need `persistent_workers=False`; a warning says so.
+
+    Raises:
+        ValueError: `randomness` names no seed; without one the order of the data differs from run to run.
+    """
+
+    def before_train(self, runner) -> None:
+        """Checks that data come in an order that can be repeated."""
+        seed = runner._randomness_cfg.get('seed')
+        if seed is None:
+            raise ValueError(f'ExactResumeHook needs a seed, for instance randomness=dict(seed=0), got '
+                             f'randomness={dict(runner._randomness_cfg)}')
+        loader = runner.train_loop.dataloader
+        if not hasattr(runner.train_loop, 'dataloader_iterator') and loader.num_workers and loader.persistent_workers:
+            runner.logger.warning('ExactResumeHook: workers that persist over epochs augment differently after a '
+                                  'resume; set persistent_workers=False in train_dataloader')
+
+    def before_train_epoch(self, runner) -> None:
+        """Seeds this epoch; in a loop by iterations, which comes here once, each iteration to come."""
+        loop = runner.train_loop
+        if hasattr(loop, 'dataloader_iterator'):
+            # after a resume the loop draws what was already seen first, and so counts up to its iteration
+            loop.dataloader_iterator = _Reseeding(loop.dataloader_iterator, runner.seed)
+        else:
+            _reseed(runner.seed, runner.epoch)
