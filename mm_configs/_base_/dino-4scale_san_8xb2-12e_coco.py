@@ -16,5 +16,8 @@ model = dict(
         position_ref_size=224),
     neck=dict(in_channels=[512, 1024, 2048]))
 
-# norm parameters and biases are exempt from weight decay
-optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))
+# DINO's tenth of the learning rate for the backbone; norm parameters and biases are exempt from weight decay
+optim_wrapper = dict(
+    constructor='SANLayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(
+        _delete_=True, decay_rate=1.0, backbone_lr_mult=0.1, norm_decay_mult=0., bias_decay_mult=0.))

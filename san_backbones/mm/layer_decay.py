@@ -30,9 +30,10 @@ class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Args:
         optim_wrapper_cfg: As for `DefaultOptimWrapperConstructor`; its optimizer must name an `lr`.
-        paramwise_cfg: `decay_rate`, in (0, 1]; `decay_type`, 'block' (the default) or 'stage'; and all options of
-            `DefaultOptimWrapperConstructor`, whose factors (`bias_lr_mult`, `lr_mult` of `custom_keys`) multiply with
-            the decay.
+        paramwise_cfg: `decay_rate`, in (0, 1]; `decay_type`, 'block' (the default) or 'stage'; `backbone_lr_mult`, a
+            factor for all of the backbone (1 unless given; in `custom_keys` it would keep norms from being exempt from
+            weight decay); and all options of `DefaultOptimWrapperConstructor`, whose factors (`bias_lr_mult`, `lr_mult`
+            of `custom_keys`) multiply with the decay.
 
     Raises:
         ValueError: An option is out of range, no lr is given, or the model holds no SANBackbone.
@@ -46,6 +47,9 @@ class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         decay_type = self.paramwise_cfg.get('decay_type', 'block')
         if decay_type not in DECAY_TYPES:
             raise ValueError(f'decay_type must be one of {", ".join(map(repr, DECAY_TYPES))}, got {decay_type!r}')
+        factor = self.paramwise_cfg.get('backbone_lr_mult', 1.)
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 0:
+            raise ValueError(f'backbone_lr_mult must be a number that is not negative, got {factor!r}')
         if self.base_lr is None:
             raise ValueError(f"layer decay needs the 'lr' of the optimizer, got optimizer={self.optimizer_cfg!r}")
 
@@ -67,7 +71,7 @@ class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def _scales(self, model: nn.Module) -> Dict[int, float]:
         """Factor of the learning rate for each parameter, by its id, of all SANBackbones in the model."""
         rate, by_stage = self.paramwise_cfg['decay_rate'], self.paramwise_cfg.get('decay_type', 'block') == 'stage'
-        scales = {}
+        factor, scales = self.paramwise_cfg.get('backbone_lr_mult', 1.), {}
         for name, backbone in model.named_modules():
             if not isinstance(backbone, SANBackbone):
                 continue
@@ -75,9 +79,10 @@ class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             layers = group_with_matcher(
                 parameters, san.SAN.group_matcher(backbone, coarse=by_stage), return_values=True)
             for i, parameters in layers.items():
-                scales.update((id(parameter), rate ** (len(layers) - i)) for parameter in parameters)
+                scales.update((id(parameter), factor * rate ** (len(layers) - i)) for parameter in parameters)
             print_log(f'layer decay: {name or "the model"} has {len(layers)} layers, learning rates from '
-                      f'{self.base_lr * rate ** len(layers):g} (stem) to {self.base_lr * rate:g}', logger='current')
+                      f'{self.base_lr * factor * rate ** len(layers):g} (stem) to {self.base_lr * factor * rate:g}',
+                      logger='current')
         if not scales:
             raise ValueError(f'SANLayerDecayOptimWrapperConstructor expects a model with a SANBackbone, got a '
                              f'{type(model).__name__} without one; use DefaultOptimWrapperConstructor for it')

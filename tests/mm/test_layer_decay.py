@@ -101,6 +101,15 @@ def test_weight_decay_exemptions_and_factors():
             assert group['lr'] == pytest.approx((3 if kind == 'bias' and not norm else 1) * 0.1 * RATE ** power), name
 
 
+def test_a_factor_for_the_backbone_leaves_norms_without_decay():
+    model = _segmentor()
+    groups = _groups(model, _wrapper(model, decay_rate=1., backbone_lr_mult=0.1, norm_decay_mult=0.))
+    for name, group in groups.items():
+        assert group['lr'] == pytest.approx(0.01 if name.startswith('backbone.') else 0.1), name
+    assert groups['backbone.stem.norm.weight']['weight_decay'] == 0.
+    assert groups['backbone.stem.conv.weight']['weight_decay'] == 0.2
+
+
 def test_frozen_parameters_are_skipped():
     model = _segmentor(frozen_stages=2)
     groups = _groups(model, _wrapper(model))
@@ -154,6 +163,7 @@ def test_schedulers_keep_the_ratios():
     (dict(decay_rate=1.5), r"'decay_rate' in \(0, 1\].*got 1.5"),
     (dict(decay_rate=None), r"'decay_rate' in \(0, 1\].*got None"),
     (dict(decay_type='layer'), "'block', 'stage', got 'layer'"),
+    (dict(backbone_lr_mult=-1), 'backbone_lr_mult must be a number that is not negative, got -1'),
     (dict(optimizer=dict(type='SGD')), "'lr' of the optimizer.*SGD"),
 ])
 def test_errors_say_what_is_allowed(paramwise, message):
