@@ -24,9 +24,9 @@ from mmengine.hooks import Hook  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 TASKS = {
-    'camvid': dict(config='upernet_camvid.py', data='camvid_small', metrics=['mIoU', 'mAcc', 'aAcc'], iterations=300),
+    'camvid': dict(config='upernet_camvid.py', data='camvid_small', metrics=['mIoU', 'mAcc', 'aAcc'], iterations=200),
     'bccd': dict(config='faster-rcnn_bccd.py', data='bccd', metrics=['coco/bbox_mAP', 'coco/bbox_mAP_50'],
-                 iterations=300),
+                 iterations=200),
 }
 BACKBONES = {
     'resnet50': dict(type='mmseg.TIMMBackbone', model_name='resnet50', pretrained=False, out_indices=(1, 2, 3, 4)),

@@ -92,12 +92,31 @@ def growth(path):
     finish(figure, path.with_suffix('.png'), rows[0]['machine'])
 
 
+def learning(path):
+    """Score on the validation pictures, against steps and against processor time."""
+    rows = read(path)
+    score = next(name for name in rows[0] if name in ('mIoU', 'bbox_mAP'))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for name in dict.fromkeys(row['backbone'] for row in rows):
+        some = [row for row in rows if (row['backbone'], row['pictures']) == (name, 'validation')]
+        for axis, column, label in zip(axes, ('iteration', 'cpu_seconds'), ('steps', 'processor time in training, s')):
+            axis.plot([float(row[column]) for row in some], [float(row[score]) for row in some], 'o-', markersize=3,
+                      label=f'{name}, {some[0]["backbone_parameters"]}', color='0.6' if name == 'resnet50' else None)
+            axis.set_xlim(0)
+            axis.set_ylim(0)
+            axis.set_xlabel(label)
+            axis.spines[['top', 'right']].set_visible(False)
+    axes[0].set_ylabel(f'{score}, {rows[0]["task"]} validation')
+    axes[0].legend(fontsize=8, frameon=False)
+    finish(figure, path.with_suffix('.png'), rows[0]['machine'])
+
+
 def main():
     paths = sorted(harness.RESULTS.glob('*.csv'))
     for path in paths:
         globals()[path.stem.partition('-')[0]](path)
     if not paths:
-        sys.exit(f'no CSV in {harness.RESULTS}: run models.py, operators.py or growth.py first')
+        sys.exit(f'no CSV in {harness.RESULTS}: run models.py, operators.py, growth.py or learning.py first')
 
 
 if __name__ == '__main__':

@@ -19,12 +19,17 @@ def test_configs(block, tmp_path):
     pytest.importorskip('mmseg', reason='needs the mm extra')
     import san_backbones.mm  # noqa: F401
     from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import HOOKS, MODELS, init_default_scope
+    (tmp_path / 'mm_configs').symlink_to(README.parent / 'mm_configs')
     (tmp_path / 'config.py').write_text(block)
     config = Config.fromfile(tmp_path / 'config.py')
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
     assert type(model.backbone).__name__ == 'SANBackbone'
+    build_optim_wrapper(model, config.optim_wrapper)
+    for hook in config.get('custom_hooks', []):
+        HOOKS.build(hook)
 
 
 def test_runner(monkeypatch, tmp_path):
@@ -39,4 +44,4 @@ def test_runner(monkeypatch, tmp_path):
 
 def test_every_kind_of_block_is_tested():
     untested = [b for b in BLOCKS if not b.startswith(('import timm', '_base_')) and 'Runner' not in b]
-    assert len(BLOCKS) == 7 and not untested
+    assert len(BLOCKS) == 8 and not untested
