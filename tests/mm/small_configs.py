@@ -78,6 +78,7 @@ def detection(folder, attention='patchwise', classes=CLASSES):
         val_evaluator=dict(ann_file=str(folder / 'coco.json')),
         test_evaluator=dict(ann_file=str(folder / 'coco.json')),
         train_cfg=dict(max_epochs=1), work_dir=str(folder / 'work')))
+    cfg.test_pipeline = test  # what the functions of mmdet.apis and mmseg.apis read
     init_default_scope('mmdet')
     return cfg
 
@@ -110,5 +111,6 @@ def segmentation(folder, attention='patchwise', classes=CLASSES):
                    decode_head=dict(head, in_channels=[32, 64, 64, 96]), auxiliary_head=dict(head, in_channels=64)),
         train_dataloader=loader(train), val_dataloader=loader(test), test_dataloader=loader(test),
         train_cfg=dict(max_iters=2, val_interval=2), work_dir=str(folder / 'work')))
+    cfg.test_pipeline = test
     init_default_scope('mmseg')
     return cfg
