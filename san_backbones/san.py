@@ -534,7 +534,8 @@ def misfits(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tens
         How many are missing, of another shape and unexpected, and the first of each; '' if they fit.
     """
     def some(kind: str, names: List[str]) -> str:
-        return f'{kind} {len(names)}' + (f' ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})' if names else '')
+        first = f' ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})' if names else ''
+        return f'{kind} {len(names)}{first}'
 
     missing = [name for name in expected if name not in given]
     wrong = [f'{name} {list(given[name].shape)} instead of {list(tensor.shape)}' for name, tensor in expected.items()

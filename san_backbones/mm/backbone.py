@@ -200,8 +200,8 @@ class SANBackbone(BaseModule):
         wrong = san.misfits(state_dict, self.state_dict())
         if wrong:
             raise RuntimeError(
-                f'checkpoint {checkpoint!r} does not fit SANBackbone(arch={self.arch!r}): {wrong}. Give the arch that the '
-                "checkpoint was made for, or its 'prefix' in init_cfg if the weights sit under one.")
+                f'checkpoint {checkpoint!r} does not fit SANBackbone(arch={self.arch!r}): {wrong}. Give the arch that '
+                "the checkpoint was made for, or its 'prefix' in init_cfg if the weights sit under one.")
         self.load_state_dict(state_dict)
         MMLogger.get_current_instance().info(f'SANBackbone: loaded {len(state_dict)} tensors from {checkpoint}')
 
@@ -225,7 +225,8 @@ class SANBackbone(BaseModule):
             wrong = san.misfits(self._own(given), self.state_dict())
             if wrong:
                 raise RuntimeError(
-                    f'checkpoint {file} does not fit the {prefix.rstrip(".")} SANBackbone(arch={self.arch!r}): {wrong}. '
+                    f'checkpoint {file} does not fit the {prefix.rstrip(".")} SANBackbone(arch={self.arch!r}): '
+                    f'{wrong}. '
                     "Give the arch that the checkpoint was made for; weights of a backbone alone belong into its "
                     "init_cfg=dict(type='Pretrained', checkpoint=...).")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

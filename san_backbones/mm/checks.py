@@ -1,7 +1,7 @@
 """Faults of a dataset, or between dataset and model, as errors that name the file and what does not match.
 
-mmengine, mmdet and mmseg find some of them late or without naming the file, others never: where the categories of a COCO
-file are not the classes of the config, the dataset is empty, or labels mean another class.
+mmengine, mmdet and mmseg find some of them late or without naming the file, others never: where the categories of a
+COCO file are not the classes of the config, the dataset is empty, or labels mean another class.
 """
 import re
 from json import JSONDecoder
@@ -63,7 +63,8 @@ def _explained(error: Exception, build_lazily: Callable) -> Exception:
     if fault or not source or source in str(error):
         return ValueError(fault) if fault else error
     empty = 'no sample is left, it has none or filter_cfg drops all: ' if 'at least one array' in str(error) else ''
-    return RuntimeError(f'{type(dataset).__name__} cannot be read from {source}: {empty}{type(error).__name__}: {error}')
+    return RuntimeError(
+        f'{type(dataset).__name__} cannot be read from {source}: {empty}{type(error).__name__}: {error}')
 
 
 def name_files_of_datasets() -> None:
@@ -156,10 +157,11 @@ class CheckSetupHook(Hook):
         if classes is None:
             return None
         allowed = {len(classes), len(dataset.metainfo.get('thing_classes', classes))}  # panoptic: heads for things only
+        heads = re.compile(r'.*(?<!rpn_)(?<!semantic_)head(\.\d+)?')
         for head, module in model.named_modules():
             count = getattr(module, 'num_classes', None)
-            if isinstance(count, int) and count not in allowed and re.search(r'(?<!rpn_)(?<!semantic_)head(\.\d+)?$', head):
+            if isinstance(count, int) and count not in allowed and heads.fullmatch(head):
                 return (f'{head} of the model has num_classes={count}, but {name} has {len(classes)} classes '
-                        f'{_some(classes)}. Set num_classes of every head to {len(classes)}, or metainfo=dict(classes=...)'
-                        ' of the dataset')
+                        f'{_some(classes)}. Set num_classes of every head to {len(classes)}, or the '
+                        'metainfo=dict(classes=...) of the dataset')
         return None
