@@ -542,21 +542,39 @@ def _release(state_dict: Mapping[str, torch.Tensor]) -> str:
     return f'{release}_{attention}' if release else f'a SAN of depths {depths}' if any(depths) else 'no SAN'
 
 
+def misfits(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], any_shape: str = '\0') -> str:
+    """Says in what tensors differ from those of a model.
+
+    Args:
+        given: Tensors by name.
+        expected: The model's state dict.
+        any_shape: Beginning of the names whose shapes may differ.
+
+    Returns:
+        How many are missing, of another shape and unexpected, and the first of each; '' if they fit.
+    """
+    def some(kind: str, names: List[str]) -> str:
+        first = f' ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})' if names else ''
+        return f'{kind} {len(names)}{first}'
+
+    missing = [name for name in expected if name not in given]
+    wrong = [f'{name} {list(given[name].shape)} instead of {list(tensor.shape)}' for name, tensor in expected.items()
+             if name in given and given[name].shape != tensor.shape and not name.startswith(any_shape)]
+    unexpected = [name for name in given if name not in expected]
+    if not missing and not wrong and not unexpected:
+        return ''
+    return f'{some("missing", missing)}, {some("wrong shape", wrong)}, {some("unexpected", unexpected)}'
+
+
 def _checked_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """`checkpoint_filter_fn`, and an error where names do not fit: timm lets any pass as soon as it adapts the head."""
     translated = checkpoint_filter_fn(state_dict, model)
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in translated and not name.startswith('head.')]
-    unexpected = [name for name in translated if name not in expected and not name.startswith('head.')]
-    wrong = [f'{name} {list(translated[name].shape)} instead of {list(tensor.shape)}'
-             for name, tensor in expected.items() if name in translated and not name.startswith(('head.', 'stem.conv.'))
-             and translated[name].shape != tensor.shape]
-    if missing or unexpected or wrong:
-        def some(names):
-            return f'{len(names)} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})' if names else '0'
-        raise hub.WeightsError(
-            f'these weights are not of this model: missing {some(missing)}, unexpected {some(unexpected)}, wrong shape '
-            f'{some(wrong)}; they seem to be of {_release(translated)}. Create the model they were made for')
+    given, expected = ({name: tensor for name, tensor in tensors.items() if not name.startswith('head.')}
+                       for tensors in (translated, model.state_dict()))
+    wrong = misfits(given, expected, any_shape='stem.conv.')
+    if wrong:
+        raise hub.WeightsError(f'these weights are not of this model: {wrong}; they seem to be of '
+                               f'{_release(translated)}. Create the model they were made for')
     return translated
 
 

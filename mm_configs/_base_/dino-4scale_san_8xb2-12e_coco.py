@@ -21,3 +21,6 @@ optim_wrapper = dict(
     constructor='SANLayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(
         _delete_=True, decay_rate=1.0, backbone_lr_mult=0.1, norm_decay_mult=0., bias_decay_mult=0.))
+
+# data, classes and heads that do not fit are errors that name the file
+custom_hooks = [dict(type='CheckSetupHook')]

@@ -5,8 +5,9 @@ Importing this package
   `mmdet.apis`, `mmseg.models` and the like;
 - lets mmengine load its own checkpoints under torch 2.6 and later (`checkpoints`);
 - lets norms of type SyncBN, which torch restricts to GPUs, train where there is none (`norms`);
-- registers `SANBackbone`, `SANLayerDecayOptimWrapperConstructor`, `AutocastOptimWrapper` and `ExactResumeHook` in
-  mmengine's root registries.
+- lets the error of a dataset that cannot be built name its annotation file (`checks`);
+- registers `SANBackbone`, `SANLayerDecayOptimWrapperConstructor`, `AutocastOptimWrapper`, `CheckSetupHook` and
+  `ExactResumeHook` in mmengine's root registries.
 """
 from .operators import install_operators, operators_in_use
 
@@ -18,11 +19,13 @@ allow_mmengine_checkpoints()
 
 from .autocast import AutocastOptimWrapper  # noqa: E402
 from .backbone import SANBackbone  # noqa: E402
+from .checks import CheckSetupHook, name_files_of_datasets  # noqa: E402
 from .exact_resume import ExactResumeHook  # noqa: E402
 from .layer_decay import SANLayerDecayOptimWrapperConstructor  # noqa: E402
 from .norms import allow_sync_bn_on_cpu  # noqa: E402
 
+name_files_of_datasets()
 allow_sync_bn_on_cpu()
 
-__all__ = ['AutocastOptimWrapper', 'ExactResumeHook', 'SANBackbone', 'SANLayerDecayOptimWrapperConstructor',
-           'operators_in_use']
+__all__ = ['AutocastOptimWrapper', 'CheckSetupHook', 'ExactResumeHook', 'SANBackbone',
+           'SANLayerDecayOptimWrapperConstructor', 'operators_in_use']

@@ -1,5 +1,6 @@
 """SANBackbone: SAN as MMEngine backbone with multi-scale feature maps, for MMDetection, MMSegmentation and others."""
 import inspect
+import re
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
@@ -10,7 +11,7 @@ from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import san
-from .checkpoints import read_state_dict
+from .checkpoints import file_being_loaded, read_state_dict
 
 __all__ = ['SANBackbone']
 
@@ -194,21 +195,37 @@ class SANBackbone(BaseModule):
             prefix = 'backbone'  # a detector or segmentor trained with this backbone
         if prefix and any(name.startswith(prefix + '.') for name in state_dict):
             state_dict = {name[len(prefix) + 1:]: t for name, t in state_dict.items() if name.startswith(prefix + '.')}
-        expected = self.state_dict()
-        given = {name: tensor for name, tensor in state_dict.items() if name in expected}
-        missing = [name for name in expected if name not in given]
-        wrong = [f'{name} {list(tensor.shape)} instead of {list(expected[name].shape)}'
-                 for name, tensor in given.items() if tensor.shape != expected[name].shape]
-        # stages beyond the last output are not built, the classifier never is
-        last = len(self.stages)
-        unexpected = [name for name in state_dict if name not in expected and not name.startswith('head.')
-                      and not (name.startswith('stages.') and int(name.split('.')[1]) >= last)]
-        if missing or wrong or unexpected:
-            def some(names):
-                return f'{len(names)} ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})' if names else '0'
+        state_dict = self._own(state_dict)
+        wrong = san.misfits(state_dict, self.state_dict())
+        if wrong:
             raise RuntimeError(
-                f'checkpoint {checkpoint!r} does not fit SANBackbone(arch={self.arch!r}): missing {some(missing)}, '
-                f'wrong shape {some(wrong)}, unexpected {some(unexpected)}. Give the arch that the checkpoint was made '
-                "for, or its 'prefix' in init_cfg if the weights sit under one.")
-        self.load_state_dict(given)
-        MMLogger.get_current_instance().info(f'SANBackbone: loaded {len(given)} tensors from {checkpoint}')
+                f'checkpoint {checkpoint!r} does not fit SANBackbone(arch={self.arch!r}): {wrong}. Give the arch that '
+                "the checkpoint was made for, or its 'prefix' in init_cfg if the weights sit under one.")
+        self.load_state_dict(state_dict)
+        MMLogger.get_current_instance().info(f'SANBackbone: loaded {len(state_dict)} tensors from {checkpoint}')
+
+    def _own(self, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+        """Without the classifier, and the stages beyond the last output, which are not built."""
+        last = len(self.stages)
+        beyond = re.compile(r'head\.|stages\.(\d+)\.')
+        return {name: tensor for name, tensor in state_dict.items()
+                if not (found := beyond.match(name)) or found[1] and int(found[1]) < last}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """Does not let mmengine load a checkpoint that fits in part: it would warn, and leave the rest random.
+
+        Raises:
+            RuntimeError: mmengine loads a file (`load_from`, resuming, testing, inferencers) whose tensors under
+                `prefix` are not those of this backbone.
+        """
+        file = file_being_loaded()
+        if file is not None:
+            given = {name[len(prefix):]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+            wrong = san.misfits(self._own(given), self.state_dict())
+            if wrong:
+                raise RuntimeError(
+                    f'checkpoint {file} does not fit the {prefix.rstrip(".")} SANBackbone(arch={self.arch!r}): '
+                    f'{wrong}. '
+                    "Give the arch that the checkpoint was made for; weights of a backbone alone belong into its "
+                    "init_cfg=dict(type='Pretrained', checkpoint=...).")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

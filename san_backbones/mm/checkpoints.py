@@ -1,5 +1,6 @@
 """Checkpoints in the OpenMMLab world: loading mmengine's own, and safetensors from files and the Hugging Face Hub."""
 import importlib
+import inspect
 from pickle import UnpicklingError
 from typing import Any, Dict, List, Optional
 
@@ -9,7 +10,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from .. import hub
 
-__all__ = ['HUB_PREFIX', 'allow_mmengine_checkpoints', 'read_state_dict']
+__all__ = ['HUB_PREFIX', 'allow_mmengine_checkpoints', 'file_being_loaded', 'read_state_dict']
 
 HUB_PREFIX = 'hf-hub:'
 
@@ -85,3 +86,19 @@ def read_state_dict(checkpoint: str, logger: Optional[str] = 'current') -> Dict[
     if checkpoint.endswith('.safetensors') and '://' not in checkpoint:
         return _read_safetensors(checkpoint)
     return CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger=logger)
+
+
+def file_being_loaded() -> Optional[str]:
+    """The checkpoint that mmengine is loading into a model, None if it is not mmengine that loads.
+
+    mmengine tells neither to the modules that it loads into, and merely warns where they differ from the checkpoint.
+    Its frames know: the way from `load_checkpoint(..., filename, ...)`, or `_init_model(cfg, weights)` of inferencers.
+    """
+    frame, loads = inspect.currentframe(), False
+    while frame is not None:
+        module = frame.f_globals.get('__name__', '')
+        loads = loads or module == 'mmengine.runner.checkpoint'
+        if module.startswith('mmengine.') and frame.f_code.co_name in ('load_checkpoint', '_init_model'):
+            return repr(frame.f_locals.get('filename', frame.f_locals.get('weights')))
+        frame = frame.f_back
+    return 'being loaded' if loads else None
