@@ -1,6 +1,6 @@
 _base_ = [
     'mmpretrain::_base_/datasets/imagenet_bs32.py',
-    'mmpretrain::_base_/default_runtime.py',
+    '../_base_/classification_runtime.py',
     '../_base_/models/san_classifier.py',
     '../_base_/schedules/imagenet_bs256_100e_cosine.py',
 ]

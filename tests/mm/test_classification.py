@@ -41,6 +41,7 @@ def scope():
 def test_builds_trains_and_predicts(path, scope):
     config = Config.fromfile(path)
     assert config.custom_imports['imports'] == ['san_backbones.mm'] and config.default_scope == 'mmpretrain'
+    assert config.custom_hooks == [dict(type='CheckSetupHook')]
     name = path.stem[:5] + ('_pairwise' if 'pairwise' in path.stem else '_patchwise')
     assert config.model.backbone.arch == name
     model = MODELS.build(dict(**config.model, data_preprocessor=config.data_preprocessor))

@@ -140,6 +140,7 @@ def test_states_what_it_needs(config):
     assert backbone.init_cfg == dict(type='Pretrained', checkpoint=f'hf-hub:san-backbones/{backbone.arch}.in1k')
     assert f"checkpoint='{backbone.init_cfg.checkpoint}'" in text
     assert config.optim_wrapper.optimizer.type == 'AdamW'
+    assert config.custom_hooks == [dict(type='CheckSetupHook')]
 
 
 def test_is_what_its_name_says(config):
