@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import san
+from .. import hub, san
 from .checkpoints import file_being_loaded, read_state_dict
 
 __all__ = ['SANBackbone']
@@ -171,6 +171,11 @@ class SANBackbone(BaseModule):
             if not isinstance(cfg.get('checkpoint'), str):
                 raise ValueError(f"init_cfg of type 'Pretrained' needs a 'checkpoint', a path or URL, got {cfg!r}")
             self._load_pretrained(cfg['checkpoint'], cfg.get('prefix') or '')
+        if not pretrained and (self.frozen_stages >= 0 or self.norm_eval):
+            MMLogger.get_current_instance().warning(
+                f'SANBackbone: frozen_stages={self.frozen_stages}, norm_eval={self.norm_eval} keep random weights or '
+                'statistics as they are, unless a checkpoint is loaded later (load_from, resume); to train from random '
+                'weights set frozen_stages=-1 and norm_eval=False')
         self._is_init = True
 
     def _read(self, checkpoint: str) -> Dict[str, Any]:
@@ -178,6 +183,10 @@ class SANBackbone(BaseModule):
             content = read_state_dict(checkpoint)
         except FileNotFoundError as error:
             raise FileNotFoundError(f'init_cfg names the checkpoint {checkpoint!r}, which does not exist') from error
+        except hub.WeightsError as error:
+            raise RuntimeError(
+                f'init_cfg names the checkpoint {checkpoint!r}: {error} To train from random weights instead, set '
+                'init_cfg=None, frozen_stages=-1 and norm_eval=False of the backbone') from error
         except Exception as error:
             raise RuntimeError(
                 f'init_cfg names the checkpoint {checkpoint!r}, which cannot be read ({type(error).__name__}: {error});'

@@ -70,6 +70,15 @@ def test_frozen_stages_survive_train(frozen_stages):
     assert all(p.grad is None for m in frozen for p in m.parameters())
 
 
+@pytest.mark.parametrize('frozen', [dict(frozen_stages=0), dict(norm_eval=True), {}])
+def test_freezing_random_weights_is_said(frozen, monkeypatch):
+    from mmengine.logging import MMLogger
+    said = []
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'warning', said.append)
+    SANBackbone(SMALL, **frozen).init_weights()
+    assert len(said) == bool(frozen) and all('frozen_stages=-1 and norm_eval=False' in line for line in said)
+
+
 def test_norm_eval_keeps_statistics_and_learns():
     backbone = small(norm_eval=True).train()
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}

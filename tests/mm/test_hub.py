@@ -42,5 +42,6 @@ def test_loads_at_a_revision_and_again_offline(tmp_path):
             assert expected in result.stdout, result.stderr[-2000:]
         absent = _load(server, 'hf-hub:org/name@v2', tmp_path)
         assert absent.returncode != 0 and 'hf-hub:org/name@v2' in absent.stderr and "no revision 'v2'" in absent.stderr
+        assert 'init_cfg=None, frozen_stages=-1 and norm_eval=False' in absent.stderr
         broken = _load(server, 'hf-hub:org/name', tmp_path)
         assert broken.returncode != 0 and 'is not a safetensors file' in broken.stderr
