@@ -114,7 +114,9 @@ def learning(path):
 def main():
     paths = sorted(harness.RESULTS.glob('*.csv'))
     for path in paths:
-        globals()[path.stem.partition('-')[0]](path)
+        draw = globals().get(path.stem.partition('-')[0])
+        if draw:  # the CSV of one size is a table, not a plot
+            draw(path)
     if not paths:
         sys.exit(f'no CSV in {harness.RESULTS}: run models.py, operators.py, growth.py or learning.py first')
 
