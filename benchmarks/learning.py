@@ -114,9 +114,10 @@ def main():
         sys.exit(f'--data {options.data}: there is no folder {folder}')
     rows = []
     for backbone in options.backbones:
-        rows += learn(options, backbone)
-        for row in rows[-options.evaluations - 1:]:
+        learned = learn(options, backbone)
+        for row in learned:
             harness.show(row)
+        rows += learned
     harness.write(options.results / f'learning-{options.task}.csv', rows)
 
 

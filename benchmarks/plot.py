@@ -111,12 +111,15 @@ def learning(path):
     finish(figure, path.with_suffix('.png'), rows[0]['machine'])
 
 
+PLOTS = dict(models=models, operators=operators, growth=growth, learning=learning)
+
+
 def main():
     paths = sorted(harness.RESULTS.glob('*.csv'))
     for path in paths:
-        draw = globals().get(path.stem.partition('-')[0])
-        if draw:  # the CSV of one size is a table, not a plot
-            draw(path)
+        kind = path.stem.partition('-')[0]
+        if kind in PLOTS:  # the CSV of one size stays a table
+            PLOTS[kind](path)
     if not paths:
         sys.exit(f'no CSV in {harness.RESULTS}: run models.py, operators.py, growth.py or learning.py first')
 

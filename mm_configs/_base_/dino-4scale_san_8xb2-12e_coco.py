@@ -3,6 +3,7 @@ _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
 custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
 
 model = dict(
+    data_preprocessor=dict(pad_size_divisor=32),  # SAN's pooling rounds down
     backbone=dict(
         _delete_=True,
         type='SANBackbone',
@@ -20,7 +21,8 @@ model = dict(
 optim_wrapper = dict(
     constructor='SANLayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(
-        _delete_=True, decay_rate=1.0, backbone_lr_mult=0.1, norm_decay_mult=0., bias_decay_mult=0.))
+        _delete_=True, decay_rate=1.0, backbone_lr_mult=0.1, norm_decay_mult=0., bias_decay_mult=0.,
+        flat_decay_mult=0.))  # the last one for biases of other names, in DINO's attention
 
 # data, classes and heads that do not fit are errors that name the file
 custom_hooks = [dict(type='CheckSetupHook')]

@@ -6,5 +6,5 @@ _base_ = [
 ]
 custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
 
-# Expected memory: -
+# From random weights. Expected memory: - (not measured yet)
 model = dict(backbone=dict(arch='san15_patchwise'))

@@ -92,13 +92,15 @@ def file_being_loaded() -> Optional[str]:
     """The checkpoint that mmengine is loading into a model, None if it is not mmengine that loads.
 
     mmengine tells neither to the modules that it loads into, and merely warns where they differ from the checkpoint.
-    Its frames know: the way from `load_checkpoint(..., filename, ...)`, or `_init_model(cfg, weights)` of inferencers.
+    Its frames know: the way from `load_checkpoint(..., filename, ...)`, or `_init_model(cfg, weights)` of inferencers,
+    to `_load_checkpoint_to_model`. (EMAHook does not come that way: its names may have prefixes still.)
     """
     frame, loads = inspect.currentframe(), False
     while frame is not None:
-        module = frame.f_globals.get('__name__', '')
-        loads = loads or module == 'mmengine.runner.checkpoint'
-        if module.startswith('mmengine.') and frame.f_code.co_name in ('load_checkpoint', '_init_model'):
-            return repr(frame.f_locals.get('filename', frame.f_locals.get('weights')))
+        name = frame.f_code.co_name
+        if frame.f_globals.get('__name__', '').startswith('mmengine.'):
+            loads = loads or name == '_load_checkpoint_to_model'
+            if loads and name in ('load_checkpoint', '_init_model'):
+                return repr(frame.f_locals.get('filename', frame.f_locals.get('weights')))
         frame = frame.f_back
     return 'being loaded' if loads else None

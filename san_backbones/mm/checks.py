@@ -4,8 +4,9 @@ mmengine, mmdet and mmseg find some of them late or without naming the file, oth
 COCO file are not the classes of the config, the dataset is empty, or labels mean another class.
 """
 import re
+from collections.abc import Sized
 from json import JSONDecoder
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 from mmengine.dataset import Compose
 from mmengine.fileio import get_text
@@ -24,6 +25,13 @@ def _classes(dataset: Any) -> Optional[List[str]]:
     return None if classes is None else list(classes)
 
 
+def _heads(model: Any) -> List[Tuple[str, Any]]:
+    """The heads of a model that tell the dataset's classes apart, by name: not those for proposals or boundaries."""
+    name_of_a_head = re.compile(r'.*(?<!rpn_)(?<!semantic_)head(\.\d+)?')
+    return [(name, module) for name, module in model.named_modules()
+            if name_of_a_head.fullmatch(name) and not hasattr(module, 'boundary_threshold')]
+
+
 def _source(dataset: Any) -> str:
     """The annotation file of a dataset, or its folders."""
     return str(getattr(dataset, 'ann_file', '') or ', '.join(map(str, getattr(dataset, 'data_prefix', {}).values())))
@@ -31,12 +39,15 @@ def _source(dataset: Any) -> str:
 
 def _category_fault(dataset: Any) -> Optional[str]:
     """What is wrong between classes and file, if it is a COCO file: mmdet numbers classes in the order of the file."""
-    classes = _classes(dataset)
-    if classes is None or getattr(type(dataset), 'load_data_list', None).__module__ != 'mmdet.datasets.coco':
+    classes, loader = _classes(dataset), getattr(type(dataset), 'load_data_list', None)
+    if classes is None or getattr(loader, '__module__', None) != 'mmdet.datasets.coco':
         return None
     text = get_text(dataset.ann_file, backend_args=dataset.backend_args)
-    start = re.search(r'"categories"\s*:\s*(?=\[)', text)
-    categories = JSONDecoder().raw_decode(text, start.end())[0]
+    starts = re.finditer(r'"categories"\s*:\s*(?=\[)', text)
+    found = (JSONDecoder().raw_decode(text, start.end())[0] for start in starts)
+    categories = next((value for value in found if all(isinstance(category, dict) for category in value)), None)
+    if categories is None:  # a file of another kind, which the dataset knows to read
+        return None
     names, ids = [category['name'] for category in categories], {category['id'] for category in categories}
     if [name for name in names if name in classes] != classes:
         absent = [name for name in classes if name not in names]
@@ -89,32 +100,44 @@ def name_files_of_datasets() -> None:
 class NamedPipeline(Compose):
     """The pipeline of a dataset, whose errors name the files of the sample.
 
+    Args:
+        dataset: A dataset of mmengine's kind.
+        ignored: Labels that the model ignores, besides the dataset's `ignore_index`.
+
     Raises:
-        RuntimeError: A transform failed; a polygon has an odd number of coordinates; a label in a mask of mmseg's
-            datasets is beyond the classes and not the one to ignore.
+        RuntimeError: A transform failed; no polygon of a mask has three points; a label in a mask of mmseg's datasets
+            is beyond the classes and not one to ignore.
     """
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: Any, ignored: Sequence[int] = ()):
         self.transforms = dataset.pipeline.transforms
         self.ann_file = getattr(dataset, 'ann_file', None)
+        self.with_mask = any(getattr(transform, 'with_mask', False) for transform in self.transforms)
         self.classes = _classes(dataset) if hasattr(dataset, 'reduce_zero_label') else None  # mmseg's
-        self.ignore_index = getattr(dataset, 'ignore_index', 255)
+        self.ignored = sorted({getattr(dataset, 'ignore_index', 255), *ignored})
 
     def __call__(self, data: dict) -> Optional[dict]:
         """Samples as `Compose` has them."""
         files = [str(data[key]) for key in ('img_path', 'seg_map_path') if data.get(key)]
         try:
-            for instance in data.get('instances', ()):
-                polygons = instance.get('mask') if isinstance(instance.get('mask'), list) else []
-                if any(isinstance(polygon, list) and len(polygon) % 2 for polygon in polygons):
-                    raise ValueError(f'a polygon with an odd number of coordinates: {str(instance)[:200]}')
+            for instance in data.get('instances', ()) if self.with_mask else ():
+                polygons = instance.get('mask')
+                # mmdet leaves out the others, and the whole instance if none remains
+                usable = [polygon for polygon in polygons if isinstance(polygon, list) and len(polygon) >= 6
+                          and len(polygon) % 2 == 0] if isinstance(polygons, list) else [polygons]
+                if not usable:
+                    raise ValueError('a mask without a polygon of three or more points, each of two coordinates: '
+                                     f'{str(instance)[:200]}')
             results = super().__call__(data)
             sample = getattr(results and results.get('data_samples'), 'gt_sem_seg', None)
             if self.classes is not None and sample is not None:
-                beyond = sample.data[(sample.data >= len(self.classes)) & (sample.data != self.ignore_index)].unique()
-                if len(beyond):
-                    raise ValueError(f'labels {_some(beyond.tolist())} are beyond the {len(self.classes)} classes '
-                                     f'{_some(self.classes)}; labels to ignore are {self.ignore_index}')
+                labels = sample.data.unique().tolist()
+                beyond = [label for label in labels if label >= len(self.classes) and label not in self.ignored]
+                if beyond:
+                    raise ValueError(
+                        f'labels {_some(beyond)} are beyond the {len(self.classes)} classes {_some(self.classes)}; '
+                        f'labels to ignore are {_some(self.ignored)}. Mend the file, or set ignore_index of the '
+                        'dataset and of the heads')
             return results
         except Exception as error:
             files += [str(self.ann_file)] if self.ann_file else []
@@ -125,20 +148,34 @@ class NamedPipeline(Compose):
 class CheckSetupHook(Hook):
     """Checks each dataset of a runner, and the model against it, before the first step, and names files in errors.
 
+    Args:
+        check_heads: Compare `num_classes` of the heads with the classes. To switch off for heads that mean other
+            classes than the data's, as class-agnostic ones do.
+
     Raises:
         ValueError: A dataset is empty; its classes are not among the categories of its COCO file, in the file's order;
             or a head has another number of classes.
     """
 
+    def __init__(self, check_heads: bool = True):
+        self.check_heads = check_heads
+
     def before_run(self, runner) -> None:
         """Looks at the datasets of those loops that this run has built."""
+        heads = [module for _, module in _heads(runner.model)]
+        ignored = [head.ignore_index for head in heads if isinstance(getattr(head, 'ignore_index', None), int)]
         for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
-            for dataset in self._leaves(getattr(getattr(loop, 'dataloader', None), 'dataset', None)):
+            loader = getattr(loop, 'dataloader', None)
+            for dataset in self._leaves(getattr(loader, 'dataset', None)):
                 fault = _category_fault(dataset) or self._fault(dataset, runner.model)
                 if fault:
                     raise ValueError(fault)
                 if type(getattr(dataset, 'pipeline', None)) is Compose:
-                    dataset.pipeline = NamedPipeline(dataset)
+                    dataset.pipeline = NamedPipeline(dataset, ignored)
+            if hasattr(loop, 'dataloader_iterator') and loader.num_workers:
+                # a loop by iterations has started its workers, with the pipelines as they were
+                loader._iterator = None
+                loop.dataloader_iterator = type(loop.dataloader_iterator)(loader)
 
     def _leaves(self, dataset: Any) -> Iterator[Any]:
         """The datasets in wrappers such as ConcatDataset and RepeatDataset, or the dataset itself."""
@@ -151,17 +188,17 @@ class CheckSetupHook(Hook):
 
     def _fault(self, dataset: Any, model: Any) -> Optional[str]:
         name = f'{type(dataset).__name__} from {_source(dataset)}'
-        if len(dataset) == 0:
+        if isinstance(dataset, Sized) and len(dataset) == 0:
             return f'{name} is empty: it has no samples, or filter_cfg drops all of them'
         classes = _classes(dataset)
-        if classes is None:
+        if classes is None or not self.check_heads:
             return None
         allowed = {len(classes), len(dataset.metainfo.get('thing_classes', classes))}  # panoptic: heads for things only
-        heads = re.compile(r'.*(?<!rpn_)(?<!semantic_)head(\.\d+)?')
-        for head, module in model.named_modules():
+        for head, module in _heads(model):
             count = getattr(module, 'num_classes', None)
-            if isinstance(count, int) and count not in allowed and heads.fullmatch(head):
+            if isinstance(count, int) and count not in allowed:
                 return (f'{head} of the model has num_classes={count}, but {name} has {len(classes)} classes '
                         f'{_some(classes)}. Set num_classes of every head to {len(classes)}, or the '
-                        'metainfo=dict(classes=...) of the dataset')
+                        'metainfo=dict(classes=...) of the dataset; or, if the head is to have others, '
+                        "dict(type='CheckSetupHook', check_heads=False)")
         return None

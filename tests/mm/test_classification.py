@@ -40,6 +40,9 @@ def scope():
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_builds_trains_and_predicts(path, scope):
     config = Config.fromfile(path)
+    text = path.read_text()
+    assert 'custom_imports = ' in text and '# From random weights. Expected memory: ' in text
+    assert config.model.backbone.init_cfg is None
     assert config.custom_imports['imports'] == ['san_backbones.mm'] and config.default_scope == 'mmpretrain'
     assert config.custom_hooks == [dict(type='CheckSetupHook')]
     name = path.stem[:5] + ('_pairwise' if 'pairwise' in path.stem else '_patchwise')

@@ -1,5 +1,5 @@
-"""Every config of mm_configs builds its model, takes a training step and predicts, at reduced size; and its name and its
-folder's table say what it holds. The metafiles are in test_mim.py, the classifiers in test_classification.py."""
+"""Every config of mm_configs builds its model, takes a training step and predicts, at reduced size; and its name and
+its folder's table say what it holds. The metafiles are in test_mim.py, the classifiers in test_classification.py."""
 import copy
 import pathlib
 import re
@@ -25,8 +25,8 @@ SIZE = 64
 NAMES = {
     'mmdet': r'(?P<method>mask-rcnn|faster-rcnn|cascade-mask-rcnn|retinanet|dino-4scale)_'
              r'(?P<arch>san\d\d-[a-z]+)(_fpn)?_(8xb2-)?(?P<schedule>1x|ms-3x|12e)_(?P<data>coco)',
-    'mmseg': r'(?P<arch>san\d\d-[a-z]+)(?P<dilated>-d8)?_(?P<method>upernet|fpn|deeplabv3plus)_(?P<gpus>\d)xb(?P<images>\d)-'
-             r'(?P<schedule>\d+)k_(?P<data>ade20k|cityscapes)-(?P<height>\d+)x(?P<width>\d+)',
+    'mmseg': r'(?P<arch>san\d\d-[a-z]+)(?P<dilated>-d8)?_(?P<method>upernet|fpn|deeplabv3plus)_(?P<gpus>\d)xb'
+             r'(?P<images>\d)-(?P<schedule>\d+)k_(?P<data>ade20k|cityscapes)-(?P<height>\d+)x(?P<width>\d+)',
 }
 METHODS = {
     'mask-rcnn': 'MaskRCNN', 'faster-rcnn': 'FasterRCNN', 'cascade-mask-rcnn': 'CascadeRCNN', 'retinanet': 'RetinaNet',
@@ -92,6 +92,8 @@ def batch(config, images):
 def test_training_step(config, model):
     torch.manual_seed(0)
     optimizer = build_optim_wrapper(model, config.optim_wrapper)
+    for group in optimizer.optimizer.param_groups:
+        group['weight_decay'] = 0.  # which would move weights without a gradient
     before = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
     model.train()
     # two images: UPerNet's and DeepLab's global pooling has one value a channel of each to normalise
@@ -124,7 +126,7 @@ def test_norms_and_biases_do_not_decay(config, model):
     norms = {id(p) for module in model.modules()
              if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm))
              for p in module.parameters()}
-    biases = {id(module.bias) for module in model.modules() if getattr(module, 'bias', None) is not None}
+    biases = {id(p) for name, p in model.named_parameters() if name.endswith('bias')}
     decays = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
     assert all(decays[p] == 0 for p in norms | biases if p in decays)
     assert all(decays[id(p)] > 0 for p in model.backbone.parameters() if p.dim() > 1 and id(p) in decays)
@@ -140,6 +142,8 @@ def test_states_what_it_needs(config):
     assert backbone.init_cfg == dict(type='Pretrained', checkpoint=f'hf-hub:san-backbones/{backbone.arch}.in1k')
     assert f"checkpoint='{backbone.init_cfg.checkpoint}'" in text
     assert config.optim_wrapper.optimizer.type == 'AdamW'
+    preprocessor = config.model.data_preprocessor  # pads what is tested to what the network divides
+    assert preprocessor.get('pad_size_divisor', preprocessor.get('test_cfg', {}).get('size_divisor')) == 32
     assert config.custom_hooks == [dict(type='CheckSetupHook')]
 
 

@@ -1,5 +1,7 @@
 """Faults of data, classes, folders and checkpoints end in errors that name the file and what does not match."""
+import copy
 import json
+import os
 import pathlib
 import pickle
 import types
@@ -41,10 +43,10 @@ def dataset(folder, kind='detection', **changes):
     return DATASETS.build({**cfg, **changes})
 
 
-def check(*loops, model=NO_MODEL):
+def check(*loops, model=NO_MODEL, **options):
     """What the hook does before a run."""
     loops = [types.SimpleNamespace(dataloader=types.SimpleNamespace(dataset=data)) for data in loops]
-    HOOKS.build(dict(type='CheckSetupHook')).before_run(types.SimpleNamespace(
+    HOOKS.build(dict(type='CheckSetupHook', **options)).before_run(types.SimpleNamespace(
         **dict(zip(('_train_loop', '_val_loop', '_test_loop'), [*loops, None, {}])), model=model))
 
 
@@ -64,7 +66,7 @@ def read(data):
     (lambda content: content['annotations'][1].update(category_id=9),
      'category_id 9; its categories have the ids 1, 2'),
     (lambda content: content['annotations'][1].update(segmentation=[[1, 2, 3]]),
-     r'2\.png.*odd number.*1, 2, 3'),
+     r'2\.png.*without a polygon of three or more points.*1, 2, 3'),
     (lambda content: content['annotations'][1].update(segmentation='x'), r'2\.png'),
     (lambda content: content['annotations'][1].update(segmentation=dict(size=[64, 64], counts='@@@@@')),
      r'2\.png.*RLE'),
@@ -123,6 +125,34 @@ def test_broken_masks(folder, spoil, message):
     assert str(folder / 'masks/masks/2.png') in str(caught.value)
 
 
+def test_polygons_that_mmdet_leaves_out_pass(folder):
+    change(folder, lambda content: content['annotations'][0]['segmentation'].append([1, 2, 3]))
+    read(dataset(folder))
+    change(folder, lambda content: content['annotations'][1].update(segmentation=[[1, 2, 3]]))
+    boxes = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True), dict(type='PackDetInputs')]
+    read(dataset(folder, pipeline=boxes))
+
+
+def test_a_broken_mask_is_named_by_workers_of_a_loop_by_iterations(folder):
+    cfg = segmentation(folder / 'masks')
+    cfg.custom_hooks = [dict(type='CheckSetupHook')]
+    cfg.train_dataloader.update(num_workers=1, persistent_workers=True)
+    cv2.imwrite(str(folder / 'masks/masks/2.png'), np.array([[0, 7], [0, 7]], np.uint8))
+    cv2.imwrite(str(folder / 'masks/masks/1.png'), np.array([[0, 7], [0, 7]], np.uint8))
+    with pytest.raises(RuntimeError, match=r"sample .*\.jpg of .*\.png: ValueError: labels 7 are beyond the 2 classes"):
+        Runner.from_cfg(cfg).train()
+
+
+def test_labels_that_the_heads_ignore_pass(folder):
+    cv2.imwrite(str(folder / 'masks/masks/2.png'), np.array([[0, 7], [0, 7]], np.uint8))
+    model = torch.nn.Module()
+    model.decode_head = torch.nn.Module()
+    model.decode_head.ignore_index = 7
+    data = dataset(folder, 'segmentation')
+    check(data, model=model)
+    assert len([data[i] for i in range(len(data))]) == 2
+
+
 def test_labels_to_ignore_pass(folder):
     cv2.imwrite(str(folder / 'masks/masks/2.png'), np.array([[0, 1], [255, 2]], np.uint8))
     read(dataset(folder, 'segmentation', reduce_zero_label=True, pipeline=[
@@ -170,6 +200,23 @@ def test_heads_with_another_number_of_classes(folder, kind):
         check(None, data, model=MODELS.build(cfg.model))
 
 
+def test_heads_that_mean_other_classes(folder):
+    model = torch.nn.Module()
+    model.bbox_head = torch.nn.Module()
+    model.bbox_head.num_classes = 1
+    with pytest.raises(ValueError, match='bbox_head of the model has num_classes=1.*check_heads=False'):
+        check(dataset(folder), model=model)
+    check(dataset(folder), model=model, check_heads=False)
+
+
+def test_other_things_called_categories_pass(folder):
+    change(folder, lambda content: content.update(images=[dict(image, categories=[1]) for image in content['images']]))
+    path = folder / 'coco/coco.json'
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(images=content.pop('images'), **content)))
+    check(dataset(folder))
+
+
 def test_empty_datasets(folder):
     with pytest.raises(RuntimeError, match='masks/images.*no sample is left'):
         dataset(folder, 'segmentation', img_suffix='.bmp')
@@ -183,6 +230,9 @@ def test_datasets_without_classes_pass(folder):
             return 1
 
     check(Numbers(), torch.utils.data.Subset(Numbers(), [0]))
+    numbers = Numbers()
+    numbers.metainfo = dict(classes=('one',))
+    check(numbers)
 
 
 def test_a_run_is_stopped_before_its_first_step(folder):
@@ -202,6 +252,15 @@ def test_a_file_in_place_of_the_work_dir(folder, below):
     cfg = detection(folder / 'coco')
     cfg.work_dir = str(folder / 'taken' / below)
     with pytest.raises(OSError, match='taken'):
+        Runner.from_cfg(cfg)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason='permissions do not bind root')
+def test_a_work_dir_that_is_read_only(folder):
+    (folder / 'locked').mkdir(mode=0o500)
+    cfg = detection(folder / 'coco')
+    cfg.work_dir = str(folder / 'locked/work')
+    with pytest.raises(OSError, match='locked/work'):
         Runner.from_cfg(cfg)
 
 
@@ -251,6 +310,19 @@ def test_what_holds_no_such_backbone_is_an_error(detector, tmp_path):
         torch.save(state, tmp_path / f'{name}.pth')
         with pytest.raises(RuntimeError, match=rf"{name}\.pth' does not fit.*missing.*init_cfg"):
             load_checkpoint(model, str(tmp_path / f'{name}.pth'))
+
+
+def test_load_from_with_averaged_weights(detector, tmp_path):
+    folder, cfg, _ = detector
+    cfg = copy.deepcopy(cfg)
+    trained = MODELS.build(cfg.model)
+    torch.save(dict(state_dict={f'module.{name}': tensor for name, tensor in trained.state_dict().items()}, meta={}),
+               tmp_path / 'wrapped.pth')
+    cfg.update(load_from=str(tmp_path / 'wrapped.pth'), custom_hooks=[dict(type='EMAHook')])
+    runner = Runner.from_cfg(cfg)
+    runner.call_hook('before_run')
+    runner.load_or_resume()
+    assert torch.equal(runner.model.backbone.stem.conv.weight, trained.backbone.stem.conv.weight)
 
 
 def test_what_fits_loads(detector, tmp_path):
