@@ -49,7 +49,8 @@ class BuildPackage(build_py):
             for tool in ('train.py', 'test.py'):
                 shutil.copy('san_backbones/mm/mim_tool.py', target / 'tools' / tool)
             weights = target.parent / '.weights'
-            shutil.copytree('weights', weights, dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.py', '__pycache__'))
+            code = shutil.ignore_patterns('*.py', '__pycache__')
+            shutil.copytree('weights', weights, dirs_exist_ok=True, ignore=code)
 
 
 setup(

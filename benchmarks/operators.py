@@ -86,7 +86,8 @@ def main():
 def row(form, what, layer, t, machine):
     figure, ratio = harness.figure, harness.ratio
     result = dict(form=form, what=what, layer=layer, ours_ms=figure(t['ours'] * 1e3, 2),
-                  reference_ms=figure(t['reference'] * 1e3, 2), compiled_ms=figure(t.get('compiled', math.nan) * 1e3, 2),
+                  reference_ms=figure(t['reference'] * 1e3, 2),
+                  compiled_ms=figure(t.get('compiled', math.nan) * 1e3, 2),
                   floor_ms=figure(t['floor'] * 1e3, 2), reference_to_ours=ratio(t['reference'], t['ours'], 1),
                   compiled_to_ours=ratio(t.get('compiled'), t['ours'], 1), times_floor=ratio(t['ours'], t['floor'], 1),
                   machine=machine)

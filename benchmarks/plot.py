@@ -29,8 +29,9 @@ def models(path):
     """Two bars for every model and setting, time and memory beside resnet50's."""
     rows = read(path)
     settings = list(dict.fromkeys(row['setting'] for row in rows))
+    heights = [sum(row['setting'] == setting for row in rows) for setting in settings]
     figure, axes = plt.subplots(len(settings), 2, figsize=(11, 0.6 + 0.34 * len(rows)), squeeze=False,
-                                gridspec_kw=dict(height_ratios=[sum(r['setting'] == s for r in rows) for s in settings]))
+                                gridspec_kw=dict(height_ratios=heights))
     for (left, right), setting in zip(axes, settings):
         some = [row for row in rows if row['setting'] == setting][::-1]
         labels = [row['model'] for row in some]
