@@ -232,9 +232,10 @@ class SANBackbone(BaseModule):
             given = {name[len(prefix):]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
             wrong = san.misfits(self._own(given), self.state_dict())
             if wrong:
+                where = prefix.rstrip('.')
                 raise RuntimeError(
-                    f'checkpoint {file} does not fit the {prefix.rstrip(".")} SANBackbone(arch={self.arch!r}): {wrong}. Give '
-                    'the arch that the checkpoint was made for; weights of a backbone alone belong into its '
+                    f'checkpoint {file} does not fit the {where} SANBackbone(arch={self.arch!r}): {wrong}. '
+                    'Give the arch that it was made for; weights of a backbone alone belong into its '
                     "init_cfg=dict(type='Pretrained', checkpoint=...); what is meant to fit in part is loaded by "
                     'model.load_state_dict(..., strict=False).')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
