@@ -110,7 +110,6 @@ def _process(rank, port, folder):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
-    (folder / 'pictures').mkdir()
     make_pictures(folder / 'pictures')
     mp.spawn(_process, (_port(), str(folder)), nprocs=2)
     return folder
