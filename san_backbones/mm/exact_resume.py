@@ -1,7 +1,9 @@
 """Resuming so that training goes on as if it had never stopped."""
-from typing import Any, Iterator
+from functools import partial
+from typing import Any, Callable, Iterator, Optional
 
 import numpy as np
+import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -10,9 +12,25 @@ from mmengine.runner import set_random_seed
 __all__ = ['ExactResumeHook']
 
 
+def _seed_all(*numbers: int) -> None:
+    """Seeds Python, NumPy and torch in this process."""
+    set_random_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
 def _reseed(seed: int, step: int) -> None:
-    """Seeds Python, NumPy and torch for one epoch or iteration of this process."""
-    set_random_seed(int(np.random.SeedSequence((seed, get_rank(), step)).generate_state(1)[0]))
+    """Seeds this process for one epoch or iteration."""
+    _seed_all(seed, get_rank(), step)
+
+
+def _seed_worker(worker_id: int, other_duties: Optional[Callable[[int], None]]) -> None:
+    """Seeds a loader's worker anew in each pass over the data; MMEngine's worker_init_fn repeats the same numbers.
+
+    torch draws a seed from the main process's generator, which `_reseed` has set, whenever it starts workers.
+    """
+    seed = torch.initial_seed()
+    if other_duties is not None:
+        other_duties(worker_id)
+    _seed_all(seed)
 
 
 class _Reseeding:
@@ -42,14 +60,15 @@ class ExactResumeHook(Hook):
         custom_hooks = [dict(type='ExactResumeHook')]
 
     Holds for loops by iterations, and for loops by epochs that resume from the end of an epoch. Loops by epochs that
-    augment in worker processes need `persistent_workers=False`; a warning says so.
+    augment in worker processes need `persistent_workers=False`; a warning says so. MMEngine saves no gradients: where
+    they accumulate, a checkpoint must fall on a multiple of `accumulative_counts` iterations.
 
     Raises:
         ValueError: `randomness` names no seed; without one the order of the data differs from run to run.
     """
 
     def before_train(self, runner) -> None:
-        """Checks that data come in an order that can be repeated."""
+        """Checks that data come in an order that can be repeated, and has each pass over them augment differently."""
         seed = runner._randomness_cfg.get('seed')
         if seed is None:
             raise ValueError(f'ExactResumeHook needs a seed, for instance randomness=dict(seed=0), got '
@@ -58,6 +77,9 @@ class ExactResumeHook(Hook):
         if not hasattr(runner.train_loop, 'dataloader_iterator') and loader.num_workers and loader.persistent_workers:
             runner.logger.warning('ExactResumeHook: workers that persist over epochs augment differently after a '
                                   'resume; set persistent_workers=False in train_dataloader')
+        # in a loop by iterations the first workers run already, and live until the data are used up: with an
+        # InfiniteSampler never; after a resume they augment again what is skipped
+        loader.worker_init_fn = partial(_seed_worker, other_duties=loader.worker_init_fn)
 
     def before_train_epoch(self, runner) -> None:
         """Seeds this epoch; in a loop by iterations, which comes here once, each iteration to come."""

@@ -1,26 +1,15 @@
 """Small versions of the configs in mm_configs, on a handful of made-up pictures: a step takes some milliseconds."""
 import copy
 import functools
-import json
 import pathlib
 
-import cv2
-import numpy as np
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from tiny_data import ARCH, CLASSES, WIDTHS, coco, masks, picture  # noqa: F401
 
 import san_backbones.mm  # noqa: F401
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'mm_configs'
-ARCH = dict(depths=(1, 1, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16, kernel_sizes=3)
-CLASSES = ('square', 'disc')
-
-
-def picture(i, height=64, width=64):
-    """(height, width, 3) uint8: noise, and a bright square that begins at (10, 8 i)."""
-    image = np.random.default_rng(i).integers(0, 80, (height, width, 3), np.uint8)
-    image[10:40, 8 * i:8 * i + 24] += 150
-    return image
 
 
 @functools.lru_cache()
@@ -32,22 +21,6 @@ def backbone(attention='patchwise'):
     """The change to a config's backbone."""
     return dict(_delete_=True, type='SANBackbone', arch=dict(ARCH, attention=attention), position_ref_size=224,
                 init_cfg=None)
-
-
-def coco(folder, pictures=4, classes=CLASSES):
-    """Writes pictures with one square each, and coco.json, whose content it returns."""
-    folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
-    for i in range(1, pictures + 1):
-        cv2.imwrite(str(folder / f'{i}.png'), picture(i))
-        x = 8 * i
-        images.append(dict(id=i, file_name=f'{i}.png', height=64, width=64))
-        annotations.append(dict(id=i, image_id=i, category_id=1, iscrowd=0, area=24 * 30, bbox=[x, 10, 24, 30],
-                                segmentation=[[x, 10, x + 24, 10, x + 24, 40, x, 40]]))
-    content = dict(images=images, annotations=annotations,
-                   categories=[dict(id=i, name=name) for i, name in enumerate(classes, 1)])
-    (folder / 'coco.json').write_text(json.dumps(content))
-    return content
 
 
 def detection(folder, attention='patchwise', classes=CLASSES):
@@ -67,7 +40,7 @@ def detection(folder, attention='patchwise', classes=CLASSES):
     proposals = dict(nms_pre=50, max_per_img=50)
     cfg.merge_from_dict(dict(
         model=dict(
-            backbone=backbone(attention), neck=dict(in_channels=[32, 64, 64, 96], out_channels=32),
+            backbone=backbone(attention), neck=dict(in_channels=WIDTHS, out_channels=32),
             rpn_head=dict(in_channels=32, feat_channels=32),
             roi_head=dict(bbox_roi_extractor=extractor, mask_roi_extractor=extractor, bbox_head=dict(
                 num_classes=len(classes), in_channels=32, fc_out_channels=32), mask_head=dict(
@@ -81,16 +54,6 @@ def detection(folder, attention='patchwise', classes=CLASSES):
     cfg.test_pipeline = test  # what the functions of mmdet.apis and mmseg.apis read
     init_default_scope('mmdet')
     return cfg
-
-
-def masks(folder, pictures=4, height=64, width=64):
-    """Writes images/ and masks/: label 0 in the square, 1 elsewhere."""
-    for name in ('images', 'masks'):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for i in range(1, pictures + 1):
-        image = picture(i, height, width)
-        cv2.imwrite(str(folder / f'images/{i}.jpg'), image)
-        cv2.imwrite(str(folder / f'masks/{i}.png'), (image[..., 0] < 120).astype(np.uint8))
 
 
 def segmentation(folder, attention='patchwise', classes=CLASSES):
@@ -108,7 +71,7 @@ def segmentation(folder, attention='patchwise', classes=CLASSES):
     cfg = copy.deepcopy(_read('upernet/san15-patchwise_upernet_8xb2-160k_ade20k-512x512.py'))
     cfg.merge_from_dict(dict(
         model=dict(data_preprocessor=dict(size=(64, 64), test_cfg=dict(size_divisor=32)), backbone=backbone(attention),
-                   decode_head=dict(head, in_channels=[32, 64, 64, 96]), auxiliary_head=dict(head, in_channels=64)),
+                   decode_head=dict(head, in_channels=WIDTHS), auxiliary_head=dict(head, in_channels=64)),
         train_dataloader=loader(train), val_dataloader=loader(test), test_dataloader=loader(test),
         train_cfg=dict(max_iters=2, val_interval=2), work_dir=str(folder / 'work')))
     cfg.test_pipeline = test

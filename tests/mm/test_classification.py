@@ -23,10 +23,10 @@ import mmpretrain  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope, init_default_scope  # noqa: E402
 from mmpretrain.structures import DataSample  # noqa: E402
+from tiny_data import ARCH  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'mm_configs/classification'
 CONFIGS = sorted(FOLDER.glob('*.py'))
-TINY = dict(attention='patchwise', depths=(1, 1, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16, kernel_sizes=3)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_folder_of_pictures_trains(tmp_path):
                 cv2.imwrite(str(folder / f'{i}.png'), picture)
     (tmp_path / 'config.py').write_text(f'''
 _base_ = {str(FOLDER / 'san10-patchwise_1xb16-4e_imagefolder-96px.py')!r}
-model = dict(backbone=dict(_delete_=True, type='SANBackbone', out_indices=(4,), arch={TINY}),
+model = dict(backbone=dict(_delete_=True, type='SANBackbone', out_indices=(4,), arch={ARCH}),
              head=dict(num_classes=2, in_channels=96))
 data_preprocessor = dict(num_classes=2)
 train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False)

@@ -3,7 +3,6 @@
 The metafiles are read here as plain YAML. The commands themselves run where openmim is installed: `make test-mim`.
 """
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -20,6 +19,7 @@ pytest.importorskip('mmengine', reason='needs the mm extra')
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
+from tiny_data import ARCH, CLASSES, WIDTHS, coco  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = 'mask-rcnn_san15-patchwise_fpn_1x_coco'
@@ -140,28 +140,20 @@ def test_download(downloaded):
         assert Config.fromfile(folder / f'{name}.py').model == Config.fromfile(path).model
 
 
-TINY = dict(attention='patchwise', depths=(1, 1, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16, kernel_sizes=3)
-BACKBONE = f"dict(_delete_=True, type='SANBackbone', arch={TINY})"
+BACKBONE = f"dict(_delete_=True, type='SANBackbone', arch={ARCH})"
 
 
 def _small_detection(folder, config):
     """Two pictures with a square each, and a small model on them."""
-    shape = dict(height=64, width=64)
-    for i in (1, 2):
-        picture = np.full((64, 64, 3), 60, np.uint8)
-        picture[10:40, 10:34] = 200
-        cv2.imwrite(str(folder / f'{i}.png'), picture)
-    (folder / 'coco.json').write_text(json.dumps(dict(
-        images=[dict(id=i, file_name=f'{i}.png', **shape) for i in (1, 2)],
-        annotations=[dict(id=i, image_id=i, category_id=1, iscrowd=0, area=720, bbox=[10, 10, 24, 30],
-                          segmentation=[[10, 10, 34, 10, 34, 40, 10, 40]]) for i in (1, 2)],
-        categories=[dict(id=1, name='person')])))
+    coco(folder, 2)
     (folder / 'small.py').write_text(f'''
 _base_ = {str(config)!r}
-model = dict(backbone={BACKBONE}, neck=dict(in_channels=[32, 64, 64, 96]))
+heads = dict(num_classes={len(CLASSES)})
+model = dict(backbone={BACKBONE}, neck=dict(in_channels={WIDTHS}), roi_head=dict(bbox_head=heads, mask_head=heads))
 resize = dict(type='Resize', scale=(64, 64), keep_ratio=True)
 pack = dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
-data = dict(data_root={str(folder)!r}, ann_file='coco.json', data_prefix=dict(img=''))
+data = dict(data_root={str(folder)!r}, ann_file='coco.json', data_prefix=dict(img=''),
+            metainfo=dict(classes={CLASSES}))
 train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(**data, pipeline=[
     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True), resize, pack]))
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(**data, pipeline=[
@@ -184,7 +176,7 @@ def _small_segmentation(folder, config):
 _base_ = {str(config)!r}
 crop_size = (64, 64)
 model = dict(backbone={BACKBONE}, data_preprocessor=dict(size=crop_size),
-             decode_head=dict(in_channels=[32, 64, 64, 96], channels=16, num_classes=150))
+             decode_head=dict(in_channels={WIDTHS}, channels=16, num_classes=150))
 if {'auxiliary_head' in config.read_text()}:
     model.update(auxiliary_head=dict(in_channels=64, channels=16, num_classes=150))
 train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root={str(folder)!r}, pipeline=[

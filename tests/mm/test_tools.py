@@ -1,5 +1,4 @@
 """MMDetection's own, unmodified tools on our configs: train, resume, test, and spawned workers, as processes."""
-import json
 import os
 import pathlib
 import subprocess
@@ -9,9 +8,8 @@ import pytest
 
 pytest.importorskip('mmdet', reason='needs the mm extra')
 
-import cv2  # noqa: E402
 import mmdet  # noqa: E402
-import numpy as np  # noqa: E402
+from tiny_data import ARCH, CLASSES, WIDTHS, coco  # noqa: E402
 
 TOOLS = pathlib.Path(mmdet.__file__).parent / '.mim' / 'tools'
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / 'mm_configs/mask_rcnn/mask-rcnn_san15-patchwise_fpn_1x_coco.py'
@@ -21,28 +19,19 @@ CONFIG = pathlib.Path(__file__).resolve().parents[2] / 'mm_configs/mask_rcnn/mas
 def folder(tmp_path_factory):
     """Four pictures with a square each, and a small version of the COCO config."""
     folder = tmp_path_factory.mktemp('coco')
-    images, annotations = [], []
-    for i in range(1, 5):
-        picture = np.full((64, 64, 3), 60, np.uint8)
-        picture[10:40, 8 * i:8 * i + 24] = 200
-        cv2.imwrite(str(folder / f'{i}.png'), picture)
-        x = 8 * i
-        images.append(dict(id=i, file_name=f'{i}.png', height=64, width=64))
-        annotations.append(dict(id=i, image_id=i, category_id=1, iscrowd=0, area=24 * 30, bbox=[x, 10, 24, 30],
-                                segmentation=[[x, 10, x + 24, 10, x + 24, 40, x, 40]]))
-    (folder / 'coco.json').write_text(json.dumps(dict(
-        images=images, annotations=annotations, categories=[dict(id=1, name='person')])))
+    coco(folder)
     (folder / 'config.py').write_text(f'''
 _base_ = {str(CONFIG)!r}
 custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
-model = dict(backbone=dict(_delete_=True, type='SANBackbone', arch=dict(
-    attention='patchwise', depths=(1, 1, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16, kernel_sizes=3)),
-    neck=dict(in_channels=[32, 64, 64, 96]))
+heads = dict(num_classes={len(CLASSES)})
+model = dict(backbone=dict(_delete_=True, type='SANBackbone', arch={ARCH}),
+             neck=dict(in_channels={WIDTHS}), roi_head=dict(bbox_head=heads, mask_head=heads))
 train_pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
                   dict(type='Resize', scale=(64, 64), keep_ratio=True), dict(type='PackDetInputs')]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64), keep_ratio=True),
                  dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
-data = dict(data_root={str(folder)!r}, ann_file='coco.json', data_prefix=dict(img=''))
+data = dict(data_root={str(folder)!r}, ann_file='coco.json', data_prefix=dict(img=''),
+            metainfo=dict(classes={CLASSES}))
 train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(**data, pipeline=train_pipeline))
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(**data, pipeline=test_pipeline))
 test_dataloader = val_dataloader

@@ -27,12 +27,16 @@ def pictures(tmp_path_factory):
 
 class TestResume:
     @staticmethod
-    def _runs(build, pictures, folder, stop, checkpoint, **kwargs):
+    def _runs(build, pictures, folder, stop, checkpoint, workers=0, **kwargs):
         """Losses of the iterations after the checkpoint, and last weights, without and with an interruption."""
-        whole, recorded = train(build(pictures, folder / 'whole', **kwargs))
-        _, before = train(build(pictures, folder / 'parts', **kwargs), stop=stop)
+        def config(name):
+            config = build(pictures, folder / name, **kwargs)
+            config.train_dataloader.num_workers = workers
+            return config
+        whole, recorded = train(config('whole'))
+        _, before = train(config('parts'), stop=stop)
         assert all(before.losses[i] == recorded.losses[i] for i in range(1, stop + 1)), 'not even the start repeats'
-        config = build(pictures, folder / 'parts', **kwargs)
+        config = config('parts')
         config.resume = True
         resumed, after = train(config)
         assert min(after.losses) == checkpoint + 1 and max(after.losses) == max(recorded.losses)
@@ -44,6 +48,8 @@ class TestResume:
         (segmentation, dict(RANDOM, dropout=0.3, epochs=3), 6, 4),  # in the middle of the second of 4 iterations each
         (detection, dict(RANDOM, iters=6), 5, 4),
         (detection, dict(RANDOM, epochs=2), 6, 4),
+        (segmentation, dict(RANDOM, iters=6, workers=2), 5, 4),
+        (segmentation, dict(RANDOM, epochs=2, workers=2), 6, 4),
     ])
     def test_losses_weights_and_metrics_are_those_of_one_run(self, build, kwargs, stop, checkpoint, pictures, tmp_path):
         losses, after, weights, resumed, metrics, metrics_after = self._runs(
@@ -74,6 +80,18 @@ class TestResume:
         resumed._iterator = iter(draw, None)
         assert next(resumed) == first[3]
         assert next(_Reseeding(iter(draw, None), 4)) != first[0]
+
+    @pytest.mark.parametrize('passes', [dict(epochs=3), dict(iters=12)], ids=['epochs', 'iterations'])
+    @pytest.mark.parametrize('hooks', [EXACT, []], ids=['hook', 'mmengine'])
+    def test_every_pass_over_the_data_augments_differently_in_workers(self, hooks, passes, pictures, tmp_path,
+                                                                      monkeypatch):
+        config = segmentation(pictures, tmp_path, augment=True, batch_size=1, custom_hooks=hooks, **passes)
+        config.train_dataloader.update(num_workers=1, sampler=dict(type='DefaultSampler', shuffle=False))
+        config.optim_wrapper.optimizer.lr = 0.  # a picture's loss changes with its augmentation alone
+        monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+        losses = list(train(config)[1].losses.values())
+        same = [losses[i] == losses[i + 4] for i in range(8)]
+        assert same == [not hooks] * 8, 'MMEngine does it alone: _seed_worker can go'
 
     def test_a_seed_is_needed(self, pictures, tmp_path):
         config = segmentation(pictures, tmp_path, custom_hooks=EXACT)

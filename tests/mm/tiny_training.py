@@ -1,38 +1,21 @@
 """Small segmentors and detectors of MMSegmentation and MMDetection on generated pictures, as configs for a Runner."""
 import itertools
-import json
 
-import cv2
-import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from tiny_data import ARCH, CLASSES, WIDTHS, coco, masks
 
 import san_backbones.mm  # noqa: F401, before mmdet.models and mmseg.models
 
-ARCH = dict(attention='patchwise', depths=(1, 1, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16, kernel_sizes=3)
-WIDTHS = [32, 64, 64, 96]
 _numbers = itertools.count()
 
 
-def make_pictures(folder, count=4, size=64):
-    """Squares on noise: `images`, `masks` of two classes, and the same as boxes in `coco.json`."""
-    rng = np.random.default_rng(0)
-    for name in ('images', 'masks'):
-        (folder / name).mkdir()
-    images, annotations = [], []
-    for i in range(1, count + 1):
-        x, y, side = (int(v) for v in (*rng.integers(0, size // 2, 2), rng.integers(size // 4, size // 2)))
-        picture, mask = rng.integers(0, 90, (size, size, 3), dtype=np.uint8), np.zeros((size, size), np.uint8)
-        picture[y:y + side, x:x + side] += 120
-        mask[y:y + side, x:x + side] = 1
-        cv2.imwrite(str(folder / f'images/{i}.png'), picture)
-        cv2.imwrite(str(folder / f'masks/{i}.png'), mask)
-        images.append(dict(id=i, file_name=f'{i}.png', height=size, width=size))
-        annotations.append(dict(id=i, image_id=i, category_id=1, iscrowd=0, area=side * side, bbox=[x, y, side, side]))
-    (folder / 'coco.json').write_text(json.dumps(dict(
-        images=images, annotations=annotations, categories=[dict(id=1, name='square')])))
+def make_pictures(folder):
+    """What `segmentation` and `detection` read."""
+    coco(folder)
+    masks(folder)
     return folder
 
 
@@ -61,9 +44,9 @@ def _config(folder, work, scope, iters=None, epochs=2, **parts):
 def segmentation(folder, work, augment=False, batch_size=2, dropout=0., norm='BN', backbone=None, **kwargs):
     """UPerNet on the masks; without a `norm` its head has none, and the backbone BN."""
     def dataset(pipeline):
-        return dict(type='BaseSegDataset', data_root=str(folder), serialize_data=False, img_suffix='.png',
-                    seg_map_suffix='.png', data_prefix=dict(img_path='images', seg_map_path='masks'), pipeline=pipeline,
-                    metainfo=dict(classes=('ground', 'square'), palette=[[0, 0, 0], [255, 255, 255]]))
+        return dict(type='BaseSegDataset', data_root=str(folder), serialize_data=False, pipeline=pipeline,
+                    data_prefix=dict(img_path='images', seg_map_path='masks'),
+                    metainfo=dict(classes=('square', 'ground'), palette=[[0, 0, 0], [255, 255, 255]]))
     load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
     random = [dict(type='RandomFlip', prob=0.5), dict(type='PhotoMetricDistortion')] if augment else []
     evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
@@ -90,8 +73,8 @@ def detection(folder, work, augment=False, batch_size=2, backbone=None, **kwargs
                   meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip'))
 
     def dataset(pipeline, **more):
-        return dict(type='CocoDataset', data_root=str(folder), ann_file='coco.json', data_prefix=dict(img='images'),
-                    metainfo=dict(classes=('square',)), serialize_data=False, pipeline=pipeline, **more)
+        return dict(type='CocoDataset', data_root=str(folder), ann_file='coco.json', data_prefix=dict(img=''),
+                    metainfo=dict(classes=CLASSES), serialize_data=False, pipeline=pipeline, **more)
     load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
             dict(type='Resize', scale=(64, 64), keep_ratio=True)]
     random = [dict(type='RandomFlip', prob=0.5)] if augment else []
@@ -119,7 +102,7 @@ def detection(folder, work, augment=False, batch_size=2, backbone=None, **kwargs
                 bbox_roi_extractor=dict(type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', output_size=3),
                                         out_channels=16, featmap_strides=[4, 8, 16]),
                 bbox_head=dict(type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=32, roi_feat_size=3,
-                               num_classes=1, bbox_coder=dict(type='DeltaXYWHBBoxCoder'))),
+                               num_classes=len(CLASSES), bbox_coder=dict(type='DeltaXYWHBBoxCoder'))),
             train_cfg=dict(rpn=dict(assigner=assigner, sampler=sampler, allowed_border=-1, pos_weight=-1),
                            rpn_proposal=dict(nms_pre=20, max_per_img=10, nms=nms, min_bbox_size=0),
                            rcnn=dict(assigner=dict(assigner, neg_iou_thr=0.5, min_pos_iou=0.5),
