@@ -103,10 +103,11 @@ def learning(path):
         for axis, column, label in zip(axes, ('iteration', 'cpu_seconds'), ('steps', 'processor time in training, s')):
             axis.plot([float(row[column]) for row in some], [float(row[score]) for row in some], 'o-', markersize=3,
                       label=f'{name}, {some[0]["backbone_parameters"]}', color='0.6' if name == 'resnet50' else None)
-            axis.set_xlim(0)
-            axis.set_ylim(0)
             axis.set_xlabel(label)
             axis.spines[['top', 'right']].set_visible(False)
+    for axis in axes:  # only now, as limits would stay those of the first curve
+        axis.set_xlim(0)
+        axis.set_ylim(0)
     axes[0].set_ylabel(f'{score}, {rows[0]["task"]} validation')
     axes[0].legend(fontsize=8, frameon=False)
     finish(figure, path.with_suffix('.png'), rows[0]['machine'])
