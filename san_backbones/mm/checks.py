@@ -131,8 +131,8 @@ class NamedPipeline(Compose):
             results = super().__call__(data)
             sample = getattr(results and results.get('data_samples'), 'gt_sem_seg', None)
             if self.classes is not None and sample is not None:
-                labels = sample.data.unique().tolist()
-                beyond = [label for label in labels if label >= len(self.classes) and label not in self.ignored]
+                labels = sample.data[sample.data >= len(self.classes)].unique().tolist()
+                beyond = [label for label in labels if label not in self.ignored]
                 if beyond:
                     raise ValueError(
                         f'labels {_some(beyond)} are beyond the {len(self.classes)} classes {_some(self.classes)}; '
@@ -162,12 +162,12 @@ class CheckSetupHook(Hook):
 
     def before_run(self, runner) -> None:
         """Looks at the datasets of those loops that this run has built."""
-        heads = [module for _, module in _heads(runner.model)]
-        ignored = [head.ignore_index for head in heads if isinstance(getattr(head, 'ignore_index', None), int)]
+        heads = _heads(runner.model)
+        ignored = [head.ignore_index for _, head in heads if isinstance(getattr(head, 'ignore_index', None), int)]
         for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
             loader = getattr(loop, 'dataloader', None)
             for dataset in self._leaves(getattr(loader, 'dataset', None)):
-                fault = _category_fault(dataset) or self._fault(dataset, runner.model)
+                fault = _category_fault(dataset) or self._fault(dataset, heads)
                 if fault:
                     raise ValueError(fault)
                 if type(getattr(dataset, 'pipeline', None)) is Compose:
@@ -186,7 +186,7 @@ class CheckSetupHook(Hook):
         elif dataset is not None:
             yield dataset
 
-    def _fault(self, dataset: Any, model: Any) -> Optional[str]:
+    def _fault(self, dataset: Any, heads: List[Tuple[str, Any]]) -> Optional[str]:
         name = f'{type(dataset).__name__} from {_source(dataset)}'
         if isinstance(dataset, Sized) and len(dataset) == 0:
             return f'{name} is empty: it has no samples, or filter_cfg drops all of them'
@@ -194,10 +194,10 @@ class CheckSetupHook(Hook):
         if classes is None or not self.check_heads:
             return None
         allowed = {len(classes), len(dataset.metainfo.get('thing_classes', classes))}  # panoptic: heads for things only
-        for head, module in _heads(model):
-            count = getattr(module, 'num_classes', None)
+        for head_name, head in heads:
+            count = getattr(head, 'num_classes', None)
             if isinstance(count, int) and count not in allowed:
-                return (f'{head} of the model has num_classes={count}, but {name} has {len(classes)} classes '
+                return (f'{head_name} of the model has num_classes={count}, but {name} has {len(classes)} classes '
                         f'{_some(classes)}. Set num_classes of every head to {len(classes)}, or the '
                         'metainfo=dict(classes=...) of the dataset; or, if the head is to have others, '
                         "dict(type='CheckSetupHook', check_heads=False)")
