@@ -19,7 +19,7 @@ import time
 
 # on few cores, threads that spin while they wait take the time of those that work
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-import torch  # noqa: E402
+import torch
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

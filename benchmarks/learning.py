@@ -100,8 +100,8 @@ def main():
     parser.add_argument('task', choices=list(TASKS))
     parser.add_argument('--data', type=pathlib.Path, required=True, metavar='FOLDER', help='where the data sets lie')
     parser.add_argument('--backbones', nargs='+', choices=list(BACKBONES), default=['resnet50', 'san15_patchwise'])
-    parser.add_argument('--iterations', type=int, help='training steps of each network (default: %s)' % ', '.join(
-        f'{task["iterations"]} for {name}' for name, task in TASKS.items()))
+    parser.add_argument('--iterations', type=int, help='training steps of each network (default: ' + ', '.join(
+        f'{task["iterations"]} for {name}' for name, task in TASKS.items()) + ')')
     parser.add_argument('--lr', type=float, default=1e-3, help='peak learning rate of AdamW (default: %(default)s)')
     parser.add_argument('--evaluations', type=int, default=4, help='on the validation pictures, on the way')
     parser.add_argument('--seed', type=int, default=0)

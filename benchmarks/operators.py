@@ -11,7 +11,6 @@ import math
 import harness
 import torch
 
-import san_backbones
 from san_backbones import PairwiseAttention, PatchwiseAttention, ops
 
 STAGES = ((64, 2, 3, 3), (256, 4, 7, 2), (512, 8, 7, 3), (1024, 16, 7, 5), (2048, 32, 7, 2))  # dim, stride, k, depth

@@ -227,7 +227,7 @@ class Console:
 
     def __init__(self, verbose):
         self.stdout = sys.stdout
-        self.sink = sys.stdout if verbose else open(os.devnull, 'w')
+        self.sink = sys.stdout if verbose else open(os.devnull, 'w')  # noqa: SIM115, open to the end
 
     def say(self, line):
         print(line, file=self.stdout, flush=True)

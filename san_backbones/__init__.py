@@ -6,10 +6,9 @@ Importing the package registers the models with timm:
     >>> model = timm.create_model('san15_patchwise', features_only=True, out_indices=(1, 2, 3, 4))
 """
 from . import ops
+from ._version import __version__
 from .attention import PairwiseAttention, PatchwiseAttention
 from .fuse import fuse_for_inference
 from .san import SAN
 
-from ._version import __version__
-
-__all__ = ['PairwiseAttention', 'PatchwiseAttention', 'SAN', 'fuse_for_inference', 'ops']
+__all__ = ['SAN', 'PairwiseAttention', 'PatchwiseAttention', '__version__', 'fuse_for_inference', 'ops']

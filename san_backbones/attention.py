@@ -4,7 +4,7 @@ A letter gets a spoken name once: phi is `query`, psi `key`, beta `value`, gamma
 the mapping of coordinates `position`. The computation is in `san_backbones.ops`.
 """
 from collections import OrderedDict
-from typing import Optional, Tuple, Type
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,7 +17,7 @@ from .ops import geometry, reference
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
 
 
-def _weight_mlp(width: int, hidden: int, out: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
+def _weight_mlp(width: int, hidden: int, out: int, norm_layer: type[nn.Module], dd: dict) -> nn.Sequential:
     """gamma: Norm, ReLU, Linear (no bias), Norm, ReLU, Linear."""
     return nn.Sequential(OrderedDict([
         ('norm1', norm_layer(width, **dd)),
@@ -29,7 +29,7 @@ def _weight_mlp(width: int, hidden: int, out: int, norm_layer: Type[nn.Module], 
     ]))
 
 
-def _choice(name: str, value: str, allowed: Tuple[str, ...]) -> str:
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f'{name} must be one of {", ".join(map(repr, allowed))}, got {value!r}')
     return value
@@ -39,20 +39,20 @@ class _FootprintAttention(nn.Module):
     """What both forms share: phi, psi, beta, gamma, and the route to the operators."""
 
     pairwise: bool = True
-    relations: Tuple[str, ...] = ()
+    relations: tuple[str, ...] = ()
 
     def __init__(
             self,
             dim: int,
-            rel_planes: Optional[int],
-            out_planes: Optional[int],
+            rel_planes: int | None,
+            out_planes: int | None,
             share_planes: int,
             kernel_size: int,
             dilation: int,
             relation: str,
             position: str,
-            position_ref_size: Optional[int],
-            norm_layer: Type[nn.Module],
+            position_ref_size: int | None,
+            norm_layer: type[nn.Module],
             dd: dict,
     ):
         super().__init__()
@@ -87,14 +87,14 @@ class _FootprintAttention(nn.Module):
         self.query = nn.Conv2d(dim, rel_planes, 1, **dd)
         self.key = nn.Conv2d(dim, rel_planes, 1, **dd)
         self.value = nn.Conv2d(dim, out_planes, 1, **dd)
-        self.position: Optional[nn.Conv2d] = None if position == 'none' else nn.Conv2d(2, 2, 1, **dd)
+        self.position: nn.Conv2d | None = None if position == 'none' else nn.Conv2d(2, 2, 1, **dd)
         weight_planes = out_planes // share_planes
         self.weight_mlp = self._make_weight_mlp(weight_planes, norm_layer, dd)
 
-    def _make_weight_mlp(self, weight_planes: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
+    def _make_weight_mlp(self, weight_planes: int, norm_layer: type[nn.Module], dd: dict) -> nn.Sequential:
         raise NotImplementedError
 
-    def place(self, x: Tensor) -> Optional[Tensor]:
+    def place(self, x: Tensor) -> Tensor | None:
         """p: the mapped coordinates of the map x, (1, 2, H, W), or None.
 
         Not a call of the convolution: half precision and autocast would round the coordinates.
@@ -108,10 +108,10 @@ class _FootprintAttention(nn.Module):
         mapped = weight[:, 0] * xy[0] + weight[:, 1] * xy[1] + bias.to(xy.dtype)[:, None, None]
         return mapped.unsqueeze(0)
 
-    def _forward_modules(self, query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor]) -> Tensor:
+    def _forward_modules(self, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
         """The definition with gamma called as a module: for tracing and scripting, and for any other norm or layer."""
         pad = geometry.padding(self.kernel_size, self.dilation)
-        place_padded: Optional[Tensor] = None
+        place_padded: Tensor | None = None
         if place is not None:
             place_padded = geometry.reflect_pad(place, pad)
         if self.relation == 'clique':
@@ -126,7 +126,7 @@ class _FootprintAttention(nn.Module):
 
     def gamma_is_plain(self) -> bool:
         """Whether gamma is what `ops.Gamma` describes: batch norms (or none), ReLUs, 1x1 convolutions, and no hooks."""
-        mlp = self.weight_mlp
+        mlp: Any = self.weight_mlp
         if len(mlp) != 6 or not is_plain(mlp, (nn.Sequential.forward,)) \
                 or not all(is_plain(norm, BATCH_NORM_FORWARDS) for norm in (mlp.norm1, mlp.norm2)) \
                 or not all(is_plain(act, (nn.ReLU.forward,)) for act in (mlp.act1, mlp.act2)) \
@@ -137,7 +137,7 @@ class _FootprintAttention(nn.Module):
     @torch.jit.ignore
     def gamma(self) -> ops.Gamma:
         """The mapping from relations to weights as the operators take it."""
-        mlp = self.weight_mlp
+        mlp: Any = self.weight_mlp
         return ops.Gamma(
             as_norm(mlp.norm1, mlp.fc1.weight[0, :, 0, 0]), mlp.fc1.weight,
             as_norm(mlp.norm2, mlp.fc1.weight[:, 0, 0, 0], mlp.fc1.bias), mlp.fc2.weight, mlp.fc2.bias)
@@ -154,7 +154,7 @@ class _FootprintAttention(nn.Module):
                              f'got {list(x.shape)}')
 
     @torch.jit.ignore
-    def _forward_operators(self, query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor]) -> Tensor:
+    def _forward_operators(self, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
         if isinstance(value, torch.fx.Proxy) or not self.gamma_is_plain():
             return self._forward_modules(query, key, value, place)
         return ops.footprint_attention(query, key, value, place, self.gamma(), self.spec())
@@ -177,8 +177,7 @@ class _FootprintAttention(nn.Module):
         place = self.place(x)
         if torch.jit.is_scripting():
             return self._forward_modules(query, key, value, place)
-        else:
-            return self._forward_operators(query, key, value, place)
+        return self._forward_operators(query, key, value, place)
 
     def extra_repr(self) -> str:
         text = f'{self.relation}, kernel_size={self.kernel_size}, dilation={self.dilation}'
@@ -217,22 +216,22 @@ class PairwiseAttention(_FootprintAttention):
     def __init__(
             self,
             dim: int,
-            rel_planes: Optional[int] = None,
-            out_planes: Optional[int] = None,
+            rel_planes: int | None = None,
+            out_planes: int | None = None,
             share_planes: int = 8,
             kernel_size: int = 7,
             dilation: int = 1,
             relation: str = 'subtraction',
             position: str = 'relative',
-            position_ref_size: Optional[int] = None,
-            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            position_ref_size: int | None = None,
+            norm_layer: type[nn.Module] = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ):
         super().__init__(dim, rel_planes, out_planes, share_planes, kernel_size, dilation, relation, position,
                          position_ref_size, norm_layer, {'device': device, 'dtype': dtype})
 
-    def _make_weight_mlp(self, weight_planes: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
+    def _make_weight_mlp(self, weight_planes: int, norm_layer: type[nn.Module], dd: dict) -> nn.Sequential:
         r = self.rel_planes
         width = {'dot': 1, 'concatenation': 2 * r}.get(self.relation, r) + (0 if self.position is None else 2)
         return _weight_mlp(width, r, weight_planes, norm_layer, dd)
@@ -265,20 +264,20 @@ class PatchwiseAttention(_FootprintAttention):
     def __init__(
             self,
             dim: int,
-            rel_planes: Optional[int] = None,
-            out_planes: Optional[int] = None,
+            rel_planes: int | None = None,
+            out_planes: int | None = None,
             share_planes: int = 8,
             kernel_size: int = 7,
             dilation: int = 1,
             relation: str = 'concatenation',
-            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ):
         super().__init__(dim, rel_planes, out_planes, share_planes, kernel_size, dilation, relation, 'none',
                          None, norm_layer, {'device': device, 'dtype': dtype})
 
-    def _make_weight_mlp(self, weight_planes: int, norm_layer: Type[nn.Module], dd: dict) -> nn.Sequential:
+    def _make_weight_mlp(self, weight_planes: int, norm_layer: type[nn.Module], dd: dict) -> nn.Sequential:
         area = self.kernel_size ** 2
         width = {'star': area, 'clique': area ** 2}.get(self.relation, self.rel_planes * (area + 1))
         return _weight_mlp(width, weight_planes, area * weight_planes, norm_layer, dd)

@@ -3,7 +3,7 @@
 Two counts exist. Ours is the common one, one for each multiply-add of a linear map or of the aggregation. The paper's
 table also counts norms (2 per element), ReLUs, pooling inputs, biases and subtractions (1 per element).
 """
-from typing import Tuple, Union
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +18,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _linear(layer: nn.Module, pixels: int, paper: bool) -> int:
+def _linear(layer: nn.Conv2d | nn.Linear, pixels: int, paper: bool) -> int:
     return pixels * (layer.weight.numel() + (layer.bias.numel() if paper and layer.bias is not None else 0))
 
 
@@ -28,7 +28,7 @@ def _norm_relu(channels: int, pixels: int, paper: bool) -> int:
 
 def _attention(layer: _FootprintAttention, pixels: int, paper: bool) -> int:
     area = layer.kernel_size ** 2
-    mlp = layer.weight_mlp
+    mlp: Any = layer.weight_mlp
     total = sum(_linear(conv, pixels, paper) for conv in (layer.query, layer.key, layer.value))
     inputs = pixels * (area if isinstance(layer, PairwiseAttention) else 1)  # vectors that gamma maps
     total += sum(_linear(conv, inputs, paper) for conv in (mlp.fc1, mlp.fc2))
@@ -45,7 +45,7 @@ def _attention(layer: _FootprintAttention, pixels: int, paper: bool) -> int:
     return total + layer.out_planes * area * pixels
 
 
-def count_multiply_adds(model: SAN, image_size: Union[int, Tuple[int, int]] = 224, paper: bool = False) -> int:
+def count_multiply_adds(model: SAN, image_size: int | tuple[int, int] = 224, paper: bool = False) -> int:
     """Multiply-adds of one image through the model.
 
     Args:
@@ -59,8 +59,9 @@ def count_multiply_adds(model: SAN, image_size: Union[int, Tuple[int, int]] = 22
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     pixels = height * width
     total = _linear(model.stem.conv, pixels, paper) + _norm_relu(model.stem.conv.out_channels, pixels, paper)
-    for stage, pool, channels in zip(model.stages, [model.stem.pool, *(stage.pool for stage in model.stages[1:])],
-                                     [stage.conv.in_channels for stage in model.stages]):
+    stages: Any = model.stages
+    for stage, pool, channels in zip(stages, [model.stem.pool, *(stage.pool for stage in stages[1:])],
+                                     [stage.conv.in_channels for stage in stages]):
         if isinstance(pool, nn.MaxPool2d):
             total += channels * pixels if paper else 0
             height, width = height // 2, width // 2

@@ -6,7 +6,7 @@ since the attention is linear in it); the attention, ending in relu(y + b2); and
 The bias of W is kept out of x: every norm of the stage that reads x has it in its shift.
 """
 import logging
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,13 @@ class FoldedBlock(NamedTuple):
     shift: Tensor
     weight: Tensor  # (2 r + m, C): query, key and value
     bias: Tensor
-    attention: nn.Module
+    attention: Any  # a PairwiseAttention or PatchwiseAttention
     gamma: ops.Gamma
     out_shift: Tensor  # (m,), of norm2
     out_weight: Tensor  # (m, C)
-    places: Dict[Tuple[int, int], Optional[Tensor]]  # the mapped coordinates of the last size
+    places: dict[tuple[int, int], Tensor | None]  # the mapped coordinates of the last size
 
-    def _place(self, value: Tensor) -> Optional[Tensor]:
+    def _place(self, value: Tensor) -> Tensor | None:
         size = (value.shape[2], value.shape[3])
         if size not in self.places:
             place = self.attention.place(value)
@@ -53,20 +53,20 @@ class FoldedBlock(NamedTuple):
         flat.addmm_(y.permute(0, 2, 3, 1).reshape(-1, attention.out_planes), self.out_weight)
 
 
-def _affine(norm: nn.Module, like: Tensor, offset: Tensor) -> Tuple[Tensor, Tensor]:
+def _affine(norm: nn.Module, like: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift of the norm of x + offset, in float32."""
     described = as_norm(norm, like)
     scale, shift = ops.fold(described, described.running_mean, described.running_var)
     return scale.contiguous(), (shift + scale * offset).contiguous()
 
 
-def _pointwise(conv: nn.Module) -> Tuple[Tensor, Tensor]:
+def _pointwise(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
     """Weight (out, in) and bias (out,) of a 1x1 convolution, in float32."""
     weight = conv.weight.flatten(1).float()
     return weight, weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.float()
 
 
-def _fold_block(block: nn.Module, offset: Tensor) -> Tuple[FoldedBlock, Tensor]:
+def _fold_block(block: Any, offset: Tensor) -> tuple[FoldedBlock, Tensor]:
     """The block's inference form, and the offset of x behind it."""
     attention, dtype = block.attn, block.conv.weight.dtype
     scale, shift = _affine(block.norm1, attention.query.weight[0, :, 0, 0], offset)
@@ -81,7 +81,7 @@ def _fold_block(block: nn.Module, offset: Tensor) -> Tuple[FoldedBlock, Tensor]:
     return folded, offset + out_bias
 
 
-def _obstacle(stage: nn.Module) -> Optional[str]:
+def _obstacle(stage: Any) -> str | None:
     """Why the stage has no inference form as it stands, or None."""
     layers = [('conv', stage.conv, 'conv'), ('norm', stage.norm, 'norm'), ('act', stage.act, 'relu')]
     for name, block in stage.blocks.named_children():
@@ -112,7 +112,7 @@ class _Watch:
 
     def __init__(self, stage: nn.Module):
         self.modules = [module for module in stage.modules() if module is not stage]
-        self.entries = []
+        self.entries: list[tuple[dict[str, Any], str, Any, tuple[int, int] | None]] = []
         for module in stage.modules():
             self.entries += [(module._modules, name, child, None) for name, child in module._modules.items()]
             for tensors in (module._parameters, module._buffers):
@@ -120,7 +120,7 @@ class _Watch:
                                  for name, x in tensors.items()]
 
     @staticmethod
-    def _state(x: Tensor) -> Tuple[int, int]:
+    def _state(x: Any) -> tuple[int, int]:
         return x.data_ptr(), 0 if x.is_inference() else x._version
 
     def unchanged(self) -> bool:
@@ -136,9 +136,9 @@ class _Watch:
 class FoldedStage:
     """The blocks and the last norm of a stage in inference form, and a watch on what they were made from."""
 
-    def __init__(self, stage: nn.Module):
+    def __init__(self, stage: Any):
         self.watch = _Watch(stage)  # first: what is written while folding shows afterwards
-        self.blocks: List[FoldedBlock] = []
+        self.blocks: list[FoldedBlock] = []
         with torch.no_grad():
             offset = torch.zeros(stage.conv.out_channels, device=stage.conv.weight.device)
             for block in stage.blocks:
@@ -154,7 +154,7 @@ class FoldedStage:
         return ops.scale_shift_relu(x, self.scale, self.shift).permute(0, 3, 1, 2)
 
 
-def folded(stage: nn.Module, present: Optional[FoldedStage]) -> Optional[FoldedStage]:
+def folded(stage: nn.Module, present: FoldedStage | None) -> FoldedStage | None:
     """The inference form of the stage as it is now: `present` if that still holds; None if there is none."""
     if present is not None and present.watch.unchanged():
         return present
@@ -184,7 +184,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: There is no SAN stage in `model`, or one that has layers that do not fold; the message names them.
     """
-    stages = {name: module for name, module in model.named_modules() if hasattr(module, 'set_folding')}
+    stages: dict[str, Any] = {name: module for name, module in model.named_modules() if hasattr(module, 'set_folding')}
     if not stages:
         raise ValueError(f'there is no SAN in this {type(model).__name__} to fuse: expected a model of san_backbones, '
                          'or one that holds its stages')

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import pathlib
-from typing import Any, Dict, Optional, Union
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
@@ -45,8 +45,8 @@ def _shipped() -> pathlib.Path:
     return installed if installed.is_dir() else _PACKAGE.parent / 'weights'
 
 
-@functools.lru_cache(maxsize=None)
-def manifest() -> Dict[str, Dict[str, Any]]:
+@functools.cache
+def manifest() -> dict[str, dict[str, Any]]:
     """What is known about each model's weights, by name and tag, say 'san15_patchwise.in1k'."""
     path = _shipped() / 'manifest.json'
     if not path.is_file():
@@ -59,7 +59,7 @@ def repository(model: str) -> str:
     return f'{os.environ.get(ORGANISATION_VARIABLE) or ORGANISATION}/{model}'
 
 
-def digest(path: Union[str, os.PathLike]) -> str:
+def digest(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
     result = hashlib.sha256()
     with open(path, 'rb') as file:
@@ -75,7 +75,7 @@ def _ways_out(model: str) -> str:
             f'({FOLDER_VARIABLE}).')
 
 
-def check(path: Union[str, os.PathLike], model: str, origin: str, sha256: Optional[str] = None) -> None:
+def check(path: str | os.PathLike, model: str, origin: str, sha256: str | None = None) -> None:
     """Makes sure that a file is the safetensors file it should be.
 
     Raises:
@@ -97,7 +97,7 @@ def check(path: Union[str, os.PathLike], model: str, origin: str, sha256: Option
                            f'{_ways_out(model)}')
 
 
-def find_local(model: str) -> Optional[pathlib.Path]:
+def find_local(model: str) -> pathlib.Path | None:
     """The model's file in the folder named by the environment or in the package, checked; None if it is in neither.
 
     Raises:
@@ -119,7 +119,7 @@ def find_local(model: str) -> Optional[pathlib.Path]:
     return None
 
 
-def _reason(error: BaseException, where: str, filename: str, revision: Optional[str]) -> str:
+def _reason(error: BaseException, where: str, filename: str, revision: str | None) -> str:
     """What went wrong, in words for who asked for the weights."""
     cause = error.__cause__ or error
     status = getattr(getattr(cause, 'response', None), 'status_code', None)
@@ -148,10 +148,10 @@ def _reason(error: BaseException, where: str, filename: str, revision: Optional[
 def fetch(
         repository: str,
         model: str,
-        revision: Optional[str] = None,
-        sha256: Optional[str] = None,
+        revision: str | None = None,
+        sha256: str | None = None,
         filename: str = FILENAME,
-        cache_dir: Optional[Union[str, os.PathLike]] = None,
+        cache_dir: str | os.PathLike | None = None,
 ) -> str:
     """Downloads a file of a Hub repository, or takes it from the cache, and checks it.
 
@@ -174,7 +174,8 @@ def fetch(
     origin = f'{where}/{repository}' + (f'@{revision}' if revision else '')
     try:
         path = huggingface_hub.hf_hub_download(
-            repository, filename, revision=revision, cache_dir=cache_dir, library_name='san-backbones')
+            repository, filename, revision=revision, cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            library_name='san-backbones')
     except Exception as error:
         raise WeightsError(f'cannot get {filename}, the weights of {model}, from {origin}: '
                            f'{_reason(error, where, filename, revision)}. {_ways_out(model)}') from error
@@ -191,7 +192,7 @@ def fetch(
     return path
 
 
-def weights(source: str, filename: str = FILENAME, cache_dir: Optional[Union[str, os.PathLike]] = None) -> str:
+def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike | None = None) -> str:
     """The file with the weights that a cfg's `hf_hub_id`, or what follows `hf-hub:`, names.
 
     Args:

@@ -3,7 +3,7 @@
 And `SyncBatchNorm`, which shares its statistics on the CPU as well.
 """
 import math
-from typing import Optional, Tuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from . import ops
 from .ops.gamma import normalise
 
-__all__ = ['BATCH_NORM_FORWARDS', 'SyncBatchNorm', 'as_norm', 'is_pointwise', 'is_plain']
+__all__ = ['BATCH_NORM_FORWARDS', 'SyncBatchNorm', 'as_norm', 'is_plain', 'is_pointwise']
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -49,19 +49,19 @@ BATCH_NORM_FORWARDS = (
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
-def is_plain(module: nn.Module, forwards: Tuple) -> bool:
+def is_plain(module: nn.Module, forwards: tuple) -> bool:
     """Whether calling the module is one of `forwards` and nothing else."""
     return type(module).forward in forwards and 'forward' not in vars(module) \
         and not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
-def is_pointwise(conv: nn.Module) -> bool:
+def is_pointwise(conv: Any) -> bool:
     """Whether the module is a 1x1 convolution and nothing else."""
     return is_plain(conv, (nn.Conv2d.forward,)) and conv.weight.shape[2:] == (1, 1) and conv.stride == (1, 1) \
         and conv.groups == 1 and conv.padding in (0, (0, 0))
 
 
-def _sync_group(norm: nn.Module):
+def _sync_group(norm: nn.Module) -> Any:
     """The process group of a SyncBatchNorm that has anyone to share with, else None."""
     if not isinstance(norm, (nn.SyncBatchNorm, SyncBatchNorm)) or not dist.is_available() or not dist.is_initialized():
         return None
@@ -69,7 +69,7 @@ def _sync_group(norm: nn.Module):
     return group if dist.get_world_size(group) > 1 else None
 
 
-def as_norm(module: nn.Module, like: Tensor, bias: Optional[Tensor] = None) -> ops.Norm:
+def as_norm(module: Any, like: Tensor, bias: Tensor | None = None) -> ops.Norm:
     """A norm module as the operators take it; counts the batch as `nn.BatchNorm2d.forward` does.
 
     `like` is a vector of its channels. `bias` is that of the linear map before it, where the norm is `nn.Identity`.

@@ -10,17 +10,23 @@ produces the weights of a footprint from the whole footprint.
 """
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function, \
-    register_notrace_module, resolve_pretrained_cfg
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+    resolve_pretrained_cfg,
+)
 from timm.models._features import feature_take_indices
 from torch.utils.checkpoint import checkpoint
 
@@ -46,7 +52,7 @@ class Stem(nn.Module):
             self,
             in_chans: int,
             width: int,
-            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ):
@@ -58,7 +64,7 @@ class Stem(nn.Module):
         self.pool = nn.MaxPool2d(2, 2)
 
     @torch.jit.ignore
-    def _forward_operator(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+    def _forward_operator(self, x: torch.Tensor) -> torch.Tensor | None:
         conv, norm, pool = self.conv, self.norm, self.pool
         if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_plain(norm, BATCH_NORM_FORWARDS) \
                 or not is_plain(self.act, (nn.ReLU.forward,)) or not is_plain(pool, (nn.MaxPool2d.forward,)) \
@@ -94,8 +100,8 @@ class Block(nn.Module):
     def __init__(
             self,
             dim: int,
-            attention: Type[nn.Module],
-            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            attention: Callable[..., PairwiseAttention | PatchwiseAttention],
+            norm_layer: type[nn.Module] = nn.BatchNorm2d,
             drop_path: float = 0.,
             device=None,
             dtype=None,
@@ -129,9 +135,9 @@ class Stage(nn.Module):
             in_dim: int,
             dim: int,
             depth: int,
-            attention: Type[nn.Module],
+            attention: Callable[..., PairwiseAttention | PatchwiseAttention],
             downsample: bool = True,
-            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] = nn.BatchNorm2d,
             drop_path_rates: Sequence[float] = (),
             device=None,
             dtype=None,
@@ -140,7 +146,7 @@ class Stage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self._folding = False
-        self._folded = None  # a fuse.FoldedStage
+        self._folded: fuse.FoldedStage | None = None
         # norm and act come last in forward; registered here, tools that fuse a norm into the convolution registered
         # before it (mmcv's fuse_conv_bn) leave them alone
         self.norm = norm_layer(dim, **dd)
@@ -179,7 +185,7 @@ class Stage(nn.Module):
         self._folded = None
 
     @torch.jit.ignore
-    def _inference_form(self, x: torch.Tensor) -> Optional[Callable[[torch.Tensor], torch.Tensor]]:
+    def _inference_form(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The folded stage, if x calls for it."""
         if self.training or isinstance(x, torch.fx.Proxy) or torch.is_autocast_enabled(x.device.type) \
                 or ops.symbolic_caller(x) is not None:
@@ -212,7 +218,7 @@ register_notrace_function(_check_image)
 torch.fx.wrap('_check_image')
 
 
-def _per_stage(name: str, value: Union[int, Sequence[int]], length: int) -> Tuple[int, ...]:
+def _per_stage(name: str, value: int | Sequence[int], length: int) -> tuple[int, ...]:
     values = (value,) * length if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
     if len(values) != length or not all(isinstance(v, int) for v in values):
         raise ValueError(f'{name} must have one integer for each of the {length} stages of depths, got {value!r}')
@@ -254,21 +260,21 @@ class SAN(nn.Module):
     def __init__(
             self,
             attention: str = 'patchwise',
-            relation: Optional[str] = None,
+            relation: str | None = None,
             depths: Sequence[int] = (3, 2, 3, 5, 2),
             widths: Sequence[int] = (64, 256, 512, 1024, 2048),
-            kernel_sizes: Union[int, Sequence[int]] = (3, 7, 7, 7, 7),
+            kernel_sizes: int | Sequence[int] = (3, 7, 7, 7, 7),
             stem_width: int = 64,
             share_planes: int = 8,
             position: str = 'relative',
-            position_ref_size: Optional[int] = None,
+            position_ref_size: int | None = None,
             output_stride: int = 32,
             in_chans: int = 3,
             num_classes: int = 1000,
             global_pool: str = 'avg',
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ):
@@ -297,21 +303,23 @@ class SAN(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.feature_info: List[Dict[str, Any]] = []
+        self.feature_info: list[dict[str, Any]] = []
 
         self.stem = Stem(in_chans, stem_width, norm_layer=norm_layer, **dd)
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         stride, dilation, in_dim = 1, 1, stem_width
         for i, (depth, dim, kernel_size) in enumerate(zip(depths, widths, kernel_sizes)):
             downsample = stride < output_stride
             stride, dilation = (stride * 2, dilation) if downsample else (stride, dilation * 2)
-            options = dict(share_planes=share_planes, kernel_size=kernel_size, dilation=dilation, norm_layer=norm_layer)
+            options: dict[str, Any] = dict(
+                share_planes=share_planes, kernel_size=kernel_size, dilation=dilation, norm_layer=norm_layer)
             if relation is not None:
                 options['relation'] = relation
             if attention == 'pairwise':
                 ref = None if position_ref_size is None else position_ref_size // 2 ** (i + 1)
-                layer = partial(PairwiseAttention, position=position, position_ref_size=ref, **options)
+                layer: Callable[..., PairwiseAttention | PatchwiseAttention] = partial(
+                    PairwiseAttention, position=position, position_ref_size=ref, **options)
             else:
                 layer = partial(PatchwiseAttention, **options)
             stages.append(Stage(
@@ -333,12 +341,12 @@ class SAN(nn.Module):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Names of parameters exempt from weight decay beyond biases and norms: none."""
         return set()
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that put parameters into layer groups, for layer-wise learning rates."""
         return dict(
             stem=r'^stem',
@@ -352,20 +360,22 @@ class SAN(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""
-        for stage in self.stages:
+        stages: Any = self.stages
+        for stage in stages:
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def fuse_for_inference(self) -> 'SAN':
         """Runs folded in eval mode without gradients; see `san_backbones.fuse_for_inference`."""
-        return fuse.fuse_for_inference(self)
+        fuse.fuse_for_inference(self)
+        return self
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The last linear layer, `nn.Identity` if there is none."""
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier, keeping device, dtype and mode.
 
         Args:
@@ -374,7 +384,7 @@ class SAN(nn.Module):
         """
         self._reset_head(num_classes, global_pool)
 
-    def _reset_head(self, num_classes: int, global_pool: Optional[str]) -> None:
+    def _reset_head(self, num_classes: int, global_pool: str | None) -> None:
         self.num_classes = num_classes
         like = self.stem.conv.weight  # the head itself may hold no parameter to tell device and dtype
         self.head.reset(num_classes, global_pool, in_features=self.num_features, device=like.device, dtype=like.dtype)
@@ -383,12 +393,12 @@ class SAN(nn.Module):
     def forward_intermediates(
             self,
             x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
+            indices: int | list[int] | None = None,
             norm: bool = False,
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Forward features that returns the outputs of stages.
 
         Args:
@@ -421,10 +431,10 @@ class SAN(nn.Module):
 
     def prune_intermediate_layers(
             self,
-            indices: Union[int, List[int]] = 1,
+            indices: int | list[int] = 1,
             prune_norm: bool = False,
             prune_head: bool = True,
-    ) -> List[int]:
+    ) -> list[int]:
         """Removes the stages (and the head) that the given stage outputs do not need.
 
         Args:
@@ -481,8 +491,8 @@ _RELEASED_NAMES = (
 
 def checkpoint_filter_fn(
         state_dict: Mapping[str, Any],
-        model: Optional[nn.Module] = None,
-) -> Dict[str, torch.Tensor]:
+        model: nn.Module | None = None,
+) -> dict[str, torch.Tensor]:
     """Translates a checkpoint as the authors released it to this model's names; others pass through.
 
     Args:
@@ -506,7 +516,7 @@ def checkpoint_filter_fn(
     return translated
 
 
-def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
+def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
     return {
         'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bilinear',
@@ -535,8 +545,8 @@ default_cfgs = generate_default_cfgs({
 
 def _release(state_dict: Mapping[str, torch.Tensor]) -> str:
     """Which model a state dict seems to be of, for messages."""
-    blocks = {re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name) for name in state_dict} - {None}
-    depths = tuple(len({b[2] for b in blocks if b[1] == str(stage)}) for stage in range(5))
+    blocks = {match.groups() for match in map(re.compile(r'stages\.(\d+)\.blocks\.(\d+)\.').match, state_dict) if match}
+    depths = tuple(sum(block[0] == str(stage) for block in blocks) for stage in range(5))
     attention = 'pairwise' if any('.attn.position.' in name for name in state_dict) else 'patchwise'
     release = next((name for name, released in DEPTHS.items() if released == depths), None)
     return f'{release}_{attention}' if release else f'a SAN of depths {depths}' if any(depths) else 'no SAN'
@@ -553,7 +563,7 @@ def misfits(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tens
     Returns:
         How many are missing, of another shape and unexpected, and the first of each; '' if they fit.
     """
-    def some(kind: str, names: List[str]) -> str:
+    def some(kind: str, names: list[str]) -> str:
         first = f' ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})' if names else ''
         return f'{kind} {len(names)}{first}'
 
@@ -566,7 +576,7 @@ def misfits(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tens
     return f'{some("missing", missing)}, {some("wrong shape", wrong)}, {some("unexpected", unexpected)}'
 
 
-def _checked_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+def _checked_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """`checkpoint_filter_fn`, and an error where names do not fit: timm lets any pass as soon as it adapts the head."""
     translated = checkpoint_filter_fn(state_dict, model)
     given, expected = ({name: tensor for name, tensor in tensors.items() if not name.startswith('head.')}
@@ -589,7 +599,7 @@ def _create_san(variant: str, pretrained: bool = False, **kwargs: Any) -> SAN:
                 kwargs['pretrained_cfg_overlay'] = dict(overlay, file=path, source='')
     strict = kwargs.get('pretrained_strict', True)
     try:
-        model = build_model_with_cfg(
+        model: Any = build_model_with_cfg(
             SAN, variant, pretrained,
             pretrained_filter_fn=_checked_filter_fn if strict else checkpoint_filter_fn,
             feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),

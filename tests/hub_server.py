@@ -15,6 +15,7 @@ xet-write-token, unless HF_HUB_DISABLE_XET=1, which `environment` sets. Pull req
 and multipart uploads are not there either.
 """
 import base64
+import contextlib
 import dataclasses
 import datetime
 import fnmatch
@@ -26,8 +27,9 @@ import re
 import socket
 import struct
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Optional
 from urllib.parse import parse_qs, quote, unquote
 
 __all__ = ['HubServer', 'Request']
@@ -43,16 +45,16 @@ class Request:
     method: str
     path: str
     query: str
-    headers: Dict[str, str]
+    headers: dict[str, str]
     cdn: bool
-    status: Optional[int] = None
+    status: int | None = None
 
     @property
-    def range(self) -> Optional[str]:
+    def range(self) -> str | None:
         return self.headers.get('range')
 
     @property
-    def token(self) -> Optional[str]:
+    def token(self) -> str | None:
         kind, _, token = self.headers.get('authorization', '').partition(' ')
         return token if kind == 'Bearer' else None
 
@@ -60,19 +62,19 @@ class Request:
 @dataclasses.dataclass
 class _Fault:
     pattern: str
-    method: Optional[str]
-    times: Optional[int]
-    status: Optional[int]
-    code: Optional[str]
-    message: Optional[str]
-    retry_after: Optional[int]
+    method: str | None
+    times: int | None
+    status: int | None
+    code: str | None
+    message: str | None
+    retry_after: int | None
     delay: float
     drop: bool
-    cut_after: Optional[int]
+    cut_after: int | None
     hold: float
     reset: bool
-    drip: Optional[Tuple[int, float]]
-    corrupt: Optional[int]
+    drip: tuple[int, float] | None
+    corrupt: int | None
     hits: int = 0
 
     @property
@@ -112,7 +114,7 @@ class _Commit:
     title: str
     user: str
     date: str
-    tree: Dict[str, _File]
+    tree: dict[str, _File]
 
 
 @dataclasses.dataclass
@@ -120,18 +122,18 @@ class _Repository:
     name: str
     private: bool
     gated: bool
-    readers: Set[str]
+    readers: set[str]
     created: str
-    commits: Dict[str, _Commit] = dataclasses.field(default_factory=dict)
-    branches: Dict[str, _Commit] = dataclasses.field(default_factory=dict)
-    tags: Dict[str, _Commit] = dataclasses.field(default_factory=dict)
+    commits: dict[str, _Commit] = dataclasses.field(default_factory=dict)
+    branches: dict[str, _Commit] = dataclasses.field(default_factory=dict)
+    tags: dict[str, _Commit] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class _User:
     name: str
     write: bool
-    organisations: Optional[Tuple[str, ...]]  # None: any
+    organisations: tuple[str, ...] | None  # None: any
 
     def may_write(self, namespace: str) -> bool:
         return self.write and (self.organisations is None or namespace in (self.name, *self.organisations))
@@ -140,14 +142,14 @@ class _User:
 @dataclasses.dataclass
 class _Answer:
     status: int = 200
-    headers: Dict[str, str] = dataclasses.field(default_factory=dict)
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
     body: bytes = b''
 
 
 class _Refusal(Exception):
     """An answer with an error, in the Hub's form."""
 
-    def __init__(self, status: int, message: str, code: Optional[str] = None, headers: Optional[Dict[str, str]] = None,
+    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None,
                  **fields: Any):
         super().__init__(message)
         self.answer = _json({'error': message, **fields}, status)
@@ -183,10 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.connections.add(self.connection)
 
     def handle(self):
-        try:
+        with contextlib.suppress(_Cut, ConnectionError):
             super().handle()
-        except (_Cut, ConnectionError):
-            pass
 
     def finish(self):
         self.server.connections.discard(self.connection)
@@ -223,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
-    def _read(self, limit: Optional[int] = None) -> bytes:
+    def _read(self, limit: int | None = None) -> bytes:
         """The request's body, or its first bytes."""
         if self.headers.get('Transfer-Encoding', '').lower() != 'chunked':
             size = int(self.headers.get('Content-Length', 0))
@@ -291,7 +291,7 @@ class _Server(ThreadingHTTPServer):
         self.url = f'http://127.0.0.1:{self.server_address[1]}'
 
 
-_ROUTES: List[Tuple[str, 're.Pattern', str]] = []
+_ROUTES: list[tuple[str, 're.Pattern', str]] = []
 
 
 def _route(method: str, pattern: str):
@@ -317,15 +317,15 @@ class HubServer:
         cdn: The second port's address.
     """
 
-    def __init__(self, redirect: Optional[str] = 'cdn'):
+    def __init__(self, redirect: str | None = 'cdn'):
         self.redirect = redirect
         self._lock = threading.RLock()
         self._closing = threading.Event()
-        self._repositories: Dict[str, _Repository] = {}
-        self._users: Dict[str, _User] = {}
-        self._uploaded: Dict[str, bytes] = {}
-        self._requests: List[Request] = []
-        self._faults: List[_Fault] = []
+        self._repositories: dict[str, _Repository] = {}
+        self._users: dict[str, _User] = {}
+        self._uploaded: dict[str, bytes] = {}
+        self._requests: list[Request] = []
+        self._faults: list[_Fault] = []
         self._servers = [_Server(self, cdn=False), _Server(self, cdn=True)]
         self.endpoint, self.cdn = (server.url for server in self._servers)
 
@@ -341,12 +341,10 @@ class HubServer:
             server.shutdown()
             server.server_close()
             for connection in list(server.connections):
-                try:
+                with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
 
-    def environment(self, home: Any, token: Optional[str] = None, **more: str) -> Dict[str, str]:
+    def environment(self, home: Any, token: str | None = None, **more: str) -> dict[str, str]:
         """Variables for a subprocess whose Hub this is; `home` is its folder for cache and token."""
         result = {name: value for name, value in os.environ.items()
                   if not name.startswith(('HF_', 'HUGGING')) and name != 'TRANSFORMERS_OFFLINE'}
@@ -365,13 +363,13 @@ class HubServer:
             token: str,
             user: str = 'someone',
             write: bool = True,
-            organisations: Optional[Sequence[str]] = None,
+            organisations: Sequence[str] | None = None,
     ) -> None:
         """Makes a token valid. It may publish as `user` and for `organisations` (None: for all), if `write`."""
         with self._lock:
             self._users[token] = _User(user, write, None if organisations is None else tuple(organisations))
 
-    def add_repo(self, name: str, private: bool = False, gated: bool = False, token: Optional[str] = None) -> str:
+    def add_repo(self, name: str, private: bool = False, gated: bool = False, token: str | None = None) -> str:
         """Makes a repository, with the file .gitattributes as on the Hub, and returns its first commit.
 
         A private repository is there for `token` only, a gated one's files are; so they are for tokens that may
@@ -397,25 +395,25 @@ class HubServer:
             tree = {**head.tree, path: _File(bytes(data), _is_large(path, len(data)))}
             return self._add_commit(repository, revision, head, tree, title, 'someone').id
 
-    def tag(self, repo: str, name: str, commit: Optional[str] = None) -> None:
+    def tag(self, repo: str, name: str, commit: str | None = None) -> None:
         """Tags a commit, without one the main branch's last."""
         with self._lock:
             repository = self._repositories[repo]
             repository.tags[name] = self._commit_of(repository, commit or 'main')
 
-    def branch(self, repo: str, name: str, commit: Optional[str] = None) -> None:
+    def branch(self, repo: str, name: str, commit: str | None = None) -> None:
         """Makes a branch that starts at a commit, without one at the main branch's last."""
         with self._lock:
             repository = self._repositories[repo]
             repository.branches[name] = self._commit_of(repository, commit or 'main')
 
-    def files(self, repo: str, revision: str = 'main') -> Dict[str, bytes]:
+    def files(self, repo: str, revision: str = 'main') -> dict[str, bytes]:
         """Content by path, .gitattributes included."""
         with self._lock:
             tree = self._commit_of(self._repositories[repo], revision).tree
             return {path: file.data for path, file in sorted(tree.items())}
 
-    def commits(self, repo: str, revision: str = 'main') -> List[Tuple[str, str]]:
+    def commits(self, repo: str, revision: str = 'main') -> list[tuple[str, str]]:
         """Identifier and title of each commit, the last first."""
         with self._lock:
             return [(commit.id, commit.title) for commit in self._history(self._repositories[repo], revision)]
@@ -426,19 +424,19 @@ class HubServer:
             self,
             pattern: str,
             *,
-            method: Optional[str] = None,
-            times: Optional[int] = 1,
-            status: Optional[int] = None,
-            code: Optional[str] = None,
-            message: Optional[str] = None,
-            retry_after: Optional[int] = None,
+            method: str | None = None,
+            times: int | None = 1,
+            status: int | None = None,
+            code: str | None = None,
+            message: str | None = None,
+            retry_after: int | None = None,
             delay: float = 0,
             drop: bool = False,
-            cut_after: Optional[int] = None,
+            cut_after: int | None = None,
             hold: float = 0,
             reset: bool = False,
-            drip: Optional[Tuple[int, float]] = None,
-            corrupt: Optional[int] = None,
+            drip: tuple[int, float] | None = None,
+            corrupt: int | None = None,
     ) -> _Fault:
         """Lets requests fail whose path matches a pattern (fnmatch, `*` matches slashes too).
 
@@ -478,11 +476,11 @@ class HubServer:
             self._requests.clear()
 
     @property
-    def requests(self) -> List[Request]:
+    def requests(self) -> list[Request]:
         with self._lock:
             return list(self._requests)
 
-    def seen(self, pattern: str = '*', method: Optional[str] = None) -> List[Request]:
+    def seen(self, pattern: str = '*', method: str | None = None) -> list[Request]:
         """The requests whose path matches a pattern."""
         return [request for request in self.requests
                 if fnmatch.fnmatchcase(request.path, pattern) and method in (None, request.method)]
@@ -491,7 +489,7 @@ class HubServer:
         with self._lock:
             self._requests.append(request)
 
-    def _take(self, request: Request, in_transfer: bool) -> Optional[_Fault]:
+    def _take(self, request: Request, in_transfer: bool) -> _Fault | None:
         with self._lock:
             for fault in self._faults:
                 if (fault.in_transfer == in_transfer and fault.times != 0 and fault.method in (None, request.method)
@@ -504,7 +502,7 @@ class HubServer:
 
     # repositories
 
-    def _add_commit(self, repo: _Repository, branch: str, parent: Optional[_Commit], tree: Dict[str, _File], title: str,
+    def _add_commit(self, repo: _Repository, branch: str, parent: _Commit | None, tree: dict[str, _File], title: str,
                     user: str) -> _Commit:
         state = json.dumps([repo.name, len(repo.commits), parent and parent.id, title,
                             sorted((path, file.blob) for path, file in tree.items())])
@@ -522,14 +520,14 @@ class HubServer:
                     return commit
         raise _Refusal(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
 
-    def _history(self, repo: _Repository, revision: str) -> List[_Commit]:
+    def _history(self, repo: _Repository, revision: str) -> list[_Commit]:
         commit, result = self._commit_of(repo, revision), []
         while commit is not None:
             result.append(commit)
             commit = commit.parent
         return result
 
-    def _user(self, request: Request) -> Optional[_User]:
+    def _user(self, request: Request) -> _User | None:
         if request.token is None:
             return None
         if request.token not in self._users:
@@ -566,7 +564,7 @@ class HubServer:
             raise _Refusal(403, f'You don\'t have the rights to publish under the namespace "{namespace}"')
         return user
 
-    def _writable(self, request: Request, name: str) -> Tuple[_Repository, _User]:
+    def _writable(self, request: Request, name: str) -> tuple[_Repository, _User]:
         repo = self._repository(request, name)
         return repo, self._writer(request, name.split('/')[0])
 
@@ -644,7 +642,7 @@ class HubServer:
         commit = self._commit_of(repository, revision)
         siblings = []
         for path, file in sorted(commit.tree.items()):
-            sibling: Dict[str, Any] = {'rfilename': path}
+            sibling: dict[str, Any] = {'rfilename': path}
             if 'blobs' in parse_qs(request.query):
                 sibling.update(size=len(file.data), blobId=file.blob)
                 if file.large:
@@ -656,8 +654,8 @@ class HubServer:
                 'tags': [], 'siblings': siblings}
 
     @staticmethod
-    def _entry(path: str, file: _File) -> Dict[str, Any]:
-        entry: Dict[str, Any] = {'type': 'file', 'oid': file.blob, 'size': len(file.data), 'path': path}
+    def _entry(path: str, file: _File) -> dict[str, Any]:
+        entry: dict[str, Any] = {'type': 'file', 'oid': file.blob, 'size': len(file.data), 'path': path}
         if file.large:
             entry['lfs'] = {'oid': file.sha256, 'size': len(file.data), 'pointerSize': len(file.pointer)}
         return entry
@@ -667,7 +665,7 @@ class HubServer:
         tree = self._commit_of(self._repository(request, repo), revision).tree
         recursive = parse_qs(request.query).get('recursive', [''])[0].lower() in ('1', 'true')
         prefix = f'{path.strip("/")}/' if path else ''
-        entries: Dict[str, Dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = {}
         for name, file in sorted(tree.items()):
             if not name.startswith(prefix):
                 continue

@@ -7,11 +7,11 @@ differentiable by autograd; give it float64.
 Shapes: ``N`` images, ``C`` channels, ``K = k * k`` footprint positions in row-major order, ``H x W`` pixels.
 """
 from dataclasses import dataclass, replace
-from typing import Dict, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
 
-State = Dict[str, torch.Tensor]
+State = dict[str, torch.Tensor]
 
 PAIRWISE_RELATIONS = ('summation', 'subtraction', 'concatenation', 'hadamard', 'dot')
 PATCHWISE_RELATIONS = ('concatenation', 'star', 'clique')
@@ -28,13 +28,13 @@ class Spec:
     """The hyper-parameters of one SAN (CVPR 2020, section 4 and table 1)."""
 
     attention: str = 'pairwise'
-    depths: Tuple[int, ...] = (2, 1, 2, 4, 1)
-    kernels: Tuple[int, ...] = (3, 7, 7, 7, 7)
-    widths: Tuple[int, ...] = (64, 256, 512, 1024, 2048)
+    depths: tuple[int, ...] = (2, 1, 2, 4, 1)
+    kernels: tuple[int, ...] = (3, 7, 7, 7, 7)
+    widths: tuple[int, ...] = (64, 256, 512, 1024, 2048)
     stem: int = 64
     in_chans: int = 3
     share: int = 8
-    relation: Optional[str] = None
+    relation: str | None = None
     position: str = 'relative'
 
     @property
@@ -55,7 +55,7 @@ MODELS = {
 }
 
 
-def as_spec(name_or_spec: Union[str, Spec]) -> Spec:
+def as_spec(name_or_spec: str | Spec) -> Spec:
     return MODELS[name_or_spec] if isinstance(name_or_spec, str) else name_or_spec
 
 
@@ -145,7 +145,7 @@ def max_pool(x: torch.Tensor) -> torch.Tensor:
 
 # --- Self-attention --------------------------------------------------------------------------------------------------
 
-def coordinates(n: int, position: str, reference: Optional[int], dilation: int = 1) -> torch.Tensor:
+def coordinates(n: int, position: str, reference: int | None, dilation: int = 1) -> torch.Tensor:
     """The coordinate of each of ``n`` pixels along one axis.
 
     The released models use ``linspace(-1, 1, n)``, whatever ``n`` is.  With a ``reference`` map size the step is that
@@ -161,7 +161,7 @@ def coordinates(n: int, position: str, reference: Optional[int], dilation: int =
     return torch.tensor([(i - origin) * step for i in range(n)], dtype=torch.float64)
 
 
-def position_map(height: int, width: int, position: str, reference: Optional[int], dilation: int = 1) -> torch.Tensor:
+def position_map(height: int, width: int, position: str, reference: int | None, dilation: int = 1) -> torch.Tensor:
     """``(1, 2, H, W)``: each pixel's x coordinate, then its y coordinate."""
     xs = coordinates(width, position, reference, dilation)
     ys = coordinates(height, position, reference, dilation)
@@ -169,7 +169,7 @@ def position_map(height: int, width: int, position: str, reference: Optional[int
 
 
 def position_channels(
-        like: torch.Tensor, params: State, position: str, reference: Optional[int], kernel_size: int, dilation: int,
+        like: torch.Tensor, params: State, position: str, reference: int | None, kernel_size: int, dilation: int,
 ) -> torch.Tensor:
     """The two position channels of a pairwise relation: ``p_i - p_j``, or ``p_j`` for absolute positions."""
     count, _, height, width = like.shape
@@ -240,14 +240,14 @@ def attention(
         x: torch.Tensor,
         params: State,
         attention: str = 'pairwise',
-        relation: Optional[str] = None,
+        relation: str | None = None,
         position: str = 'relative',
-        position_ref_size: Optional[int] = None,
+        position_ref_size: int | None = None,
         kernel_size: int = 7,
         dilation: int = 1,
         share: int = 8,
         training: bool = False,
-) -> Tuple[torch.Tensor, State]:
+) -> tuple[torch.Tensor, State]:
     """One self-attention layer (CVPR 2020, eqs. 2-4): ``(N, C, H, W) -> (N, m, H, W)``.
 
     Args:
@@ -307,8 +307,8 @@ def network(
         kernels: Sequence[int],
         training: bool = False,
         output_stride: int = 32,
-        position_ref_size: Optional[int] = None,
-        relation: Optional[str] = None,
+        position_ref_size: int | None = None,
+        relation: str | None = None,
         position: str = 'relative',
         share: int = 8,
 ) -> dict:
@@ -352,7 +352,7 @@ def is_parameter(name: str) -> bool:
     return not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
 
 
-def attention_shapes(spec: Spec, channels: int, kernel_size: int) -> Dict[str, Tuple[int, ...]]:
+def attention_shapes(spec: Spec, channels: int, kernel_size: int) -> dict[str, tuple[int, ...]]:
     """Shapes of one attention layer: r = C/16 relation channels, m = C/4 outputs, m/share weight channels."""
     relation, out = channels // 16, channels // 4
     weights = out // spec.share
@@ -374,19 +374,19 @@ def attention_shapes(spec: Spec, channels: int, kernel_size: int) -> Dict[str, T
     return shapes
 
 
-def conv_shapes(name: str, inputs: int, outputs: int, bias: bool) -> Dict[str, Tuple[int, ...]]:
+def conv_shapes(name: str, inputs: int, outputs: int, bias: bool) -> dict[str, tuple[int, ...]]:
     shapes = {f'{name}.weight': (outputs, inputs, 1, 1)}
     if bias:
         shapes[f'{name}.bias'] = (outputs,)
     return shapes
 
 
-def norm_shapes(name: str, channels: int) -> Dict[str, Tuple[int, ...]]:
+def norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
     shapes = {f'{name}.{entry}': (channels,) for entry in ('weight', 'bias', 'running_mean', 'running_var')}
     return {**shapes, f'{name}.num_batches_tracked': ()}
 
 
-def state_shapes(name_or_spec: Union[str, Spec], num_classes: int = 1000) -> Dict[str, Tuple[int, ...]]:
+def state_shapes(name_or_spec: str | Spec, num_classes: int = 1000) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a released checkpoint."""
     spec = as_spec(name_or_spec)
     shapes = {**conv_shapes('conv_in', spec.in_chans, spec.stem, bias=False), **norm_shapes('bn_in', spec.stem)}
@@ -406,7 +406,7 @@ def state_shapes(name_or_spec: Union[str, Spec], num_classes: int = 1000) -> Dic
     return shapes
 
 
-def random_tensor(name: str, shape: Tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
+def random_tensor(name: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
     """A value that keeps activations near unit size: small biases, norms' scales and variances around 1."""
     if name.endswith('num_batches_tracked'):
         return torch.tensor(0)
@@ -418,7 +418,7 @@ def random_tensor(name: str, shape: Tuple[int, ...], draw: torch.Generator) -> t
     return normal * (2 / shape[1]) ** 0.5 * (0.3 if name.endswith('.conv.weight') else 1)
 
 
-def random_tensors(shapes: Dict[str, Tuple[int, ...]], seed: int) -> State:
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> State:
     draw = torch.Generator().manual_seed(seed)
     return {name: random_tensor(name, shape, draw) for name, shape in shapes.items()}
 
@@ -440,7 +440,7 @@ def settle(state: State, spec: Spec, draw: torch.Generator) -> None:
 
 
 def random_state(
-        name_or_spec: Union[str, Spec], seed: int, num_classes: int = 1000, dtype: torch.dtype = torch.float64,
+        name_or_spec: str | Spec, seed: int, num_classes: int = 1000, dtype: torch.dtype = torch.float64,
 ) -> State:
     """A made-up state of the right names and shapes, in which no norm's statistics are trivial."""
     spec = as_spec(name_or_spec)
@@ -458,7 +458,7 @@ def released_checkpoint(state: State, module_prefix: bool = True, wrap: bool = T
 
 # --- Costs -----------------------------------------------------------------------------------------------------------
 
-def parameter_count(name_or_spec: Union[str, Spec], num_classes: int = 1000) -> int:
+def parameter_count(name_or_spec: str | Spec, num_classes: int = 1000) -> int:
     shapes = state_shapes(name_or_spec, num_classes)
     return sum(torch.Size(shape).numel() for name, shape in shapes.items() if is_parameter(name))
 
@@ -479,7 +479,7 @@ def attention_multiply_adds(spec: Spec, channels: int, kernel_size: int, pixels:
     return total + pixels * area * out
 
 
-def multiply_adds(name_or_spec: Union[str, Spec], size: int = 224, num_classes: int = 1000) -> int:
+def multiply_adds(name_or_spec: str | Spec, size: int = 224, num_classes: int = 1000) -> int:
     """Multiply-adds of all linear maps and aggregations for one square image."""
     spec = as_spec(name_or_spec)
     total = size ** 2 * spec.in_chans * spec.stem

@@ -17,7 +17,7 @@ def _model(attention='patchwise', **kwargs):
     torch.manual_seed(0)
     model = SAN(attention, depths=(1, 2, 1), widths=(32, 64, 96), kernel_sizes=(3, 7, 5), stem_width=16, num_classes=7,
                 **kwargs).eval()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dim() == 1:
             nn.init.uniform_(tensor, 0.3, 1.3)  # norms that do something, of either place
     return model
@@ -105,7 +105,8 @@ def test_changes_are_seen(change):
     with torch.no_grad():
         before = model(image)
     block = model.stages[1].blocks[0]
-    other = {name: tensor * 1.1 if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    other = {name: tensor * 1.1 if tensor.is_floating_point() else tensor
+             for name, tensor in model.state_dict().items()}
     if change in ('load', 'assign'):
         model.load_state_dict(other, assign=change == 'assign')
     elif change == 'in place':

@@ -290,7 +290,7 @@ class TestTracing:
             torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
 
     def test_export_with_any_size(self, model):
-        dynamic = {dim: torch.export.Dim.DYNAMIC for dim in (0, 2, 3)}
+        dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
         exported = torch.export.export(model, (self.image,), dynamic_shapes=(dynamic,)).module()
         # torch's guards want two pixels a side at the end
         for size in ((1, 3, 64, 64), (3, 3, 101, 78), (2, 3, 65, 200)):

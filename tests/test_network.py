@@ -3,8 +3,7 @@
 Layers are compared in float64 on every operator path of this machine, the six models with checkpoints in the authors'
 format.  A relative error is the norm of the difference over the norm of the expected tensor.
 """
-from functools import lru_cache
-from typing import Dict, Tuple
+from functools import cache
 
 import pytest
 import timm
@@ -82,11 +81,11 @@ def trainable(state: oracle.State) -> oracle.State:
     return {name: tensor.clone().requires_grad_(oracle.is_parameter(name)) for name, tensor in state.items()}
 
 
-def gradients(state: oracle.State) -> Dict[str, torch.Tensor]:
+def gradients(state: oracle.State) -> dict[str, torch.Tensor]:
     return {name: tensor.grad for name, tensor in state.items() if oracle.is_parameter(name)}
 
 
-def buffers(module: nn.Module) -> Dict[str, torch.Tensor]:
+def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in module.named_buffers() if 'running' in name}
 
 
@@ -97,8 +96,8 @@ def released_name(name: str) -> str:
     return f'{RELEASED_LAYER_NAMES[module]}.{entry}'
 
 
-@lru_cache(maxsize=None)
-def layer_case(attention: str, relation: str, position: str, kernel_size: int, dilation: int, size: Tuple[int, int],
+@cache
+def layer_case(attention: str, relation: str, position: str, kernel_size: int, dilation: int, size: tuple[int, int],
                training: bool, reference=None, dim: int = DIM):
     """The oracle's answer: the parameters, the input, the output, running statistics and all gradients."""
     spec = oracle.Spec(attention=attention, relation=relation, position=position)
@@ -130,7 +129,7 @@ def run_layer(layer: nn.Module, case: dict, training: bool):
 
 
 def check_layer(backend: str, attention: str, relation: str, position: str, kernel_size: int, dilation: int,
-                size: Tuple[int, int], training: bool, reference=None, dim=DIM, dtype=torch.float64, tolerance=1e-9):
+                size: tuple[int, int], training: bool, reference=None, dim=DIM, dtype=torch.float64, tolerance=1e-9):
     case = layer_case(attention, relation, position, kernel_size, dilation, size, training, reference, dim)
     options = dict(relation=relation, kernel_size=kernel_size, dilation=dilation)
     if attention == 'pairwise':
@@ -248,7 +247,7 @@ def released_model(case: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def own_names(tensors: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def own_names(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Tensors by the package's names, given by the released ones."""
     return checkpoint_filter_fn(dict(tensors), model)
 
@@ -269,9 +268,9 @@ def test_released_logits_and_features(released):
 def test_released_training_in_single_precision(released):
     """Train-mode logits and every running buffer.
 
-    A ReLU or a maximum that rounding tips over moves gradients by more than rounding does, those of a few parameters by a
-    lot: the bound here is on all gradients together, and a loose one on each; :func:`test_released_gradients` has the
-    strict one.
+    A ReLU or a maximum that rounding tips over moves gradients by more than rounding does, those of a few parameters by
+    a lot: the bound here is on all gradients together, and a loose one on each; :func:`test_released_gradients` has
+    the strict one.
     """
     model = released_model(released).train()
     logits = model(released['image'].float())
@@ -338,7 +337,7 @@ def build(spec: oracle.Spec, state: oracle.State, **options) -> SAN:
     return model
 
 
-@lru_cache(maxsize=None)
+@cache
 def small_case(**changes):
     spec = oracle.small_spec(**changes)
     return spec, oracle.random_state(spec, seed=9, num_classes=NUM_CLASSES)

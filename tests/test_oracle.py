@@ -117,7 +117,7 @@ def pair_features(params, relation, position, centre, neighbour, height, width, 
         xy = [2 * pixel[1] / (width - 1) - 1, 2 * pixel[0] / (height - 1) - 1]
         return linear(params, 'conv_p', np.array(xy))
 
-    places = {'none': lambda: [], 'absolute': lambda: place(neighbour),
+    places = {'none': list, 'absolute': lambda: place(neighbour),
               'relative': lambda: place(centre) - place(neighbour)}[position]()
     return np.concatenate([delta, places])
 

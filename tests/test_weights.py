@@ -299,13 +299,15 @@ def test_from_the_authors_file_to_pretrained(tmp_path):
     with HubServer() as server:
         server.add_token('maintainer', 'maintainer', organisations=['san-backbones'])
         environment = server.environment(tmp_path / 'home', 'maintainer')
-        command = [sys.executable, root / 'weights' / 'publish.py', 'san10_pairwise', '--org', 'san-backbones', '--source',
-                   tmp_path / 'source', '--work', tmp_path / 'work', '--manifest', tmp_path / 'manifest.json']
+        command = [sys.executable, root / 'weights' / 'publish.py', 'san10_pairwise', '--org', 'san-backbones',
+                   '--source', tmp_path / 'source', '--work', tmp_path / 'work',
+                   '--manifest', tmp_path / 'manifest.json']
         (tmp_path / 'manifest.json').write_text((root / 'weights' / 'manifest.json').read_text())
         done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         recorded = json.loads((tmp_path / 'manifest.json').read_text())['models']['san10_pairwise.in1k']
-        assert recorded['sha256'] == hub.digest(tmp_path / 'work' / 'san10_pairwise.in1k' / 'repository' / 'model.safetensors')
+        repository = tmp_path / 'work' / 'san10_pairwise.in1k' / 'repository'
+        assert recorded['sha256'] == hub.digest(repository / 'model.safetensors')
 
         user = server.environment(tmp_path / 'user')
         expected = _run(CREATE.replace('pretrained=True', "checkpoint_path=sys.argv[2]"), 'san10_pairwise',

@@ -1,5 +1,6 @@
 """Model cards: README.md of a model's repository on the Hugging Face Hub."""
-from typing import Any, Dict, Mapping, Optional, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from san_backbones.san import DEPTHS
 
@@ -8,7 +9,7 @@ PAPER = 'https://arxiv.org/abs/2004.13621'
 OUTSIDE_ARCH = ('position_ref_size', 'output_stride', 'out_indices')  # arguments of SANBackbone itself, not of its arch
 
 
-def front_matter(tags: Sequence[str], task: str, license: Optional[str], datasets: Sequence[str] = ()) -> str:
+def front_matter(tags: Sequence[str], task: str, license: str | None, datasets: Sequence[str] = ()) -> str:
     """The YAML block that the Hub reads."""
     lines = ['---'] + [f'license: {license}'] * bool(license)
     lines += ['library_name: timm', f'pipeline_tag: {task}', 'tags:']
@@ -173,9 +174,9 @@ def own(
         repository: str,
         source_sha256: str,
         num_classes: int,
-        options: Dict[str, Any],
-        license: Optional[str],
-        text: Optional[str],
+        options: dict[str, Any],
+        license: str | None,
+        text: str | None,
 ) -> str:
     """The card of weights that were trained with this package.
 

@@ -4,7 +4,8 @@ import json
 import os
 import pathlib
 import sys
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from san_backbones.hub import WeightsError
 from san_backbones.san import DEPTHS
@@ -40,7 +41,7 @@ def replace_files(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
                 path.unlink()
 
 
-def read_manifest(path: pathlib.Path) -> Dict[str, Dict[str, Any]]:
+def read_manifest(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     """The manifest's models by name and tag, read anew: the scripts change the file.
 
     Raises:
@@ -70,7 +71,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
     """Makes a script's `main` print errors that a user can mend, and return 1 for them, 130 if stopped by the user."""
 
     @functools.wraps(main)
-    def run(argv: Optional[Sequence[str]] = None, **options: Any) -> int:
+    def run(argv: Sequence[str] | None = None, **options: Any) -> int:
         try:
             return main(argv, **options)
         except WeightsError as error:

@@ -20,8 +20,11 @@ import pickle
 import re
 import sys
 import tempfile
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import card
+import common
 import numpy as np
 import safetensors.torch
 import timm
@@ -30,8 +33,6 @@ from timm.models import clean_state_dict
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-import card
-import common
 import san_backbones  # noqa: F401, registers the models
 from san_backbones import hub
 from san_backbones.hub import WeightsError
@@ -66,7 +67,7 @@ class Converted:
     source_sha256: str
     sha256: str
     authors: bool
-    notes: Tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 class Unreadable(WeightsError):
@@ -81,7 +82,7 @@ def _load(path: pathlib.Path) -> Any:
         return torch.load(path, map_location='cpu', weights_only=True)
 
 
-def read(path: pathlib.Path) -> Dict[str, Any]:
+def read(path: pathlib.Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU.
 
     Raises:
@@ -138,7 +139,7 @@ def is_the_authors(content: Mapping[str, Any]) -> bool:
     return any(isinstance(name, str) and re.fullmatch(r'(module\.)*conv_in\.weight', name) for d in dicts for name in d)
 
 
-def translate(content: Mapping[str, Any], path: pathlib.Path) -> Tuple[Dict[str, torch.Tensor], int]:
+def translate(content: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, torch.Tensor], int]:
     """A checkpoint's tensors by this package's names.
 
     Returns:
@@ -168,7 +169,7 @@ def translate(content: Mapping[str, Any], path: pathlib.Path) -> Tuple[Dict[str,
 
 # --- The model -------------------------------------------------------------------------------------------------------
 
-def models() -> List[str]:
+def models() -> list[str]:
     """Our architectures in timm, each under one name."""
     return [name for name in timm.list_models(module='san') if name not in DEPTHS]
 
@@ -193,13 +194,13 @@ def build(name: str, state: Mapping[str, torch.Tensor], options: Mapping[str, An
         raise WeightsError(f'{name} cannot be built with {dict(options)}: {error}') from error
 
 
-def known_to_timm(architecture: str, tag: Optional[str]) -> str:
+def known_to_timm(architecture: str, tag: str | None) -> str:
     """The name with its tag if timm has a configuration for it, else without."""
     name = f'{architecture}.{tag}'
     return name if name in timm.list_models(module='san', include_tags=True) else architecture
 
 
-def describe(model: nn.Module, tag: Optional[str], license: Optional[str]) -> Optional[str]:
+def describe(model: nn.Module, tag: str | None, license: str | None) -> str | None:
     """Makes the configuration of a model with weights that are not the authors' tell nothing of other weights.
 
     Returns:
@@ -213,7 +214,7 @@ def describe(model: nn.Module, tag: Optional[str], license: Optional[str]) -> Op
     return cfg.get('license')
 
 
-def misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> Dict[str, List[str]]:
+def misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     """Names that are missing, unexpected, or of tensors with another shape or kind; each list may be empty."""
     both = [name for name in expected if name in state]
     shapes = [(name, list(state[name].shape), list(expected[name].shape)) for name in both]
@@ -226,7 +227,7 @@ def misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tens
     }
 
 
-def fits_instead(state: Mapping[str, torch.Tensor]) -> Optional[str]:
+def fits_instead(state: Mapping[str, torch.Tensor]) -> str | None:
     """The one of our architectures whose names and shapes these are, but for the classifier."""
     state = {name: tensor for name, tensor in state.items() if not name.startswith('head.')}
     for name in models():
@@ -240,7 +241,7 @@ def fit(
         model: nn.Module,
         options: Mapping[str, Any],
         path: pathlib.Path,
-) -> Dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """The tensors in the model's order, in its dtypes, without shared memory.
 
     Args:
@@ -257,7 +258,7 @@ def fit(
     expected = model.state_dict()
     wrong = misfits(state, expected)
     if any(wrong.values()):
-        def listed(names: List[str]) -> str:
+        def listed(names: list[str]) -> str:
             return ', '.join(names[:20]) + (f' and {len(names) - 20} more' if len(names) > 20 else '')
         problems = '; '.join(f'{len(names)} {"of another shape" if kind == "wrong" else kind}: {listed(names)}'
                              for kind, names in wrong.items() if names)
@@ -320,12 +321,12 @@ def convert(
         model: str,
         out: pathlib.Path,
         *,
-        tag: Optional[str] = None,
-        options: Optional[Mapping[str, Any]] = None,
-        data_options: Optional[Mapping[str, Any]] = None,
-        license: Optional[str] = None,
-        text: Optional[str] = None,
-        repository: Optional[str] = None,
+        tag: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        data_options: Mapping[str, Any] | None = None,
+        license: str | None = None,
+        text: str | None = None,
+        repository: str | None = None,
         manifest: pathlib.Path = common.MANIFEST,
         force: bool = False,
 ) -> Converted:
@@ -406,7 +407,7 @@ def convert(
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-def setting(text: str) -> Tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
     """NAME=VALUE, where the value is a Python literal or else a string."""
     name, equals, value = text.partition('=')
     if not equals or not name.strip():
@@ -417,7 +418,7 @@ def setting(text: str) -> Tuple[str, Any]:
         return name.strip(), value.strip()
 
 
-def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     lines = __doc__.splitlines()
     parser = argparse.ArgumentParser(description=lines[0], epilog='\n'.join(lines[2:]),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -441,7 +442,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 
 @common.command
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the command line says; returns the exit status."""
     options = parse(argv)
     text = None

@@ -14,13 +14,14 @@ import os
 import pathlib
 import sys
 import tempfile
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
-
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import common
 import convert
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+
 from san_backbones import hub
 from san_backbones.hub import WeightsError
 
@@ -68,7 +69,7 @@ def provided(folder: pathlib.Path, name: str) -> pathlib.Path:
     raise WeightsError(f'{folder} has no file for {name}; expected {" or ".join(str(path) for path in paths[:2])}')
 
 
-def fetched(name: str, entry: Dict[str, Any], work: pathlib.Path, fetch: Fetch) -> pathlib.Path:
+def fetched(name: str, entry: dict[str, Any], work: pathlib.Path, fetch: Fetch) -> pathlib.Path:
     """The authors' file, downloaded if no earlier run did."""
     path = work / name / entry['source_file']
     if not path.is_file():
@@ -81,7 +82,7 @@ def fetched(name: str, entry: Dict[str, Any], work: pathlib.Path, fetch: Fetch) 
     return path
 
 
-def converted(name: str, entry: Dict[str, Any], options: argparse.Namespace, fetch: Fetch) -> convert.Converted:
+def converted(name: str, entry: dict[str, Any], options: argparse.Namespace, fetch: Fetch) -> convert.Converted:
     """The model's files, made from the authors'.
 
     Raises:
@@ -131,7 +132,7 @@ def git_blob(content: bytes) -> str:
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
 
-def differing(api: HfApi, repository: str, folder: pathlib.Path) -> Optional[List[str]]:
+def differing(api: HfApi, repository: str, folder: pathlib.Path) -> list[str] | None:
     """Which of a model's files the Hub does not have as they are in the folder; None if there is no repository."""
     with asking(api, f'look at {repository}'):
         try:
@@ -189,7 +190,7 @@ def publish(name: str, options: argparse.Namespace, fetch: Fetch, api: HfApi) ->
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     lines = __doc__.splitlines()
     parser = argparse.ArgumentParser(description=lines[0], epilog='\n'.join(lines[2:]),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,7 +212,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 
 @common.command
-def main(argv: Optional[Sequence[str]] = None, fetch: Fetch = from_drive, api: Optional[HfApi] = None) -> int:
+def main(argv: Sequence[str] | None = None, fetch: Fetch = from_drive, api: HfApi | None = None) -> int:
     """Publishes what the command line names; returns the exit status.
 
     A model that fails does not keep the others from being published.

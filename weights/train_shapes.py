@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import san_backbones  # noqa: F401
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / 'demo'))
-import shapes  # noqa: E402
+import shapes
 
 SIZE = 96
 MARGIN = 0.2

@@ -15,8 +15,10 @@ import math
 import os
 import pathlib
 import sys
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import common
 import timm
 import torch
 from torch import nn
@@ -25,7 +27,6 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from tqdm import tqdm
 
-import common
 import san_backbones  # noqa: F401, registers the models
 from san_backbones import hub
 from san_backbones.hub import WeightsError
@@ -37,9 +38,9 @@ BATCHES_BETWEEN_SAVES = 20
 class Result(NamedTuple):
     """Counts per class, in the order of the classes: images, and those whose class is the first / among the first 5."""
 
-    images: List[int]
-    top1: List[int]
-    top5: List[int]
+    images: list[int]
+    top1: list[int]
+    top5: list[int]
 
     def percent(self, counts: Sequence[int]) -> float:
         return 100 * sum(counts) / sum(self.images)
@@ -48,14 +49,14 @@ class Result(NamedTuple):
 class Images(Dataset):
     """Preprocessed images (3, H, W) with their classes."""
 
-    def __init__(self, samples: Sequence[Tuple[str, int]], transform):
+    def __init__(self, samples: Sequence[tuple[str, int]], transform):
         self.samples = samples
         self.transform = transform
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, target = self.samples[index]
         try:
             return self.transform(default_loader(path)), target
@@ -66,7 +67,7 @@ class Images(Dataset):
 
 # --- What is measured, on what ---------------------------------------------------------------------------------------
 
-def load(folder: pathlib.Path, known: Mapping[str, Mapping[str, Any]]) -> Tuple[nn.Module, str, str]:
+def load(folder: pathlib.Path, known: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Module, str, str]:
     """The model in a folder that `convert.py` wrote, its name and tag, and the digest of its weights.
 
     Raises:
@@ -90,7 +91,7 @@ def load(folder: pathlib.Path, known: Mapping[str, Mapping[str, Any]]) -> Tuple[
     return model, name, hub.digest(path)
 
 
-def samples_of(folder: pathlib.Path, num_classes: int, limit: Optional[int]) -> List[Tuple[str, int]]:
+def samples_of(folder: pathlib.Path, num_classes: int, limit: int | None) -> list[tuple[str, int]]:
     """The images in a folder with one folder per class, or `limit` of them, evenly spread, with their classes.
 
     Raises:
@@ -111,7 +112,7 @@ def samples_of(folder: pathlib.Path, num_classes: int, limit: Optional[int]) -> 
 
 
 def key_of(sha256: str, data_config: Mapping[str, Any], folder: pathlib.Path,
-           samples: Sequence[Tuple[str, int]]) -> str:
+           samples: Sequence[tuple[str, int]]) -> str:
     """Digest of what the counts depend on: the weights, the preprocessing, which images in which order."""
     names = [[os.path.relpath(path, folder).replace(os.sep, '/'), target] for path, target in samples]
     return hashlib.sha256(json.dumps([sha256, data_config, names]).encode()).hexdigest()
@@ -119,7 +120,7 @@ def key_of(sha256: str, data_config: Mapping[str, Any], folder: pathlib.Path,
 
 # --- Measuring -------------------------------------------------------------------------------------------------------
 
-def read_state(path: pathlib.Path, key: str) -> Dict[str, Any]:
+def read_state(path: pathlib.Path, key: str) -> dict[str, Any]:
     """What an earlier run of the same measurement counted; {} if there is none, or of another.
 
     Raises:
@@ -142,7 +143,7 @@ def write_state(path: pathlib.Path, key: str, state: Mapping[str, Any]) -> None:
     common.replace_files(path.parent, {path.name: json.dumps({'key': key, **state}).encode()})
 
 
-def added(state: Mapping[str, Any], right: torch.Tensor, targets: torch.Tensor) -> Dict[str, Any]:
+def added(state: Mapping[str, Any], right: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
     """The counts with those of a batch: `right` (N, up to 5) says of the best classes whether they are the image's."""
     top1, top5 = list(state['top1']), list(state['top5'])
     for target, first, among in zip(targets.tolist(), right[:, 0].tolist(), right.any(1).tolist()):
@@ -153,7 +154,7 @@ def added(state: Mapping[str, Any], right: torch.Tensor, targets: torch.Tensor) 
 
 def measure(
         model: nn.Module,
-        samples: Sequence[Tuple[str, int]],
+        samples: Sequence[tuple[str, int]],
         transform,
         key: str,
         state_path: pathlib.Path,
@@ -189,7 +190,7 @@ def measure(
     return Result(images_of, state['top1'], state['top5'])
 
 
-def compare(result: Result, entry: Mapping[str, Any], tolerance: float) -> Tuple[List[str], bool]:
+def compare(result: Result, entry: Mapping[str, Any], tolerance: float) -> tuple[list[str], bool]:
     """Lines that compare with the paper, and whether both figures agree with it.
 
     Over fewer images than ImageNet's validation set has, two standard errors are added to the tolerance.
@@ -213,7 +214,7 @@ def compare(result: Result, entry: Mapping[str, Any], tolerance: float) -> Tuple
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     lines = __doc__.splitlines()
     parser = argparse.ArgumentParser(description=lines[0], epilog='\n'.join(lines[2:]),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,7 +247,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 
 @common.command
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measures as the command line says; returns the exit status."""
     options = parse(argv)
     known = common.read_manifest(options.manifest)

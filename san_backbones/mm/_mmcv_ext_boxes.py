@@ -203,8 +203,8 @@ def _convex_intersection(corners1: Tensor, corners2: Tensor) -> Tensor:
 
     The vertices of the intersection are the corners of each that lie in the other and the points where edges cross.
     """
-    points, valid = zip(_inside(corners1, corners2), _inside(corners2, corners1), _crossings(corners1, corners2))
-    points, valid = torch.cat(points, 1), torch.cat(valid, 1)
+    candidates = _inside(corners1, corners2), _inside(corners2, corners1), _crossings(corners1, corners2)
+    points, valid = (torch.cat(parts, 1) for parts in zip(*candidates))
     # Points that are not vertices are put on one that is, where they add no area.
     first = valid.int().argmax(1)[:, None, None].expand(-1, 1, 2)
     points = torch.where(valid[..., None], points, points.gather(1, first))

@@ -1,4 +1,7 @@
 """Layer operators of the `mmcv._ext` stand-in: convolutions, attention, upsampling, normalisation and losses."""
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import torchvision  # noqa: F401, registers torch.ops.torchvision
@@ -213,7 +216,7 @@ def ms_deform_attn_backward(value: Tensor, value_spatial_shapes: Tensor, value_l
     grads = [torch.zeros_like(tensor) for tensor in (maps, grid, share)]
     # Level by level, so that the samples of one of them are in memory at a time.
     for level, pixels, size in _levels(value_spatial_shapes, value_level_start_index):
-        level_grads = gradients(lambda *operands: _attend(*operands, size),
+        level_grads = gradients(functools.partial(_attend, size=size),
                                 (maps[:, :, pixels], grid[:, :, level], share[:, :, level]), grad)
         grads[0][:, :, pixels], grads[1][:, :, level], grads[2][:, :, level] = level_grads
     grad_value.copy_(grads[0].unflatten(0, (batch, heads)).permute(0, 3, 1, 2))
@@ -269,7 +272,7 @@ def carafe_backward(grad_output: Tensor, rfeatures: Tensor, masks: Tensor, rgrad
 def carafe_naive_forward(features: Tensor, masks: Tensor, output: Tensor, kernel_size: int, group_size: int,
                          scale_factor: int) -> None:
     """As `carafe_forward`, without the buffers."""
-    total = 0
+    total: Any = 0
     kernels = _per_tap(masks, kernel_size, group_size, scale_factor)
     for neighbours, kernel in zip(_shifted(_padded(features, kernel_size, group_size), kernel_size), kernels):
         total = total + neighbours[..., None, :, None] * kernel
@@ -472,8 +475,8 @@ def sync_bn_forward_output(input: Tensor, mean: Tensor, var: Tensor, weight: Ten
     """
     std.copy_((var + eps).sqrt())
     norm.copy_((input - mean[:, None]) / std[:, None])
-    output.copy_(norm if weight is None else norm * weight[:, None] + bias[:, None])
-    if running_mean is not None:
+    output.copy_(norm if weight is None or bias is None else norm * weight[:, None] + bias[:, None])
+    if running_mean is not None and running_var is not None:
         count = input.shape[0] * input.shape[2] * group_size
         unbiased = var * count / (count - 1) if count > 1 else var
         running_mean.copy_(momentum * mean + (1 - momentum) * running_mean)

@@ -229,7 +229,7 @@ def deform_roi_pool_backward(grad_output: Tensor, input: Tensor, rois: Tensor, o
     sides = _sides(boxes, spatial_scale, aligned=True)
     for some, grid in _alike(sides, (pooled_height, pooled_width), sampling_ratio, features.shape[1]):
 
-        def pool(features, shifts):
+        def pool(features, shifts, some=some, grid=grid):
             return _deform_roi_pool(features, boxes[some], shifts, grid, spatial_scale, gamma)
 
         some_features, some_shifts = gradients(pool, (features, shifts[some]), grad_output[some])

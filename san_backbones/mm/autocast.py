@@ -1,6 +1,6 @@
 """bfloat16 without a loss scaler, on any device."""
 from contextlib import contextmanager
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn

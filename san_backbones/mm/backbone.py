@@ -1,7 +1,8 @@
 """SANBackbone: SAN as MMEngine backbone with multi-scale feature maps, for MMDetection, MMSegmentation and others."""
 import inspect
 import re
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -15,14 +16,14 @@ from .checkpoints import file_being_loaded, read_state_dict
 
 __all__ = ['SANBackbone']
 
-ARCHITECTURES: Dict[str, Dict[str, Any]] = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     f'{name}_{attention}': dict(depths=depths, attention=attention)
     for name, depths in (('san10', san.DEPTHS['san10']), ('san15', san.DEPTHS['san15']), ('san19', san.DEPTHS['san19']))
     for attention in ('pairwise', 'patchwise')
 }
 
 
-def _norm_layer(norm_cfg: Optional[Dict[str, Any]]):
+def _norm_layer(norm_cfg: dict[str, Any] | None):
     """A norm_cfg as the constructor of norms that SAN calls with a number of channels."""
     if norm_cfg is None:
         return nn.BatchNorm2d
@@ -75,19 +76,21 @@ class SANBackbone(BaseModule):
         [(1, 256, 16, 16), (1, 512, 8, 8), (1, 1024, 4, 4), (1, 2048, 2, 2)]
     """
 
+    init_cfg: Any
+
     def __init__(
             self,
-            arch: Union[str, Dict[str, Any]] = 'san15_patchwise',
+            arch: str | dict[str, Any] = 'san15_patchwise',
             in_channels: int = 3,
             out_indices: Sequence[int] = (1, 2, 3, 4),
             frozen_stages: int = -1,
             norm_eval: bool = False,
-            norm_cfg: Optional[Dict[str, Any]] = None,
+            norm_cfg: dict[str, Any] | None = None,
             with_cp: bool = False,
             output_stride: int = 32,
-            position_ref_size: Optional[int] = 224,
+            position_ref_size: int | None = 224,
             drop_path_rate: float = 0.,
-            init_cfg: Optional[Dict[str, Any]] = None,
+            init_cfg: dict[str, Any] | None = None,
     ):
         super().__init__(init_cfg=init_cfg)
         net = san.SAN(
@@ -114,7 +117,7 @@ class SANBackbone(BaseModule):
         self._freeze_stages()
 
     @staticmethod
-    def _architecture(arch: Union[str, Dict[str, Any]]) -> Dict[str, Any]:
+    def _architecture(arch: str | dict[str, Any]) -> dict[str, Any]:
         if isinstance(arch, str):
             if arch not in ARCHITECTURES:
                 raise ValueError(f'arch must be one of {", ".join(map(repr, ARCHITECTURES))} or a dict, got {arch!r}')
@@ -126,7 +129,7 @@ class SANBackbone(BaseModule):
             raise ValueError(f'arch must be a model name or a dict with keys of {allowed}, got {arch!r}')
         return arch
 
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Images (N, in_channels, H, W) to one feature map for each of `out_indices`."""
         san._check_image(x, self.in_channels, self.min_size)
         x = self.stem(x)
@@ -178,7 +181,7 @@ class SANBackbone(BaseModule):
                 'weights set frozen_stages=-1 and norm_eval=False')
         self._is_init = True
 
-    def _read(self, checkpoint: str) -> Dict[str, Any]:
+    def _read(self, checkpoint: str) -> dict[str, Any]:
         try:
             content = read_state_dict(checkpoint)
         except FileNotFoundError as error:
@@ -213,7 +216,7 @@ class SANBackbone(BaseModule):
         self.load_state_dict(state_dict)
         MMLogger.get_current_instance().info(f'SANBackbone: loaded {len(state_dict)} tensors from {checkpoint}')
 
-    def _own(self, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+    def _own(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Without the classifier, and the stages beyond the last output, which are not built."""
         last = len(self.stages)
         beyond = re.compile(r'head\.|stages\.(\d+)\.')

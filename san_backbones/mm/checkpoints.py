@@ -2,7 +2,7 @@
 import importlib
 import inspect
 from pickle import UnpicklingError
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 from mmengine.logging import HistoryBuffer
@@ -51,7 +51,7 @@ def allow_mmengine_checkpoints() -> None:
     checkpoint then fail in mmengine 0.10.7. The classes allowed here hold data and run no code of the file's
     choosing; `weights_only` stays on.
     """
-    allowed: List[Any] = [(_history_buffer_method, 'builtins.getattr')]
+    allowed: list[Any] = [(_history_buffer_method, 'builtins.getattr')]
     for path in _MMENGINE_GLOBALS:
         module, _, name = path.rpartition('.')
         try:
@@ -63,17 +63,17 @@ def allow_mmengine_checkpoints() -> None:
 
 
 @CheckpointLoader.register_scheme(prefixes=HUB_PREFIX)
-def _load_from_hub(filename: str, map_location: Any = None) -> Dict[str, torch.Tensor]:
+def _load_from_hub(filename: str, map_location: Any = None) -> dict[str, torch.Tensor]:
     """`hf-hub:ORG/NAME[@REVISION]`: model.safetensors of that repository, as `hub.weights` finds it."""
     return _read_safetensors(hub.weights(filename[len(HUB_PREFIX):]), map_location)
 
 
-def _read_safetensors(path: str, map_location: Any = None) -> Dict[str, torch.Tensor]:
+def _read_safetensors(path: str, map_location: Any = None) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
     return load_file(path, device=str(map_location or 'cpu'))
 
 
-def read_state_dict(checkpoint: str, logger: Optional[str] = 'current') -> Dict[str, Any]:
+def read_state_dict(checkpoint: str, logger: str | None = 'current') -> dict[str, Any]:
     """Reads a checkpoint named in an `init_cfg`, to the CPU.
 
     Args:
@@ -88,7 +88,7 @@ def read_state_dict(checkpoint: str, logger: Optional[str] = 'current') -> Dict[
     return CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger=logger)
 
 
-def file_being_loaded() -> Optional[str]:
+def file_being_loaded() -> str | None:
     """The checkpoint that mmengine is loading into a model, None if it is not mmengine that loads.
 
     mmengine tells neither to the modules that it loads into, and merely warns where they differ from the checkpoint.

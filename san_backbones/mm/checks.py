@@ -6,7 +6,8 @@ COCO file are not the classes of the config, the dataset is empty, or labels mea
 import re
 from collections.abc import Sized
 from json import JSONDecoder
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from mmengine.dataset import Compose
 from mmengine.fileio import get_text
@@ -16,16 +17,16 @@ from mmengine.registry import DATASETS, HOOKS
 __all__ = ['CheckSetupHook', 'NamedPipeline', 'name_files_of_datasets']
 
 
-def _some(names: List[Any]) -> str:
+def _some(names: list[Any]) -> str:
     return ', '.join(map(repr, names[:10])) + (f', ... ({len(names)})' if len(names) > 10 else '')
 
 
-def _classes(dataset: Any) -> Optional[List[str]]:
+def _classes(dataset: Any) -> list[str] | None:
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     return None if classes is None else list(classes)
 
 
-def _heads(model: Any) -> List[Tuple[str, Any]]:
+def _heads(model: Any) -> list[tuple[str, Any]]:
     """The heads of a model that tell the dataset's classes apart, by name: not those for proposals or boundaries."""
     name_of_a_head = re.compile(r'.*(?<!rpn_)(?<!semantic_)head(\.\d+)?')
     return [(name, module) for name, module in model.named_modules()
@@ -37,7 +38,7 @@ def _source(dataset: Any) -> str:
     return str(getattr(dataset, 'ann_file', '') or ', '.join(map(str, getattr(dataset, 'data_prefix', {}).values())))
 
 
-def _category_fault(dataset: Any) -> Optional[str]:
+def _category_fault(dataset: Any) -> str | None:
     """What is wrong between classes and file, if it is a COCO file: mmdet numbers classes in the order of the file."""
     classes, loader = _classes(dataset), getattr(type(dataset), 'load_data_list', None)
     if classes is None or getattr(loader, '__module__', None) != 'mmdet.datasets.coco':
@@ -89,7 +90,7 @@ def name_files_of_datasets() -> None:
                 if explained is error:
                     raise
                 raise explained from error
-        build_dataset.names_files = True
+        build_dataset.names_files = True  # type: ignore[attr-defined]
         return build_dataset
 
     for registry in (DATASETS, *DATASETS.children.values()):
@@ -116,7 +117,7 @@ class NamedPipeline(Compose):
         self.classes = _classes(dataset) if hasattr(dataset, 'reduce_zero_label') else None  # mmseg's
         self.ignored = sorted({getattr(dataset, 'ignore_index', 255), *ignored})
 
-    def __call__(self, data: dict) -> Optional[dict]:
+    def __call__(self, data: dict) -> dict | None:
         """Samples as `Compose` has them."""
         files = [str(data[key]) for key in ('img_path', 'seg_map_path') if data.get(key)]
         try:
@@ -165,7 +166,7 @@ class CheckSetupHook(Hook):
         heads = _heads(runner.model)
         ignored = [head.ignore_index for _, head in heads if isinstance(getattr(head, 'ignore_index', None), int)]
         for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
-            loader = getattr(loop, 'dataloader', None)
+            loader: Any = getattr(loop, 'dataloader', None)
             for dataset in self._leaves(getattr(loader, 'dataset', None)):
                 fault = _category_fault(dataset) or self._fault(dataset, heads)
                 if fault:
@@ -186,7 +187,7 @@ class CheckSetupHook(Hook):
         elif dataset is not None:
             yield dataset
 
-    def _fault(self, dataset: Any, heads: List[Tuple[str, Any]]) -> Optional[str]:
+    def _fault(self, dataset: Any, heads: list[tuple[str, Any]]) -> str | None:
         name = f'{type(dataset).__name__} from {_source(dataset)}'
         if isinstance(dataset, Sized) and len(dataset) == 0:
             return f'{name} is empty: it has no samples, or filter_cfg drops all of them'

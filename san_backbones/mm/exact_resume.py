@@ -1,6 +1,7 @@
 """Resuming so that training goes on as if it had never stopped."""
 from functools import partial
-from typing import Any, Callable, Iterator, Optional
+from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ def _reseed(seed: int, step: int) -> None:
     _seed_all(seed, get_rank(), step)
 
 
-def _seed_worker(worker_id: int, other_duties: Optional[Callable[[int], None]]) -> None:
+def _seed_worker(worker_id: int, other_duties: Callable[[int], None] | None) -> None:
     """Seeds a loader's worker anew in each pass over the data; MMEngine's worker_init_fn repeats the same numbers.
 
     torch draws a seed from the main process's generator, which `_reseed` has set, whenever it starts workers.

@@ -1,5 +1,4 @@
 """Layer-wise learning rates: the nearer a block is to the image, the less it moves."""
-from typing import Dict, List, Optional, Union
 
 import torch.nn as nn
 from mmengine.logging import print_log
@@ -55,10 +54,10 @@ class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def add_params(
             self,
-            params: List[dict],
+            params: list[dict],
             module: nn.Module,
             prefix: str = '',
-            is_dcn_module: Optional[Union[int, float]] = None,
+            is_dcn_module: int | float | None = None,
     ) -> None:
         """Adds a group for every parameter that learns, as the parent class does, and scales its learning rate."""
         super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
@@ -66,12 +65,14 @@ class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             return
         scales = self._scales(module)
         for group in params:
-            group['lr'] = group.get('lr', self.base_lr) * scales.get(id(group['params'][0]), 1.)
+            group.setdefault('lr', self.base_lr)
+            group['lr'] *= scales.get(id(group['params'][0]), 1.)
 
-    def _scales(self, model: nn.Module) -> Dict[int, float]:
+    def _scales(self, model: nn.Module) -> dict[int, float]:
         """Factor of the learning rate for each parameter, by its id, of all SANBackbones in the model."""
         rate, by_stage = self.paramwise_cfg['decay_rate'], self.paramwise_cfg.get('decay_type', 'block') == 'stage'
-        factor, scales = self.paramwise_cfg.get('backbone_lr_mult', 1.), {}
+        factor = self.paramwise_cfg.get('backbone_lr_mult', 1.)
+        scales: dict[int, float] = {}
         for name, backbone in model.named_modules():
             if not isinstance(backbone, SANBackbone):
                 continue

@@ -1,33 +1,61 @@
 """Footprint attention on tensors: the definition, faster paths with the same result, and the choice between them."""
-from typing import Optional
-
 import torch
 from torch import Tensor
 
 from . import native, reference
 from .backends import (
-    BACKENDS, Backend, Request, available_backends, choose_backend, is_exporting, make_request, serves,
-    serves_compiled, symbolic_caller, use_backend)
+    BACKENDS,
+    Backend,
+    Request,
+    available_backends,
+    choose_backend,
+    is_exporting,
+    make_request,
+    serves,
+    serves_compiled,
+    symbolic_caller,
+    use_backend,
+)
 from .gamma import Gamma, Norm, Spec, fold
 from .geometry import coordinates, footprint, padding, reflect_pad, reflection_index
 from .pointwise import scale_shift_relu, stem
 from .reference import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 
 __all__ = [
-    'BACKENDS', 'Backend', 'Gamma', 'Norm', 'PAIRWISE_RELATIONS', 'PATCHWISE_RELATIONS', 'POSITIONS', 'Request',
-    'Spec', 'available_backends', 'choose_backend', 'coordinates', 'fold', 'footprint', 'footprint_attention', 'padding',
-    'reflect_pad', 'reflection_index', 'scale_shift_relu', 'serves', 'stem',
-    'symbolic_caller', 'use_backend']
+    'BACKENDS',
+    'PAIRWISE_RELATIONS',
+    'PATCHWISE_RELATIONS',
+    'POSITIONS',
+    'Backend',
+    'Gamma',
+    'Norm',
+    'Request',
+    'Spec',
+    'available_backends',
+    'choose_backend',
+    'coordinates',
+    'fold',
+    'footprint',
+    'footprint_attention',
+    'padding',
+    'reflect_pad',
+    'reflection_index',
+    'scale_shift_relu',
+    'serves',
+    'stem',
+    'symbolic_caller',
+    'use_backend',
+]
 
 
 def footprint_attention(
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        place: Optional[Tensor],
+        place: Tensor | None,
         gamma: Gamma,
         spec: Spec,
-        shift: Optional[Tensor] = None,
+        shift: Tensor | None = None,
 ) -> Tensor:
     """Vector self-attention over local footprints (Zhao, Jia, Koltun, CVPR 2020, equations 2 and 4).
 

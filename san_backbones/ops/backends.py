@@ -8,7 +8,8 @@ environment variable SAN_BACKBONES_BACKEND names one path; if that one cannot ru
 import contextlib
 import logging
 import os
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +17,22 @@ from torch import Tensor
 from . import native, reference, statistics, tiled
 from .gamma import Gamma, Spec
 
-__all__ = ['AUTO', 'BACKENDS', 'Backend', 'ENVIRONMENT_VARIABLE', 'Request', 'available_backends', 'choose_backend',
-           'use_backend']
+__all__ = [
+    'AUTO',
+    'BACKENDS',
+    'ENVIRONMENT_VARIABLE',
+    'Backend',
+    'Request',
+    'available_backends',
+    'choose_backend',
+    'use_backend',
+]
 
 _logger = logging.getLogger('san_backbones.ops')
 
 AUTO = 'auto'
 ENVIRONMENT_VARIABLE = 'SAN_BACKBONES_BACKEND'
-_overrides: List[str] = []  # of the whole process, since backward passes run in threads of autograd
+_overrides: list[str] = []  # of the whole process, since backward passes run in threads of autograd
 
 
 class Request(NamedTuple):
@@ -31,10 +40,10 @@ class Request(NamedTuple):
     spec: Spec
     device: torch.device
     dtype: torch.dtype
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
     needs_grad: bool
     batch_statistics: bool
-    symbolic: Optional[str]  # who is looking at the program rather than running it, e.g. 'torch.export'
+    symbolic: str | None  # who is looking at the program rather than running it, e.g. 'torch.export'
 
 
 class Backend(NamedTuple):
@@ -42,7 +51,7 @@ class Backend(NamedTuple):
     also takes the argument `shift` of `footprint_attention`, without gradients.
     """
     name: str
-    refusal: Callable[[Request], Optional[str]]
+    refusal: Callable[[Request], str | None]
     attend: Callable[..., Tensor]
     finishes: bool = False
 
@@ -50,13 +59,13 @@ class Backend(NamedTuple):
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _tiled_refusal(request: Request) -> Optional[str]:
+def _tiled_refusal(request: Request) -> str | None:
     if request.symbolic is not None:
         return f'{request.symbolic} sees the plain definition'
     return None
 
 
-def _native_refusal(request: Request) -> Optional[str]:
+def _native_refusal(request: Request) -> str | None:
     if request.symbolic is not None:
         return f'{request.symbolic} sees the plain definition'
     if request.device.type != 'cpu':
@@ -85,14 +94,14 @@ def _named(name: str, where: str) -> Backend:
     raise ValueError(f'unknown backend {name!r} in {where}; expected one of {known}')
 
 
-def _wanted() -> Tuple[str, str]:
+def _wanted() -> tuple[str, str]:
     """The path asked for and who asked."""
     if _overrides:
         return _overrides[-1], 'san_backbones.ops.use_backend'
     return os.environ.get(ENVIRONMENT_VARIABLE, '') or AUTO, f'the environment variable {ENVIRONMENT_VARIABLE}'
 
 
-def symbolic_caller(x: Tensor) -> Optional[str]:
+def symbolic_caller(x: Tensor) -> str | None:
     """Names the tool that traces instead of running, or None."""
     if torch.compiler.is_compiling():
         return 'torch.compile or torch.export'
@@ -129,7 +138,7 @@ def serves_compiled(dtype: str, pairwise: bool, relation: str, batch_statistics:
     return choose_backend(request).name == 'native'
 
 
-def make_request(query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor], gamma: Gamma,
+def make_request(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma,
                  spec: Spec) -> Request:
     """Describes a call of `footprint_attention`."""
     tensors = (query, key, value, place, *gamma.norm1[:2], gamma.weight1, *gamma.norm2[:2], gamma.weight2, gamma.bias2)
@@ -186,7 +195,7 @@ def use_backend(name: str) -> Iterator[None]:
         _overrides.pop()
 
 
-def available_backends(device: str = 'cpu') -> Tuple[str, ...]:
+def available_backends(device: str = 'cpu') -> tuple[str, ...]:
     """Names of the paths that can run a plain float32 inference on `device`, the most wanted first."""
     request = Request(Spec(True, 'subtraction', 'relative', 7, 1), torch.device(device), torch.float32,
                       (1, 64, 56, 56), False, False, None)

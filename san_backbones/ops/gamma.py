@@ -1,5 +1,5 @@
 """What the operators are told: the footprint, and gamma (Norm, ReLU, Linear, Norm, ReLU, Linear) as plain tensors."""
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,10 @@ class Norm(NamedTuple):
     given, moved towards them by `momentum`) or the running buffers. `group` is the process group over which the
     statistics are shared (SyncBatchNorm), None for this process alone.
     """
-    weight: Optional[Tensor]
-    bias: Optional[Tensor]
-    running_mean: Optional[Tensor]
-    running_var: Optional[Tensor]
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
     batch_statistics: bool
     momentum: float
     eps: float
@@ -47,7 +47,7 @@ class Gamma(NamedTuple):
     norm2: Norm
     weight2: Tensor
     bias2: Tensor
-    cache: Optional[Dict[str, Any]] = None
+    cache: dict[str, Any] | None = None
 
 
 class Affine(NamedTuple):
@@ -60,8 +60,9 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def fold(norm: Norm, mean: Tensor, var: Tensor) -> Affine:
+def fold(norm: Norm, mean: Tensor | None, var: Tensor | None) -> Affine:
     """The affine map that normalises by `mean` and (biased) `var`, then applies the norm's weight and bias."""
+    assert mean is not None and var is not None  # who has no running statistics uses the batch's
     scale = torch.rsqrt(_wide(var) + norm.eps)
     if norm.weight is not None:
         scale = scale * _wide(norm.weight)
@@ -81,7 +82,7 @@ def update_running_statistics(norm: Norm, mean: Tensor, var: Tensor, count: Tens
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
 
 
-def synchronise(mean: Tensor, var: Tensor, count: Tensor, group: Any) -> Tuple[Tensor, Tensor, Tensor]:
+def synchronise(mean: Tensor, var: Tensor, count: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Joins the statistics of the processes of `group`: mean, biased variance and count of all their data.
 
     Two reductions, so that the variance is not the small difference of two large sums. Gradients flow back to every

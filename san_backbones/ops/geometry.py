@@ -4,7 +4,6 @@ Every operator path shares these definitions. A *footprint* of `kernel_size` k a
 pixels around a centre, d apart; beyond the border the map is mirrored without repeating the edge, and mirrored again
 where it is narrower than the footprint reaches.
 """
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ def padding(kernel_size: int, dilation: int) -> int:
     return dilation * (kernel_size - 1) // 2
 
 
-def reflection_index(size: int, pad: int, device: Optional[torch.device] = None) -> Tensor:
+def reflection_index(size: int, pad: int, device: torch.device | None = None) -> Tensor:
     """Source index of every position of an axis padded by reflection.
 
     The index is a triangle wave of period `2 * (size - 1)`: equal to `torch.nn.functional.pad(mode='reflect')` where
@@ -69,7 +68,7 @@ def footprint(padded: Tensor, kernel_size: int, dilation: int) -> Tensor:
     return padded.unfold(2, height, dilation).unfold(3, width, dilation)
 
 
-def _axis(size: int, step: float, dtype: torch.dtype, device: Optional[torch.device]) -> Tensor:
+def _axis(size: int, step: float, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     index = torch.arange(size, dtype=dtype, device=device)
     if step > 0.:
         return (index - (size - 1) / 2) * step

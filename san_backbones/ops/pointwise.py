@@ -1,5 +1,4 @@
 """What surrounds the attention: the stem in one piece, and relu(s x + t)."""
-from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from .gamma import Norm, fold, fold_batch, need_several_values
 __all__ = ['scale_shift_relu', 'stem']
 
 
-def _linear_statistics(x: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor, int]:
+def _linear_statistics(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance of W x over batch and pixels, and how many values each has.
 
     From the mean m and the covariance C of x: W m and diag(W C W^T), in float64.

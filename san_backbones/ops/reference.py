@@ -10,7 +10,6 @@ TorchScript, FX, torch.export and ONNX see.
 The functions take maps that are padded already (`geometry.reflect_pad`), so that a strip of rows and the whole map
 are the same computation.
 """
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +30,8 @@ def _relate_pairwise(
         neighbours: Tensor,
         relation: str,
         position: str,
-        place: Optional[Tensor],
-        place_padded: Optional[Tensor],
+        place: Tensor | None,
+        place_padded: Tensor | None,
         kernel_size: int,
         dilation: int,
 ) -> Tensor:
@@ -69,8 +68,8 @@ def _relate_patchwise(query: Tensor, neighbours: Tensor, relation: str, kernel_s
 def relate(
         query: Tensor,
         key: Tensor,
-        place: Optional[Tensor],
-        place_padded: Optional[Tensor],
+        place: Tensor | None,
+        place_padded: Tensor | None,
         pairwise: bool,
         relation: str,
         position: str,
@@ -130,7 +129,7 @@ def attend(
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        place: Optional[Tensor],
+        place: Tensor | None,
         gamma: Gamma,
         spec: Spec,
 ) -> Tensor:

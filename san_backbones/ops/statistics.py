@@ -5,7 +5,7 @@ so that, for the subtraction, E[q_i - k_j] = E[q] - E[box k] and E[(q_i - k_j)^2
 Maps are centred first, since a variance must not be the small difference of two large sums. Exact, differentiable, in
 float32 or wider.
 """
-from typing import List, Optional, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ __all__ = ['SUPPORTED', 'relation_statistics']
 SUPPORTED = frozenset((
     (True, 'subtraction'), (True, 'summation'), (True, 'hadamard'), (True, 'concatenation'), (False, 'concatenation')))
 
-_Moments = Tuple[Tensor, Tensor]  # mean and biased variance, one for each channel
+_Moments = tuple[Tensor, Tensor]  # mean and biased variance, one for each channel
 
 
 def _box(x: Tensor, spec: Spec) -> Tensor:
@@ -27,15 +27,15 @@ def _box(x: Tensor, spec: Spec) -> Tensor:
     height, width = x.shape[-2:]
     x = geometry.reflect_pad(x, reach // 2)
     steps = range(0, reach + 1, spec.dilation)
-    x = sum(x[:, :, y:y + height] for y in steps)
-    return sum(x[:, :, :, c:c + width] for c in steps) / spec.kernel_size ** 2
+    rows: Any = sum(x[:, :, y:y + height] for y in steps)
+    return sum(rows[:, :, :, c:c + width] for c in steps) / spec.kernel_size ** 2
 
 
 def _mean(x: Tensor) -> Tensor:
     return x.mean((0, 2, 3))
 
 
-def _centred(x: Tensor) -> Tuple[Tensor, Tensor]:
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     centre = _mean(x.detach())
     return centre, x - centre[:, None, None]
 
@@ -91,7 +91,7 @@ def _shifted(x: Tensor, spec: Spec) -> _Moments:
     return (centre[:, None, None] + mean).flatten(), (square - mean * mean).flatten()
 
 
-def relation_statistics(query: Tensor, key: Tensor, place: Optional[Tensor], spec: Spec) -> Tuple[Tensor, Tensor, int]:
+def relation_statistics(query: Tensor, key: Tensor, place: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor, int]:
     """Batch statistics of the channels of `reference.relate`.
 
     Args:
@@ -107,7 +107,7 @@ def relation_statistics(query: Tensor, key: Tensor, place: Optional[Tensor], spe
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     query, key = query.to(dtype), key.to(dtype)
     pixels = query.shape[0] * query.shape[2] * query.shape[3]
-    parts: List[_Moments]
+    parts: list[_Moments]
     if not spec.pairwise:
         parts = [_plain(query), _shifted(key, spec)]
     elif spec.relation == 'subtraction':

@@ -5,7 +5,8 @@ memory is the maps themselves plus O(tile), in training too. Norms come as an af
 statistics, a pass over the tiles gathers mean and variance first, and gradients flow through them exactly.
 """
 import contextlib
-from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,18 +47,18 @@ def tiles(batch: int, height: int, width: int, depth: int, reach: int) -> Iterat
 class Plan(NamedTuple):
     """A computation on tiles: the function of the cut inputs, how each is cut, and the tiles."""
     function: Callable[..., Tensor]
-    kinds: Tuple[str, ...]
-    tiles: List[Tile]
+    kinds: tuple[str, ...]
+    tiles: list[Tile]
 
 
 @contextlib.contextmanager
-def _autocast_as(state: Tuple[str, bool, torch.dtype]) -> Iterator[None]:
+def _autocast_as(state: tuple[str, bool, torch.dtype]) -> Iterator[None]:
     device_type, enabled, dtype = state
     with torch.autocast(device_type, dtype=dtype, enabled=enabled):
         yield
 
 
-def _autocast_state(x: Tensor) -> Tuple[str, bool, torch.dtype]:
+def _autocast_state(x: Tensor) -> tuple[str, bool, torch.dtype]:
     kind = x.device.type
     return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
@@ -66,9 +67,9 @@ def _backward_by_tiles(
         plan: Plan,
         inputs: Sequence[Tensor],
         needs_grad: Sequence[bool],
-        autocast: Tuple[str, bool, torch.dtype],
-        seed: Callable[[Tensor, Tile], Tuple[Tensor, Tensor]],
-) -> List[Optional[Tensor]]:
+        autocast: tuple[str, bool, torch.dtype],
+        seed: Callable[[Tensor, Tile], tuple[Tensor, Tensor]],
+) -> list[Tensor | None]:
     """Recomputes every tile with gradients and sums them.
 
     `seed` turns a tile's output into (what to differentiate, the gradient it receives).
@@ -100,7 +101,7 @@ class _Map(torch.autograd.Function):
     def forward(ctx, plan: Plan, *inputs: Tensor) -> Tensor:
         ctx.plan, ctx.autocast = plan, _autocast_state(inputs[0])
         ctx.save_for_backward(*inputs)
-        output = None
+        output: Any = None
         for tile in plan.tiles:
             part = plan.function(*map(tile.cut, inputs, plan.kinds))
             if output is None:
@@ -110,10 +111,10 @@ class _Map(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
 
-        def seed(output: Tensor, tile: Tile) -> Tuple[Tensor, Tensor]:
+        def seed(output: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
             return output, grad_output[tile.images, :, tile.rows].to(output.dtype)
 
         return (None, *_backward_by_tiles(
@@ -124,14 +125,14 @@ class _Statistics(torch.autograd.Function):
     """Mean and biased variance per channel of what a plan computes, (N, C, P, H, W) over all but C."""
 
     @staticmethod
-    def forward(ctx, plan: Plan, *inputs: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        count, mean, scatter = 0, None, None
+    def forward(ctx, plan: Plan, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count, mean, scatter = 0, torch.empty(0), torch.empty(0)
         for tile in plan.tiles:
             part = plan.function(*map(tile.cut, inputs, plan.kinds))
             part = part if part.dtype == torch.float64 else part.float()
             n = part.numel() // part.shape[1]
             part_var, part_mean = torch.var_mean(part, (0, 2, 3, 4), correction=0)
-            if mean is None:
+            if count == 0:
                 count, mean, scatter = n, part_mean, part_var * n
             else:  # Chan, Golub and LeVeque 1979: joining two sets without subtracting large sums
                 delta = part_mean - mean
@@ -146,13 +147,13 @@ class _Statistics(torch.autograd.Function):
         return mean, scatter / count, total
 
     @staticmethod
-    def backward(ctx, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         mean, *inputs = ctx.saved_tensors
         shape = (1, -1, 1, 1, 1)
         to_mean, to_var, centre = (t.view(shape) for t in (grad_mean / ctx.count, 2 * grad_var / ctx.count, mean))
 
-        def seed(output: Tensor, tile: Tile) -> Tuple[Tensor, Tensor]:
+        def seed(output: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
             # d mean / d x = 1 / n and d var / d x = 2 (x - mean) / n
             return output, (to_mean + to_var * (output.detach() - centre)).to(output.dtype)
 
@@ -172,7 +173,7 @@ def attend(
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        place: Optional[Tensor],
+        place: Tensor | None,
         gamma: Gamma,
         spec: Spec,
 ) -> Tensor:
@@ -195,8 +196,7 @@ def attend(
     def plan(function: Callable[..., Tensor], *more: str) -> Plan:
         return Plan(function, (*kinds, *more), cuts)
 
-    def relation(*maps: Tensor) -> Tensor:
-        query, key, place, place_padded = maps if len(maps) == 4 else (*maps, None, None)
+    def relation(query: Tensor, key: Tensor, place: Tensor | None = None, place_padded: Tensor | None = None) -> Tensor:
         return reference.relate(query, key, place, place_padded, *spec)
 
     def hidden(*inputs: Tensor) -> Tensor:

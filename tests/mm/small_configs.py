@@ -12,7 +12,7 @@ import san_backbones.mm  # noqa: F401
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'mm_configs'
 
 
-@functools.lru_cache()
+@functools.lru_cache
 def _read(name):
     return Config.fromfile(CONFIGS / name)
 

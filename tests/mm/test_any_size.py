@@ -8,13 +8,13 @@ import pytest
 pytest.importorskip('mmdet', reason='needs the mm extra')
 pytest.importorskip('mmseg', reason='needs the mm extra')
 
-import torch  # noqa: E402
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
+import torch
+from mmengine.registry import MODELS
 
-import san_backbones.mm  # noqa: E402, F401
-from mmdet.structures import DetDataSample  # noqa: E402
-from mmseg.structures import SegDataSample  # noqa: E402
-from small_configs import detection, segmentation  # noqa: E402
+import san_backbones.mm  # noqa: F401
+from mmdet.structures import DetDataSample
+from mmseg.structures import SegDataSample
+from small_configs import detection, segmentation
 
 SIZES = [(1, 1), (13, 20), (33, 31), (64, 64), (70, 201), (40, 600)]  # (height, width)
 ATTENTION = pytest.mark.parametrize('attention', ['patchwise', 'pairwise'])
@@ -143,5 +143,5 @@ def test_a_panorama_does_not_hold_the_footprint():
     assert result.returncode == 0, result.stderr
     peaks = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith('peak')]
     assert len(peaks) == 6
-    for backend, attention, megabytes in peaks:
+    for backend, _, megabytes in peaks:
         assert (float(megabytes) > 100) == (backend == 'reference'), result.stdout

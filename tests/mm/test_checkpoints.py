@@ -5,14 +5,14 @@ import pytest
 
 pytest.importorskip('mmengine', reason='needs the mm extra')
 
-import torch  # noqa: E402
-from mmengine.logging import HistoryBuffer  # noqa: E402
-from mmengine.model import BaseModel  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.data import Dataset  # noqa: E402
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import Dataset
 
-import san_backbones.mm  # noqa: E402, F401
+import san_backbones.mm  # noqa: F401
 
 
 class Numbers(Dataset):

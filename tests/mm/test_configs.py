@@ -9,12 +9,12 @@ import pytest
 pytest.importorskip('mmdet', reason='needs the mm extra')
 pytest.importorskip('mmseg', reason='needs the mm extra')
 
-import san_backbones.mm  # noqa: E402, F401  before mmdet.structures.mask
-import torch  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.optim import build_optim_wrapper  # noqa: E402
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
-from torch import nn  # noqa: E402
+import san_backbones.mm  # noqa: F401  before mmdet.structures.mask
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / 'mm_configs').glob('*/metafile.yml')
@@ -159,7 +159,7 @@ def test_is_what_its_name_says(config):
         epochs = EPOCHS[name['schedule']]
         assert config.train_cfg.max_epochs == config.param_scheduler[-1].end == epochs
         resizes = [step.type for step in data.pipeline if 'Resize' in step.type]
-        assert resizes == dict([('1x', ['Resize']), ('ms-3x', ['RandomChoiceResize']), ('12e', [])])[name['schedule']]
+        assert resizes == {'1x': ['Resize'], 'ms-3x': ['RandomChoiceResize'], '12e': []}[name['schedule']]
         assert config.train_dataloader.batch_size == 2 and config.auto_scale_lr.base_batch_size == 16
         return
     assert config.model.decode_head.type == METHODS[name['method']]

@@ -2,7 +2,6 @@
 import copy
 import json
 import os
-import pathlib
 import pickle
 import types
 
@@ -11,14 +10,14 @@ import pytest
 pytest.importorskip('mmdet', reason='needs the mm extra')
 pytest.importorskip('mmseg', reason='needs the mm extra')
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from mmengine.registry import DATASETS, HOOKS, MODELS, init_default_scope  # noqa: E402
-from mmengine.runner import Runner, load_checkpoint  # noqa: E402
+import cv2
+import numpy as np
+import torch
+from mmengine.registry import DATASETS, HOOKS, MODELS, init_default_scope
+from mmengine.runner import Runner, load_checkpoint
 
-import san_backbones.mm  # noqa: E402, F401
-from small_configs import CLASSES, backbone, coco, detection, masks, segmentation  # noqa: E402
+import san_backbones.mm  # noqa: F401
+from small_configs import CLASSES, backbone, coco, detection, masks, segmentation
 
 NO_MODEL = torch.nn.Module()
 

@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip('mmengine', reason='needs the mm extra')
 
-import timm  # noqa: E402
-from safetensors.torch import save  # noqa: E402
+import timm
+from safetensors.torch import save
 
-import san_backbones  # noqa: E402, F401
-from hub_server import HubServer  # noqa: E402
+import san_backbones  # noqa: F401
+from hub_server import HubServer
 
 SMALL = dict(attention='patchwise', depths=(1, 1, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16)
 CODE = '''

@@ -8,19 +8,19 @@ import pytest
 pytest.importorskip('mmdet', reason='needs the mm extra')
 pytest.importorskip('mmseg', reason='needs the mm extra')
 
-import cv2  # noqa: E402
-import mmcv  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from mmengine.registry import MODELS  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
 
-import san_backbones.mm  # noqa: E402, F401
-from mmdet.apis import DetInferencer, inference_detector, init_detector  # noqa: E402
-from mmseg.apis import MMSegInferencer, inference_model, init_model  # noqa: E402
-from mmseg.structures import SegDataSample  # noqa: E402
-import operator_oracles as oracles  # noqa: E402
-from small_configs import CLASSES, coco, detection, masks, picture, segmentation  # noqa: E402
+import san_backbones.mm
+from mmdet.apis import DetInferencer, inference_detector, init_detector
+from mmseg.apis import MMSegInferencer, inference_model, init_model
+from mmseg.structures import SegDataSample
+import operator_oracles as oracles
+from small_configs import CLASSES, coco, detection, masks, picture, segmentation
 
 
 def save(cfg, path):
@@ -230,7 +230,7 @@ def test_detection_with_flips(detector):
         merged = sample.pred_instances
         np.testing.assert_allclose(merged.scores, [scores[i] for i in kept], atol=1e-4)
         np.testing.assert_allclose(merged.bboxes, [boxes[i] for i in kept], atol=0.05)
-        assert 0 <= merged.bboxes.min() and merged.bboxes.max() <= 64
+        assert merged.bboxes.min() >= 0 and merged.bboxes.max() <= 64
 
 
 @pytest.mark.skipif(san_backbones.mm.operators_in_use() == 'compiled', reason='mmcv brings its operators')

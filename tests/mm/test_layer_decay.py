@@ -4,12 +4,12 @@ import pytest
 pytest.importorskip('mmdet', reason='needs the mm extra')
 pytest.importorskip('mmseg', reason='needs the mm extra')
 
-import torch  # noqa: E402
-from mmengine.optim import LinearLR, build_optim_wrapper  # noqa: E402
-from mmengine.registry import MODELS  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from mmengine.optim import LinearLR, build_optim_wrapper
+from mmengine.registry import MODELS
+from torch import nn
 
-import san_backbones.mm  # noqa: E402, F401
+import san_backbones.mm  # noqa: F401
 
 ARCH = dict(attention='patchwise', depths=(1, 2, 1, 2, 1), widths=(32, 32, 64, 64, 96), stem_width=16, kernel_sizes=3)
 WIDTHS = [32, 64, 64, 96]

@@ -16,10 +16,10 @@ import pytest
 
 pytest.importorskip('mmengine', reason='needs the mm extra')
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import yaml  # noqa: E402
-from tiny_data import ARCH, CLASSES, WIDTHS, coco  # noqa: E402
+import cv2
+import numpy as np
+import yaml
+from tiny_data import ARCH, CLASSES, WIDTHS, coco
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = 'mask-rcnn_san15-patchwise_fpn_1x_coco'

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip('mmcv')
 
-import san_backbones.mm  # noqa: E402, F401, before mmcv.ops
-from record_mmcv_cases import RECORD, outcome  # noqa: E402
+import san_backbones.mm  # noqa: F401, before mmcv.ops
+from record_mmcv_cases import RECORD, outcome
 
 with np.load(RECORD) as record:
     ABOUT = json.loads(str(record['about']))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 pytest.importorskip('mmcv')
 
-from san_backbones.mm.operators import StandInFinder, install_operators, operators_in_use  # noqa: E402
+from san_backbones.mm.operators import StandInFinder, install_operators, operators_in_use
 
 install_operators()
 if operators_in_use() != 'torchvision':
@@ -605,8 +605,8 @@ def test_sync_batch_norm(stats_mode, processes, monkeypatch):
         assert_close(actual, wanted, 1e-5)
     inputs = (features, weight, bias)
     gradients = torch.autograd.grad(output, inputs, seed)
-    wanted = torch.autograd.grad(expected, inputs, seed.repeat(processes, 1, 1, 1) / processes)
-    for actual, wanted in zip(gradients, wanted):
+    expected = torch.autograd.grad(expected, inputs, seed.repeat(processes, 1, 1, 1) / processes)
+    for actual, wanted in zip(gradients, expected):
         assert_close(actual, wanted, 1e-4)
 
 

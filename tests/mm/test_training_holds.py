@@ -7,13 +7,13 @@ import pytest
 pytest.importorskip('mmdet', reason='needs the mm extra')
 pytest.importorskip('mmseg', reason='needs the mm extra')
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
-from tiny_training import (  # noqa: E402, F401
+import numpy as np
+import torch
+from mmengine.runner import Runner
+from tiny_training import (  # noqa: F401
     ARCH, Recorder, detection, make_pictures, plain_configs, segmentation, train)
 
-from san_backbones.mm.exact_resume import _Reseeding  # noqa: E402
+from san_backbones.mm.exact_resume import _Reseeding
 
 EXACT = [dict(type='ExactResumeHook')]
 # everything random at once: order, flips and colours, dropout of the head, stochastic depth
@@ -207,7 +207,7 @@ def test_frozen_stages_stay_as_they_are(build, pictures, tmp_path):
     frozen = ('backbone.stem.', 'backbone.stages.0.', 'backbone.stages.1.')
     for name, tensor in runner.model.state_dict().items():
         assert torch.equal(tensor, initial[name]) == name.startswith(frozen), name
-    for name, parameter in runner.model.named_parameters():
+    for name, _ in runner.model.named_parameters():
         assert (name in recorder.gradients) != name.startswith(frozen), name
     for name, module in runner.model.train().named_modules():
         assert module.training != (name + '.').startswith(frozen), name

@@ -9,15 +9,15 @@ import pytest
 
 pytest.importorskip('mmseg', reason='needs the mm extra')
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
-from mmengine.registry import MODELS  # noqa: E402
-from mmengine.runner import FlexibleRunner, Runner  # noqa: E402
-from tiny_training import ARCH, make_pictures, plain_configs, segmentation, train  # noqa: E402, F401
-from torch import nn  # noqa: E402
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from mmengine.registry import MODELS
+from mmengine.runner import FlexibleRunner, Runner
+from tiny_training import ARCH, make_pictures, plain_configs, segmentation, train  # noqa: F401
+from torch import nn
 
-import san_backbones.mm  # noqa: E402, F401
+import san_backbones.mm  # noqa: F401
 
 
 def _port():

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import oracle
 from small_models import SPECS, WEIGHTS
 
-import common  # noqa: E402
-import convert  # noqa: E402
+import common
+import convert
 
 FILES = {'README.md', 'config.json', 'model.safetensors'}
 SMALL = dict(depths=(1, 2, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16, kernel_sizes=(3, 5, 5, 3, 3))

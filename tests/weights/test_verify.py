@@ -11,10 +11,10 @@ from PIL import Image
 
 import small_models  # noqa: F401, finds the scripts
 
-import common  # noqa: E402
-import convert  # noqa: E402
-import verify  # noqa: E402
-from san_backbones.hub import WeightsError  # noqa: E402
+import common
+import convert
+import verify
+from san_backbones.hub import WeightsError
 
 SIZE = 64
 CLASSES = 8

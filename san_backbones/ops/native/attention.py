@@ -1,7 +1,8 @@
 """Fused footprint attention by the compiled loops of footprint.c and backward.c."""
 import functools
 import math
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ MAX_GRADIENT_NUMBERS = 1 << 22
 """Bound on the partial sums of parameter gradients that a backward pass keeps (float32 numbers)."""
 
 ATTENTION, STATISTICS, STATISTICS_BACKWARD = range(3)  # modes of struct backward
+
+_Tensors = Sequence[Any]  # tensors, and None in the place of one that there is none of
 
 
 _reflection_index = functools.lru_cache(maxsize=64)(geometry.reflection_index)
@@ -44,12 +47,12 @@ class _Shape(NamedTuple):
     lanes: int
 
     @classmethod
-    def of(cls, spec: Spec, hidden: int, lanes: int) -> List[int]:
+    def of(cls, spec: Spec, hidden: int, lanes: int) -> list[int]:
         return [RELATIONS[spec.pairwise, spec.relation], int(spec.position == 'absolute'), spec.kernel_size,
                 spec.dilation, hidden, lanes]
 
 
-def _folded(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec) -> Tuple[List[int], List[Tensor]]:
+def _folded(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec) -> tuple[list[int], list[Tensor]]:
     """gamma as the loops read it: scale1, shift1, weight1, shift2, weight2, bias2. Differentiable."""
     area = spec.kernel_size ** 2
     scale1, shift1 = norm1
@@ -91,7 +94,7 @@ def _row(x: Tensor) -> int:
     return x.shape[3] if x.is_contiguous() else x.stride(2)
 
 
-def _readable(x: Optional[Tensor]) -> Optional[Tensor]:
+def _readable(x: Tensor | None) -> Tensor | None:
     """x, or a copy of it, with memory behind it, since the loops read whole vectors beyond its end."""
     if x is None or (x.dim() == 4 and x.shape[-1] % library.width() == 0):
         return x
@@ -112,7 +115,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 class _Arguments:
     """struct task, and the tensors it points to."""
 
-    def __init__(self, shape: _Shape, maps: Sequence[Optional[Tensor]], folded: Sequence[Optional[Tensor]], out: int):
+    def __init__(self, shape: _Shape, maps: _Tensors, folded: _Tensors, out: int):
         query, key, value, place = maps
         batch, height, width, rel = query.shape
         pad = geometry.padding(shape.kernel_size, shape.dilation)
@@ -126,8 +129,8 @@ class _Arguments:
             *(None if x is None else x.data_ptr() for x in self.tensors), None, None, shape.hidden, 0, 0, 0)
 
 
-def _run_backward(shape: List[int], maps: Sequence[Optional[Tensor]], folded: Sequence[Optional[Tensor]],
-                  mode: int, gradient: Optional[Tensor]) -> List[Tensor]:
+def _run_backward(shape: list[int], maps: _Tensors, folded: _Tensors,
+                  mode: int, gradient: Tensor | None) -> list[Tensor]:
     """Gradients of the maps and of folded gamma; for STATISTICS, the sums of the hidden vectors and their squares."""
     query, key, value, place = maps
     arguments = _Arguments(_Shape(*shape), maps, folded, 0 if value is None else value.shape[3])
@@ -139,13 +142,15 @@ def _run_backward(shape: List[int], maps: Sequence[Optional[Tensor]], folded: Se
     band = max(1, task.dilation * (task.kernel - 1))  # twice what a footprint reaches to either side
     units = task.batch * ((task.height + 2 * band - 1) // (2 * band))
     slots = max(1, min(units, 64, max(4, MAX_GRADIENT_NUMBERS // sum(sizes))))
+    outputs: list[Any] = [None] * 4
+    parameters: Any = None
+    sums: Any = None
     if mode == STATISTICS:
-        outputs, parameters = [None] * 4, None
         sums = torch.zeros(slots, 2, hidden, dtype=torch.float64)
     else:
         outputs = [None if x is None else torch.zeros(task.batch, *x.shape[1:3], _round_up(x.shape[3]) if i < 2 else
                                                       x.shape[3]) for i, x in enumerate(maps)]
-        parameters, sums = torch.zeros(slots, sum(sizes)), None
+        parameters = torch.zeros(slots, sum(sizes))
     transposed = [_pad(weight1[:, :task.hidden_used].t(), padded).contiguous(),
                   None if weight2 is None else _pad(weight2.flatten(1).t(), hidden).contiguous()]
     backward = library.Backward(
@@ -161,23 +166,23 @@ def _run_backward(shape: List[int], maps: Sequence[Optional[Tensor]], folded: Se
     return [*outputs, *(part.clone().view(x.shape) for part, x in zip(parts, folded) if x is not None)]
 
 
-def _to_inputs(gradients: Sequence[Optional[Tensor]], maps: Sequence[Optional[Tensor]]) -> List[Tensor]:
+def _to_inputs(gradients: _Tensors, maps: _Tensors) -> list[Tensor]:
     """Gradients of the maps (channels last) as those of the maps given, and the others; without those that are None."""
     firsts = [_channels_first(g.sum(0, keepdim=True) if x.shape[0] != g.shape[0] else g, x)
               for g, x in zip(gradients[:4], maps) if x is not None]
     return [*firsts, *gradients[4:]]
 
 
-def _maps(*maps: Optional[Tensor]) -> List[Optional[Tensor]]:
+def _maps(*maps: Tensor | None) -> list[Tensor | None]:
     query, key, value, place = (None if x is None else _channels_last(x) for x in maps)
     return [query, key, value, None if place is None else place.contiguous()]
 
 
 @torch.library.custom_op('san_backbones::attend', mutates_args=(), device_types='cpu')
 def _attend(
-        query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor], scale1: Tensor, shift1: Tensor,
-        weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor, shift: Optional[Tensor],
-        shape: List[int]) -> Tensor:
+        query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor,
+        weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor, shift: Tensor | None,
+        shape: list[int]) -> Tensor:
     """The attention, given folded gamma; `shape` is a `_Shape`. With `shift`, relu(y + shift); no gradients then."""
     batch, out, height, width = value.shape
     folded = (scale1, shift1, weight1, shift2, weight2, bias2)
@@ -196,9 +201,9 @@ def _(query, key, value, *rest):
 
 @torch.library.custom_op('san_backbones::attend_backward', mutates_args=(), device_types='cpu')
 def _attend_backward(
-        gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, place: Optional[Tensor], scale1: Tensor,
+        gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, scale1: Tensor,
         shift1: Tensor, weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor,
-        shape: List[int]) -> List[Tensor]:
+        shape: list[int]) -> list[Tensor]:
     maps, folded = (query, key, value, place), (scale1, shift1, weight1, shift2, weight2, bias2)
     gradient = _channels_last(gradient).contiguous()
     return _to_inputs(_run_backward(shape, _maps(*maps), folded, ATTENTION, gradient), maps)
@@ -215,9 +220,9 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _spread(gradients: List[Tensor], has_place: bool, maps: int) -> List[Optional[Tensor]]:
+def _spread(gradients: list[Tensor], has_place: bool, maps: int) -> list[Tensor | None]:
     """Gradients in the order of the inputs, with None for a place that is not there."""
-    return gradients if has_place else [*gradients[:maps], None, *gradients[maps:]]
+    return [*gradients] if has_place else [*gradients[:maps], None, *gradients[maps:]]
 
 
 def _differentiate_attend(ctx, gradient):
@@ -235,8 +240,8 @@ _attend.register_autograd(_differentiate_attend, setup_context=_keep)
 
 @torch.library.custom_op('san_backbones::hidden_sums', mutates_args=(), device_types='cpu')
 def _hidden_sums(
-        query: Tensor, key: Tensor, place: Optional[Tensor], scale1: Tensor, shift1: Tensor, weight1: Tensor,
-        shape: List[int]) -> Tensor:
+        query: Tensor, key: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor, weight1: Tensor,
+        shape: list[int]) -> Tensor:
     """Sums of u = weight1 relu(norm1(delta)), the input of norm2, and of u * u: (2, hidden) in float64."""
     folded = (scale1, shift1, weight1, None, None, None)
     sums, = _run_backward(shape, _maps(query, key, None, place), folded, STATISTICS, None)
@@ -250,8 +255,8 @@ def _(query, key, place, scale1, shift1, weight1, shape):
 
 @torch.library.custom_op('san_backbones::hidden_sums_backward', mutates_args=(), device_types='cpu')
 def _hidden_sums_backward(
-        gradient: Tensor, query: Tensor, key: Tensor, place: Optional[Tensor], scale1: Tensor, shift1: Tensor,
-        weight1: Tensor, shape: List[int]) -> List[Tensor]:
+        gradient: Tensor, query: Tensor, key: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor,
+        weight1: Tensor, shape: list[int]) -> list[Tensor]:
     maps, folded = (query, key, None, place), (scale1, shift1, weight1, None, None, None)
     slopes = gradient * torch.tensor([[1.], [2.]], dtype=gradient.dtype)  # d u / d u and d u^2 / d u = 2 u
     slopes = _pad(slopes.float(), weight1.shape[1]).contiguous()
@@ -278,10 +283,10 @@ def attend(
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        place: Optional[Tensor],
+        place: Tensor | None,
         gamma: Gamma,
         spec: Spec,
-        shift: Optional[Tensor] = None,
+        shift: Tensor | None = None,
 ) -> Tensor:
     """Footprint attention by compiled loops; arguments as `ops.footprint_attention`, `shift` without gradients.
 
@@ -300,7 +305,7 @@ def attend(
         return _attend(query, key, value, place, *tensors, shift, shape)
 
 
-def _affine(norm: Norm, statistics: Callable[[], Tuple[Tensor, Tensor, int]]) -> Affine:
+def _affine(norm: Norm, statistics: Callable[[], tuple[Tensor, Tensor, int]]) -> Affine:
     if not norm.batch_statistics:
         return fold(norm, norm.running_mean, norm.running_var)
     mean, var, values = statistics()
@@ -308,8 +313,8 @@ def _affine(norm: Norm, statistics: Callable[[], Tuple[Tensor, Tensor, int]]) ->
     return fold_batch(norm, mean, var, torch.tensor(float(values)))
 
 
-def _hidden_statistics(query: Tensor, key: Tensor, place: Optional[Tensor], norm1: Affine, gamma: Gamma,
-                       spec: Spec) -> Tuple[Tensor, Tensor, int]:
+def _hidden_statistics(query: Tensor, key: Tensor, place: Tensor | None, norm1: Affine, gamma: Gamma,
+                       spec: Spec) -> tuple[Tensor, Tensor, int]:
     weight1 = gamma.weight1.flatten(1).float().t()
     hidden = weight1.shape[1]
     scale1, shift1, weight1 = (_in_loop_order(x, spec).contiguous() for x in (*norm1, weight1))

@@ -3,7 +3,6 @@ import ctypes
 import functools
 import pathlib
 import sys
-from typing import Optional, Tuple
 
 import torch
 
@@ -61,8 +60,8 @@ class Scaled(ctypes.Structure):
 _STRUCTURES = {'san': Task, 'san_backward': Backward, 'san_stem': Stem, 'san_scaled': Scaled}
 
 
-@functools.lru_cache(maxsize=None)
-def _load() -> Tuple[Optional[ctypes.CDLL], str]:
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library for this processor, or None; and which one, or why none."""
     folder = pathlib.Path(__file__).parent
     builds = BUILDS.get(torch.backends.cpu.get_cpu_capability(), ('baseline',))
@@ -90,7 +89,7 @@ def build() -> str:
     return _load()[1]
 
 
-def unavailable() -> Optional[str]:
+def unavailable() -> str | None:
     """None if the compiled loops are there, else the reason."""
     loaded, reason = _load()
     return None if loaded is not None else reason
@@ -109,8 +108,8 @@ def width() -> int:
     return _loaded().san_width()
 
 
-@functools.lru_cache(maxsize=None)
-def _torch_parallel() -> Optional[int]:
+@functools.cache
+def _torch_parallel() -> int | None:
     """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, so that its threads do this work too."""
     if not sys.platform.startswith('linux'):
         return None

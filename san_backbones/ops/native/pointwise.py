@@ -1,6 +1,5 @@
 """The stem and relu(s x + t) by the compiled loops of pointwise.c."""
 import ctypes
-from typing import List
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ def _stem(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return output.to(image.dtype)
 
 
-def _output_shape(image: Tensor, weight: Tensor) -> List[int]:
+def _output_shape(image: Tensor, weight: Tensor) -> list[int]:
     return [image.shape[0], weight.shape[0], image.shape[2] // 2, image.shape[3] // 2]
 
 
@@ -45,7 +44,7 @@ def _(image, weight, bias):
 
 
 @torch.library.custom_op('san_backbones::stem_backward', mutates_args=(), device_types='cpu')
-def _stem_backward(gradient: Tensor, image: Tensor, weight: Tensor, bias: Tensor, of_image: bool) -> List[Tensor]:
+def _stem_backward(gradient: Tensor, image: Tensor, weight: Tensor, bias: Tensor, of_image: bool) -> list[Tensor]:
     """Gradients of weight and bias, and of the image if asked for."""
     out, inputs = weight.shape
     task, _tensors = _task(image, weight, bias)
