@@ -1,19 +1,33 @@
 # make demo   sets everything up, then trains, evaluates and draws a small SAN Mask R-CNN
 # make test   sets everything up, then runs the tests
+# make docs   builds the documentation into docs/_build
+# make lint   ruff and mypy
 PYTHON ?= python3
 BIN := .venv/bin
 # threads that wait for one another sleep rather than spin, which costs little alone and much beside other work
 export OMP_WAIT_POLICY ?= PASSIVE
 READY := .venv/.ready
 
-.PHONY: demo test test-timm test-mim test-mmpretrain clean
+.PHONY: demo test coverage docs lint test-timm test-mim test-mmpretrain test-package clean
 
 # make demo DATA=/folder/of/coco-format/data trains on your own pictures
 demo: $(READY)
 	$(BIN)/python demo/train.py $(if $(DATA),--data "$(DATA)")
 
+# two tests at a time, one thread each: most of them are too small to use more
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-report=html:.cache/coverage
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs docs/_build
+	@echo docs/_build/index.html
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 # timm's own model tests, for our models
 test-timm: $(READY)
@@ -23,15 +37,19 @@ test-timm: $(READY)
 test-mim test-mmpretrain: test-%: $(READY)
 	$(BIN)/python tests/run_apart.py $*
 
+# an sdist, the wheel made of it, and both in environments with nothing else
+test-package: $(READY)
+	$(BIN)/python tests/run_package.py
+
 $(READY): setup.cfg pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
 	  "Python 3.10 to 3.13 is needed, and %s is %d.%d: make PYTHON=python3.12 ..." % (sys.executable, *v))'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[mm,demo,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[mm,demo,test,lint]'
 # opencv-python needs the system's libGL and X11; where they are missing, the headless build has the same functions
 	@$(BIN)/python -c 'import cv2' || { echo 'opencv-python cannot load here; installing opencv-python-headless'; \
 	  $(BIN)/python -m pip uninstall -y opencv-python; $(BIN)/python -m pip install opencv-python-headless; }
 	@touch $(READY)
 
 clean:
-	rm -rf .venv .cache work_dirs build dist *.egg-info
+	rm -rf .venv .cache work_dirs build dist docs/_build *.egg-info

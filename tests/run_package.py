@@ -1,0 +1,36 @@
+"""Builds the sdist and, from it, the wheel; installs each in an environment without anything else; tries it there.
+
+    python tests/run_package.py
+
+The environment gets torch and timm from the registry, as a user's would. All of it lies in .cache.
+"""
+import pathlib
+import shutil
+import subprocess
+import sys
+import venv
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CACHE = ROOT / '.cache'
+
+
+def main() -> None:
+    built, folder, elsewhere = CACHE / 'package', CACHE / 'venv-package', CACHE / 'nowhere'
+    shutil.rmtree(built, ignore_errors=True)
+    subprocess.run([sys.executable, '-m', 'build', '--outdir', built, ROOT], check=True, stdout=subprocess.DEVNULL)
+    wheel, = built.glob('*.whl')
+    sdist, = built.glob('*.tar.gz')
+    venv.create(folder, clear=True, with_pip=True)
+    elsewhere.mkdir(exist_ok=True)  # a folder from which the sources are not found
+    python = folder / ('Scripts/python.exe' if sys.platform == 'win32' else 'bin/python')
+    for archive, how in ((wheel, []), (sdist, ['--force-reinstall', '--no-deps'])):
+        subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *how, archive],
+                       check=True)
+        subprocess.run([python, '-m', 'pip', 'check'], check=True, stdout=subprocess.DEVNULL)
+        print(archive.name, end=' ', flush=True)
+        subprocess.run([python, ROOT / 'tests' / 'smoke.py'], check=True, cwd=elsewhere)
+    shutil.rmtree(folder)  # some GB
+
+
+if __name__ == '__main__':
+    main()
