@@ -4,6 +4,7 @@
 # make lint   ruff and mypy
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 # threads that wait for one another sleep rather than spin, which costs little alone and much beside other work
 export OMP_WAIT_POLICY ?= PASSIVE
 READY := .venv/.ready
@@ -14,12 +15,12 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/python demo/train.py $(if $(DATA),--data "$(DATA)")
 
-# two tests at a time, one thread each: most of them are too small to use more
+# JOBS tests at a time, one thread each: most of them are too small to use more
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 coverage: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-report=html:.cache/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term --cov-report=html:.cache/coverage
 
 docs: $(READY)
 	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs docs/_build
