@@ -300,6 +300,9 @@ def config_json(model: nn.Module, data_options: Mapping[str, Any]) -> bytes:
         config = json.loads(path.read_text())
         # timm finds the number above, and transformers' TimmWrapper passes it beside the model_args
         config.get('model_args', {}).pop('num_classes', None)
+        for labels in ('label_names', 'label_descriptions'):  # beside the cfg, where both of them look first
+            if labels in config['pretrained_cfg']:
+                config[labels] = config['pretrained_cfg'].pop(labels)
         return json.dumps(config, indent=2).encode()
 
 
