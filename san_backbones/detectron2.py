@@ -5,7 +5,8 @@
     >>> names = ['res2', 'res3', 'res4', 'res5']
     >>> backbone = FPN(SANBackbone('san15_patchwise', names), names, 256, top_block=LastLevelMaxPool())
 """
-from typing import Any, Dict, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -13,8 +14,8 @@ import torch
 from . import san  # noqa: F401, registers the models
 
 try:
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling import Backbone
+    from detectron2.layers import ShapeSpec  # type: ignore[import-not-found]
+    from detectron2.modeling import Backbone  # type: ignore[import-not-found]
 except ImportError as error:
     raise ImportError(
         f'san_backbones.detectron2 needs Detectron2, which cannot be imported here ({error}); it is not on PyPI: '
@@ -46,16 +47,16 @@ class SANBackbone(Backbone):
                              f'got {out_features!r}')
         indices = [names.index(name) for name in out_features]
         self.net = timm.create_model(model, features_only=True, out_indices=indices, **kwargs)
-        info = self.net.feature_info
+        info: Any = self.net.feature_info
         self._out_features = list(out_features)
-        self._out_feature_channels: Dict[str, int] = dict(zip(out_features, info.channels()))
-        self._out_feature_strides: Dict[str, int] = dict(zip(out_features, info.reduction()))
+        self._out_feature_channels: dict[str, int] = dict(zip(out_features, info.channels(), strict=True))
+        self._out_feature_strides: dict[str, int] = dict(zip(out_features, info.reduction(), strict=True))
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images (N, in_chans, H, W) to maps (N, channels, H / stride, W / stride), rounded down, by name."""
-        return dict(zip(self._out_features, self.net(x)))
+        return dict(zip(self._out_features, self.net(x), strict=True))
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map, by name."""
         return {name: ShapeSpec(channels=self._out_feature_channels[name], stride=self._out_feature_strides[name])
                 for name in self._out_features}

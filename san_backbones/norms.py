@@ -63,7 +63,7 @@ def _is_frozen(module: nn.Module) -> bool:
     norms. What tells them is the name and what they hold; some have no `eps` and add 1e-5.
     """
     return type(module).__name__.endswith('FrozenBatchNorm2d') and not module._parameters \
-        and not module._modules and _FROZEN_BUFFERS <= set(module._buffers)
+        and not module._modules and _FROZEN_BUFFERS.issubset(module._buffers)
 
 
 def is_batch_norm(module: nn.Module) -> bool:

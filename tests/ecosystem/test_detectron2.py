@@ -1,7 +1,7 @@
 """The Detectron2 backbone, by Detectron2's contract for backbones.
 
-Detectron2 is not on PyPI and needs a compiler. Where it is installed, its own FPN is built around the backbone; elsewhere
-a stand-in has the two classes that the backbone uses, as the documentation describes them:
+Detectron2 is not on PyPI and needs a compiler. Where it is installed, its own FPN is built around the backbone;
+elsewhere a stand-in has the two classes that the backbone uses, as the documentation describes them:
 https://detectron2.readthedocs.io/en/latest/modules/modeling.html#detectron2.modeling.Backbone and #ShapeSpec
 """
 import importlib.util
@@ -63,7 +63,7 @@ def test_maps_and_their_shapes(backbones):
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         maps = backbone(images)
-        assert all(torch.equal(a, b) for a, b in zip(maps.values(), expected(images)))
+        assert all(torch.equal(a, b) for a, b in zip(maps.values(), expected(images), strict=True))
     shapes = backbone.output_shape()
     assert list(maps) == list(shapes) == NAMES and isinstance(backbone, backbones.Backbone)
     for name, shape in shapes.items():

@@ -50,7 +50,7 @@ def test_maps_are_those_of_timm_at_every_depth(depth):
     assert torch.equal(first, images) and len(maps) == depth
     assert own.out_channels == [4, *CHANNELS[:depth]] and own.output_stride == 2 ** depth
     assert [m.shape[1:] for m in maps] == [(c, 64 >> i, 96 >> i) for i, c in enumerate(CHANNELS[:depth], 1)]
-    assert all(torch.equal(a, b) for a, b in zip(maps, expected))
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
 
 
 @pytest.mark.parametrize('output_stride', [8, 16, 32])

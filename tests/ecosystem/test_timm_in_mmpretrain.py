@@ -14,6 +14,8 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 
 import san_backbones.mm  # noqa: E402, F401  before mmpretrain, which imports mmcv's operators
+
+# isort: split
 import mmpretrain.models  # noqa: E402, F401
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmpretrain.structures import DataSample  # noqa: E402

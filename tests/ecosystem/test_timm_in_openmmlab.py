@@ -6,12 +6,15 @@ pytest.importorskip('mmseg', reason='needs the mm extra')
 import timm  # noqa: E402
 import torch  # noqa: E402
 
-import san_backbones.mm  # noqa: E402  before mmseg.models
+import san_backbones.mm  # noqa: E402, F401  before mmseg.models
+
+# isort: split
 import mmseg.models  # noqa: E402, F401
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmengine.structures import PixelData  # noqa: E402
 from mmseg.structures import SegDataSample  # noqa: E402
+
 from san_backbones.norms import SyncBatchNorm  # noqa: E402
 
 CONFIG = '''

@@ -39,7 +39,7 @@ def test_the_body_gives_the_maps_of_timm():
     with torch.no_grad():
         maps = backbone.body(images)
         assert list(maps) == ['1', '2', '3', '4']
-        assert all(torch.equal(a, b) for a, b in zip(maps.values(), expected(images)))
+        assert all(torch.equal(a, b) for a, b in zip(maps.values(), expected(images), strict=True))
         assert [m.shape[1:] for m in backbone(images).values()] == [
             (32, 16, 24), (32, 8, 12), (32, 4, 6), (32, 2, 3), (32, 1, 2)]
 

@@ -58,7 +58,7 @@ def test_features_are_those_of_timm():
     with torch.no_grad():
         maps, expected = backbone(images).feature_maps, expected(images)
     assert backbone.channels == [m.shape[1] for m in maps] == [32, 64, 128]
-    assert all(torch.equal(a, b) for a, b in zip(maps, expected))
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
     assert backbone.stage_names == [f'stages.{i}' for i in range(5)]
 
 
@@ -92,7 +92,7 @@ def test_weights(monkeypatch):
         reloaded._backbone.load_state_dict(pretrained.state_dict())
         frozen = transformers.TimmBackbone(backbone_config(freeze_batch_norm_2d=True), pretrained=True).eval()
         for backbone in (reloaded, frozen):
-            for a, b in zip(backbone(images).feature_maps, expected):
+            for a, b in zip(backbone(images).feature_maps, expected, strict=True):
                 torch.testing.assert_close(a, b)
     with pytest.raises(hub.WeightsError, match='weights of san15_patchwise.*Two ways out'):
         transformers.TimmBackbone.from_pretrained('san15_patchwise')
@@ -108,7 +108,7 @@ def test_a_saved_backbone(tmp_path):
     again.load_state_dict(load_file(tmp_path / 'model.safetensors'))
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        for a, b in zip(backbone(images).feature_maps, again(images).feature_maps):
+        for a, b in zip(backbone(images).feature_maps, again(images).feature_maps, strict=True):
             assert torch.equal(a, b)
 
 
@@ -144,6 +144,11 @@ def test_detr_trains_and_is_saved(frozen, tmp_path):
     layers = [m for m in encoder.modules() if isinstance(m, PatchwiseAttention)]
     assert len(layers) == 5 and all(layer.gamma_is_plain() for layer in layers)
     images = torch.randn(2, 3, 64, 64)
+    pretrained = timm.create_model('test_san_patchwise', pretrained=True, features_only=True, out_indices=STAGES)
+    encoder.model.load_state_dict(pretrained.state_dict())
+    with torch.no_grad():
+        for a, b in zip(encoder.model(images), pretrained.eval()(images), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     labels = [dict(class_labels=torch.tensor([label]), boxes=torch.tensor([[.5, .5, .4, .3]])) for label in (0, 2)]
     step(model, encoder, pixel_values=images, labels=labels)
     model.eval().save_pretrained(tmp_path)
