@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import ops
-from .norms import BATCH_NORM_FORWARDS, as_norm, is_plain, is_pointwise
+from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
 from .ops import geometry, reference
 
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
@@ -128,7 +128,7 @@ class _FootprintAttention(nn.Module):
         """Whether gamma is what `ops.Gamma` describes: batch norms (or none), ReLUs, 1x1 convolutions, and no hooks."""
         mlp: Any = self.weight_mlp
         if len(mlp) != 6 or not is_plain(mlp, (nn.Sequential.forward,)) \
-                or not all(is_plain(norm, BATCH_NORM_FORWARDS) for norm in (mlp.norm1, mlp.norm2)) \
+                or not all(is_batch_norm(norm) for norm in (mlp.norm1, mlp.norm2)) \
                 or not all(is_plain(act, (nn.ReLU.forward,)) for act in (mlp.act1, mlp.act2)) \
                 or not all(is_pointwise(fc) for fc in (mlp.fc1, mlp.fc2)):
             return False

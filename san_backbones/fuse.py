@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .attention import _FootprintAttention
-from .norms import BATCH_NORM_FORWARDS, as_norm, is_plain, is_pointwise
+from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
 
 __all__ = ['FoldedStage', 'folded', 'fuse_for_inference']
 
@@ -90,7 +90,7 @@ def _obstacle(stage: Any) -> str | None:
         layers += [(f'blocks.{name}.{layer}', block.get_submodule(layer), kind) for layer, kind in (
             ('norm1', 'norm'), ('act1', 'relu'), ('attn.query', 'conv'), ('attn.key', 'conv'), ('attn.value', 'conv'),
             ('norm2', 'norm'), ('act2', 'relu'), ('conv', 'conv'))]
-    fits = {'conv': is_pointwise, 'norm': lambda layer: is_plain(layer, BATCH_NORM_FORWARDS),
+    fits = {'conv': is_pointwise, 'norm': is_batch_norm,
             'relu': lambda layer: is_plain(layer, (nn.ReLU.forward,))}
     wanted = {'conv': '1x1 convolution', 'norm': 'batch norm', 'relu': 'ReLU'}
     for name, layer, kind in layers:

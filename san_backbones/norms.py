@@ -14,7 +14,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from . import ops
 from .ops.gamma import normalise
 
-__all__ = ['BATCH_NORM_FORWARDS', 'SyncBatchNorm', 'as_norm', 'is_plain', 'is_pointwise']
+__all__ = ['SyncBatchNorm', 'as_norm', 'is_batch_norm', 'is_plain', 'is_pointwise']
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -46,6 +46,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 BATCH_NORM_FORWARDS = (
     nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward, FrozenBatchNorm2d.forward,
     nn.Identity.forward)
+_FROZEN_BUFFERS = {'weight', 'bias', 'running_mean', 'running_var'}
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
@@ -53,6 +54,21 @@ def is_plain(module: nn.Module, forwards: tuple) -> bool:
     """Whether calling the module is one of `forwards` and nothing else."""
     return type(module).forward in forwards and 'forward' not in vars(module) \
         and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether the module is torchvision's FrozenBatchNorm2d or a copy of it.
+
+    Every DETR of transformers, MMDetection and Detectron2 have copies of their own, and put them in the place of batch
+    norms. What tells them is the name and what they hold; some have no `eps` and add 1e-5.
+    """
+    return type(module).__name__.endswith('FrozenBatchNorm2d') and not module._parameters \
+        and not module._modules and _FROZEN_BUFFERS.issubset(module._buffers)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether the module is a batch norm, a frozen one or none, and nothing else: what `as_norm` describes."""
+    return is_plain(module, (*BATCH_NORM_FORWARDS, *((type(module).forward,) if _is_frozen(module) else ())))
 
 
 def is_pointwise(conv: Any) -> bool:
@@ -76,8 +92,10 @@ def as_norm(module: Any, like: Tensor, bias: Tensor | None = None) -> ops.Norm:
     """
     if isinstance(module, nn.Identity):  # fused into the linear map before it, whose bias it then brings along
         return ops.Norm(None, bias, torch.zeros_like(like), torch.ones_like(like), False, 0., 0.)
-    if isinstance(module, FrozenBatchNorm2d):
-        return ops.Norm(module.weight, module.bias, module.running_mean, module.running_var, False, 0., module.eps)
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        frozen: Any = module
+        eps = getattr(module, 'eps', 1e-5)
+        return ops.Norm(frozen.weight, frozen.bias, frozen.running_mean, frozen.running_var, False, 0., eps)
     momentum = 0. if module.momentum is None else module.momentum
     if module.training and module.track_running_stats and module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
 from .attention import PairwiseAttention, PatchwiseAttention
-from .norms import BATCH_NORM_FORWARDS, as_norm, is_plain, is_pointwise
+from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
 from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 
 __all__ = ['SAN']
@@ -66,7 +66,7 @@ class Stem(nn.Module):
     @torch.jit.ignore
     def _forward_operator(self, x: torch.Tensor) -> torch.Tensor | None:
         conv, norm, pool = self.conv, self.norm, self.pool
-        if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_plain(norm, BATCH_NORM_FORWARDS) \
+        if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_batch_norm(norm) \
                 or not is_plain(self.act, (nn.ReLU.forward,)) or not is_plain(pool, (nn.MaxPool2d.forward,)) \
                 or (conv.bias is not None and not isinstance(norm, nn.Identity)) or not ops.serves(x):
             return None

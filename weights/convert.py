@@ -15,6 +15,7 @@ import codecs
 import dataclasses
 import hashlib
 import inspect
+import json
 import pathlib
 import pickle
 import re
@@ -297,7 +298,13 @@ def config_json(model: nn.Module, data_options: Mapping[str, Any]) -> bytes:
         except (AssertionError, TypeError, ValueError) as error:
             raise WeightsError(f'the data options {dict(data_options)} do not fit the model: {error}; expected for '
                                'instance input_size=(3,224,224), mean=(0.5,0.5,0.5), crop_pct=0.9') from error
-        return path.read_bytes()
+        config = json.loads(path.read_text())
+        # timm finds the number above, and transformers' TimmWrapper passes it beside the model_args
+        config.get('model_args', {}).pop('num_classes', None)
+        for labels in ('label_names', 'label_descriptions'):  # beside the cfg, where both of them look first
+            if labels in config['pretrained_cfg']:
+                config[labels] = config['pretrained_cfg'].pop(labels)
+        return json.dumps(config, indent=2).encode()
 
 
 def write(folder: pathlib.Path, contents: Mapping[str, bytes], force: bool) -> None:

@@ -171,6 +171,38 @@ def test_what_gamma_cannot_describe_runs_as_modules(name):
     assert layer.query.weight.grad is not None
 
 
+class CopiedFrozenBatchNorm2d(nn.Module):
+    """As transformers' DETRs have it: buffers, and an epsilon that is no attribute."""
+
+    def __init__(self, like):
+        super().__init__()
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            self.register_buffer(name, getattr(like, name).detach().clone())
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+@pytest.mark.parametrize('index', [0, 1], ids=['pairwise', 'patchwise'])
+def test_copies_of_the_frozen_batch_norm_run_on_every_path(index):
+    layer = _layers()[index].double()
+    mlp = layer.weight_mlp
+    for name in ('norm1', 'norm2'):
+        norm = getattr(mlp, name)
+        for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            tensor.uniform_(0.5, 1.5)
+        setattr(mlp, name, CopiedFrozenBatchNorm2d(norm))
+    x = torch.randn(2, 64, 6, 7, dtype=torch.float64)
+    expected = layer._forward_modules(layer.query(x), layer.key(x), layer.value(x), layer.place(x))
+    assert layer.gamma_is_plain()
+    for backend in ('reference', 'tiled'):
+        with ops.use_backend(backend):
+            torch.testing.assert_close(layer(x), expected)
+    mlp.norm1.register_parameter('gain', nn.Parameter(torch.ones(())))  # not what the name says
+    assert not layer.gamma_is_plain()
+
+
 @pytest.mark.parametrize('index', [0, 1], ids=['pairwise', 'patchwise'])
 def test_norm_fused_into_the_linear_map_before_it(index):
     """mmcv's and torch's fusion leave an Identity behind and give fc1 a bias: still a plain gamma, equal output."""

@@ -417,6 +417,7 @@ def test_a_training_with_timm(form, tmp_path, capsys):
         assert torch.equal(loaded(image), model(image))
     config = json.loads((out / 'config.json').read_text())
     assert config['num_classes'] == 7 and config['model_args']['in_chans'] == 1
+    assert 'num_classes' not in config['model_args']  # transformers' TimmWrapper would pass it twice
     cfg = config['pretrained_cfg']
     assert cfg['tag'] == 'seas' and cfg['license'] == 'cc-by-4.0' and 'origin_url' not in cfg
     assert cfg['input_size'] == [1, 96, 96] and cfg['mean'] == [0.5] and cfg['std'] == [0.25] and cfg['crop_pct'] == 0.9
