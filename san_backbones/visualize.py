@@ -472,6 +472,10 @@ class _Shown(NamedTuple):
         row, column = (pixel[1] + 0.5) * height / tall / stride, (pixel[0] + 0.5) * width / wide / stride
         return min(int(row), height // stride - 1), min(int(column), width // stride - 1)
 
+    def on_stride(self, stride: int) -> tuple[int, int]:
+        """Height and width of a map."""
+        return self.scaled.shape[0] // stride, self.scaled.shape[1] // stride
+
     def box(self, top: float, left: float, bottom: float, right: float, stride: int) -> tuple[float, ...]:
         """Edges on a map, in its pixels, to edges on the picture (left, right, bottom, top), as matplotlib's extent.
 
@@ -580,26 +584,39 @@ def _pale(picture: np.ndarray) -> np.ndarray:
 
 
 class _Scale(NamedTuple):
-    """How values become colours: from 0 to `most`, or from -most to most where they have signs."""
+    """How values become colours: from `least` to `most`; with signs, white in the middle."""
     name: str
     least: float
     most: float
+    label: str
 
     def options(self) -> dict[str, Any]:
         return dict(cmap=self.name, vmin=self.least, vmax=self.most, interpolation='nearest')
 
     def overlay(self, values: np.ndarray) -> np.ndarray:
-        """(H, W) to RGBA, the more opaque the larger."""
+        """(H, W) to RGBA; clear where there is no value (NaN), and where a value with a sign is near 0."""
         from matplotlib import colormaps
-        span = (values - self.least) / max(self.most - self.least, 1e-30)
+        span = (np.nan_to_num(values) - self.least) / max(self.most - self.least, 1e-30)
         colours = colormaps[self.name](np.clip(span, 0, 1))
-        colours[..., 3] = np.clip(np.abs(values) / max(self.most, 1e-30), 0, 1) ** 0.7 * 0.9
+        signed = self.least == -self.most
+        colours[..., 3] = np.clip(0.2 + 0.7 * np.abs(2 * span - 1) if signed else 0.75, 0, 0.9) * ~np.isnan(values)
         return colours
 
 
-def _scale_of(weights: Tensor, signed: bool) -> _Scale:
-    most = weights.abs().max().item()
-    return _Scale('RdBu_r', -most, most) if signed else _Scale('inferno', 0., most)
+def _scale_of(values: Tensor, signed: bool, label: str) -> _Scale:
+    most = values.abs().max().item()
+    return _Scale('RdBu_r', -most, most, label) if signed else _Scale('inferno', values.min().item(), most, label)
+
+
+def _bar(figure: Figure, scale: _Scale, axes: Any, **options: Any) -> None:
+    """A colour bar; of one value only where all are alike."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
+    colours = ScalarMappable(Normalize(scale.least, scale.most), scale.name)
+    bar = figure.colorbar(colours, ax=axes, ticks=MaxNLocator(5), **options)
+    bar.set_label(scale.label, fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
 
 
 # --- Footprints ------------------------------------------------------------------------------------------------------
@@ -630,7 +647,7 @@ def _channels(channel: int | Sequence[int] | None, weights: Tensor, count: int) 
 
 def _mosaic(shown: _Shown, block: _Block, at: tuple[int, int]) -> np.ndarray:
     """What a footprint covers: the stride x stride pixels behind each of its k x k neighbours, side by side."""
-    stride, height, width = block.stride, shown.scaled.shape[0] // block.stride, shown.scaled.shape[1] // block.stride
+    stride, (height, width) = block.stride, shown.on_stride(block.stride)
     cells = torch.from_numpy(shown.scaled[:height * stride, :width * stride].copy())
     cells = cells.unflatten(1, (width, stride)).unflatten(0, (height, stride)).permute(1, 3, 4, 0, 2).flatten(0, 2)
     k = block.attn.kernel_size
@@ -639,13 +656,15 @@ def _mosaic(shown: _Shown, block: _Block, at: tuple[int, int]) -> np.ndarray:
 
 
 def _spread(weights: Tensor, block: _Block, at: tuple[int, int], height: int, width: int) -> np.ndarray:
-    """Weights (k, k) on the map pixels that they belong to (height, width), mirrored ones added where they come from."""
+    """Weights (k, k) on the pixels of the map (height, width), NaN elsewhere; mirrored ones add up where they come from."""
     k, d = block.attn.kernel_size, block.attn.dilation
     pad = geometry.padding(k, d)
     rows = geometry.reflection_index(height, pad)[at[0] + d * torch.arange(k)]
     columns = geometry.reflection_index(width, pad)[at[1] + d * torch.arange(k)]
-    spread = torch.zeros(height, width).index_put_((rows[:, None], columns[None]), weights, accumulate=True)
-    return spread.numpy()
+    cells = (rows[:, None], columns[None])
+    spread = torch.zeros(height, width).index_put_(cells, weights, accumulate=True)
+    covered = torch.zeros(height, width, dtype=torch.bool).index_put_(cells, torch.tensor(True))
+    return torch.where(covered, spread, float('nan')).numpy()
 
 
 def _extent(shown: _Shown, block: _Block, at: tuple[int, int]) -> tuple[float, ...]:
@@ -668,32 +687,65 @@ def _describe(block: _Block) -> str:
             f'stride {block.stride}')
 
 
-def _tile(axes: Axes, weights: Tensor, scale: _Scale, title: str = '', colour: str | None = None,
-          note: bool = True) -> None:
+def _tile(axes: Axes, weights: Tensor, scale: _Scale, title: str, note: str, colour: str | None = None) -> None:
     axes.imshow(weights.numpy(), **scale.options())
     centre = weights.shape[-1] // 2
     axes.plot(centre, centre, '+', color='#00e676', markersize=5, markeredgewidth=1.2)
     _bare(axes, title, colour)
-    if note:
-        total = '' if scale.least == 0 else f'   sum {weights.sum():+.2f}'
-        axes.set_xlabel(f'uses {effective_size(weights):.0f}{total}', fontsize=SMALL, labelpad=2)
+    axes.set_xlabel(note, fontsize=SMALL, labelpad=2)
 
 
-def _overlays(axes: Axes, shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], weights: Tensor,
-              scale: _Scale, colours: Sequence[str], linewidth: float = 2.) -> None:
-    """The picture with the weights (P, k, k) on the pixels that they belong to, and the footprints' true extents."""
-    height, width = shown.scaled.shape[0] // block.stride, shown.scaled.shape[1] // block.stride
+def _overlays(axes: Axes, shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], tiles: Tensor,
+              scale: _Scale) -> None:
+    """The picture with tiles (P, k, k) on the pixels of the map that they weigh; of overlapping ones the extreme."""
+    height, width = shown.on_stride(block.stride)
     axes.imshow(_pale(shown.original))
-    heat = np.zeros((height, width), np.float32)
-    for at, tile in zip(places, weights, strict=True):
+    heat, middle = np.full((height, width), np.nan, np.float32), (scale.least + scale.most) / 2
+    for at, tile in zip(places, tiles, strict=True):
         spread = _spread(tile, block, at, height, width)
-        heat = np.where(np.abs(spread) > np.abs(heat), spread, heat)
+        more = np.isnan(heat) | (np.abs(spread - middle) > np.abs(heat - middle))
+        heat = np.where(more & ~np.isnan(spread), spread, heat)
     axes.imshow(scale.overlay(heat), extent=shown.box(0, 0, height, width, block.stride), interpolation='nearest')
-    for number, at in enumerate(places):
-        colour = colours[number % len(colours)]
-        _rectangle(axes, _extent(shown, block, at), colour, linewidth=linewidth, clip_on=True)
+    _whole(axes, shown)
+
+
+def _whole(axes: Axes, shown: _Shown, title: str = '') -> None:
+    """Shows the picture and nothing beyond it."""
+    _bare(axes)
+    axes.set_title(title, fontsize=LABEL)
     axes.set_xlim(-0.5, shown.original.shape[1] - 0.5)
     axes.set_ylim(shown.original.shape[0] - 0.5, -0.5)
+
+
+class _Seen(NamedTuple):
+    """The weights of a block over the whole picture (H * W, G, k, k), as they are and as they are drawn."""
+    weights: Tensor
+    drawn: Tensor
+    signed: bool
+    label: str
+
+    @property
+    def mean(self) -> Tensor:
+        return self.weights.mean(0)
+
+    def departure(self) -> Tensor:
+        """|w - mean| / |mean| of every pixel: how much its weights depend on what it sees."""
+        return (self.weights - self.mean).flatten(1).norm(dim=1) / self.mean.norm()
+
+    def fixed(self) -> float:
+        """The share of the weights' square that their mean over the picture has."""
+        return (self.mean.square().sum() / self.weights.square().sum((1, 2, 3)).mean()).item()
+
+
+def _look(model: nn.Module, shown: _Shown, block: _Block, departures: bool) -> _Seen:
+    with _evaluating(model):
+        weights = attention_weights(model, shown.images, block.name)[0].cpu().float()
+    pairwise, area = block.attn.is_pairwise, block.attn.kernel_size ** 2
+    weights = weights * area if pairwise else weights
+    label = f'weight, times 1/{area} (1 is average pooling)' if pairwise else 'weight'
+    if departures:
+        return _Seen(weights, weights - weights.mean(0), True, f'{label}, less its mean over the picture')
+    return _Seen(weights, weights, not pairwise, label)
 
 
 def footprint_figure(
@@ -706,16 +758,19 @@ def footprint_figure(
         *,
         size: int | None = None,
         channels: int = 6,
+        departures: bool = False,
 ) -> Figure:
     """Draws what pixels of a picture attend to in a block.
 
-    For pixels: the picture with their footprints at true size and the mean weights on the pixels they belong to; and
-    a row for each: what its footprint covers, the mean of the weights, and single weight channels. The last row is the
-    mean over all pixels of the picture: what the block does everywhere, whatever it sees. For a grid: the mean weights
-    of its pixels, each in its place, and how many neighbours each pixel of the picture uses.
+    For pixels: the picture with their footprints at true size (neighbours are stride x dilation picture pixels apart)
+    and the mean weights on the pixels that they weigh; and a row for each: what its footprint covers, the mean of the
+    weights, and single weight channels. The last row is the mean over all pixels of the picture: what the block does
+    everywhere, whatever it sees. For a grid: the mean weights of its pixels; how many neighbours each pixel of the
+    picture uses (`effective_size`, at most k^2); and how far its weights depart from their mean over the picture,
+    |w - mean| / |mean|.
 
-    Pairwise weights are positive and run from black (0) to yellow; patchwise weights have signs, red for positive and
-    blue for negative. 'uses n' is `effective_size`, at most k^2.
+    Pairwise weights are given in multiples of 1 / k^2, which average pooling would give to all. Patchwise weights have
+    signs: red is positive, blue negative.
 
     Args:
         model: A SAN, or anything that holds one. It is run in eval mode and then put back.
@@ -726,11 +781,12 @@ def footprint_figure(
         pixels: (x, y) on the picture as given: x counts pixels from the left, y from the top, both from 0, whatever
             `size` is. None is the centre.
         grid: (rows, columns) of pixels evenly spread, or one number for both, instead of `pixels`.
-        channel: The weight channel(s) to draw, 0 to G - 1; for a grid in place of the mean. None draws those that
-            differ most from each other.
+        channel: The weight channel(s) to draw, 0 to G - 1; for a grid, whose mean to draw. None draws those that
+            differ most from each other; for a grid, the mean of all.
         size: Shorter side in pixels to which the picture is scaled for the model, the aspect kept. None takes the
             `pretrained_cfg`'s (input size / crop_pct), or leaves the picture as it is where there is none.
         channels: How many weight channels to draw at most, where `channel` is None.
+        departures: Draw weights less their mean over the picture: what depends on what the pixel sees.
 
     Returns:
         A matplotlib Figure outside pyplot's state, so that it can be made in any thread: `figure.savefig('a.png')`.
@@ -740,109 +796,123 @@ def footprint_figure(
             what there is.
         ImportError: matplotlib is missing.
     """
-    _new_figure(1, 1)
+    _new_figure(1, 1)  # an error before the work, not after it
     net = _find(model)
     if block is None:
-        names = [name for name, found in net.blocks.items() if found.stride <= 4]
-        block = (names or list(net.blocks))[-1]
-    shown, at_block = _show(model, net, image, size), _find_block(net, block)
+        block = ([name for name, found in net.blocks.items() if found.stride <= 4] or list(net.blocks))[-1]
+    at_block, shown = _find_block(net, block), _show(model, net, image, size)
     points = _points(shown, pixels, grid)
     places = [shown.on_map(point, at_block.stride) for point in points]
-    with _evaluating(model):
-        weights = attention_weights(model, shown.images, at_block.name)[0].cpu().float()  # of all pixels
-    width = shown.scaled.shape[1] // at_block.stride
-    chosen = weights[[row * width + column for row, column in places]]
+    seen = _look(model, shown, at_block, departures)
     if grid is not None:
-        rows = grid if isinstance(grid, int) else grid[0]
-        return _grid_figure(shown, at_block, places, rows, weights, chosen, channel)
-    return _pixel_figure(shown, at_block, places, points, weights, chosen, _channels(channel, chosen, channels))
+        return _grid_figure(shown, at_block, places, grid if isinstance(grid, int) else grid[0], seen, channel)
+    return _pixel_figure(shown, at_block, places, points, seen, channel, channels)
 
 
-def _pixel_figure(shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], points: Pixels, weights: Tensor,
-                  chosen: Tensor, channels: Sequence[int]) -> Figure:
-    signed, everywhere = not block.attn.is_pairwise, weights.mean(0)
-    drawn = torch.cat([chosen, everywhere[None]])[:, channels]
-    scale, mean_scale = _scale_of(drawn, signed), _scale_of(chosen.mean(1), signed)
-    rows, columns = len(points) + 1, 2 + len(channels)
-    tile, aspect = 1.25, shown.original.shape[0] / shown.original.shape[1]
-    tall = max(rows * (tile + 0.35), 3.6)
-    wide = min(max((tall - 1) / aspect, 2.5), 7)
-    figure = _new_figure(wide + columns * tile + 0.8, tall + 0.5)
-    figure.suptitle(_describe(block) + f', {weights.shape[1]} weight channels', fontsize=LABEL + 2)
-    spec = figure.add_gridspec(rows, columns + 1, width_ratios=[wide] + [tile] * columns)
+def _at(shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], weights: Tensor) -> Tensor:
+    return weights[[row * shown.on_stride(block.stride)[1] + column for row, column in places]]
 
-    axes = figure.add_subplot(spec[:, 0])
-    _overlays(axes, shown, block, places, chosen.mean(1), mean_scale, COLOURS)
-    _bare(axes)
-    axes.set_title('mean weights, on the pixels they weigh', fontsize=LABEL)
-    for row, (at, point, tiles) in enumerate(zip(places, points, chosen, strict=True)):
+
+def _pixel_figure(shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], points: Pixels, seen: _Seen,
+                  channel: int | Sequence[int] | None, channels: int) -> Figure:
+    chosen, drawn = (_at(shown, block, places, weights) for weights in (seen.weights, seen.drawn))
+    indices, departures = _channels(channel, chosen, channels), seen.departure()
+    departing = seen.drawn is not seen.weights
+    parts = drawn if departing else torch.cat([drawn, seen.mean[None]])
+    mean_scale = _scale_of(parts.mean(1), seen.signed, seen.label)
+    scale = _scale_of(parts[:, indices], seen.signed, seen.label)
+    rows, columns, tile = len(points) + (not departing), 2 + len(indices), 1.2
+    tall = max(rows * (tile + 0.35), 3.8)
+    wide = min(max((tall - 1) * shown.original.shape[1] / shown.original.shape[0], 3), 6)
+    figure = _new_figure(wide + columns * tile + 1.2, tall + 0.6)
+    figure.suptitle(_describe(block) + f', {len(seen.mean)} weight channels', fontsize=LABEL + 2)
+    left, right = figure.subfigures(1, 2, width_ratios=[wide, columns * tile + 1.2])
+
+    axes = left.add_subplot()
+    _overlays(axes, shown, block, places, drawn.mean(1), mean_scale)
+    axes.set_title('mean over the channels, on the pixels weighed', fontsize=LABEL)
+    _bar(left, mean_scale, axes, location='bottom', shrink=0.8, aspect=40)
+    grid, grid_axes = right.add_gridspec(rows, columns), []
+
+    def uses(tile: Tensor) -> str:
+        total = '' if block.attn.is_pairwise else f', sum {tile.sum():+.2f}'
+        return f'uses {effective_size(tile):.0f}{total}'
+
+    def draw_row(row: int, tiles: Tensor, notes: Sequence[str], colour: str | None = None) -> None:
+        for column, index in enumerate([None, *indices]):
+            name = 'mean' if index is None else f'channel {index}'
+            grid_axes.append(right.add_subplot(grid[row, 1 + column]))
+            _tile(grid_axes[-1], tiles.mean(0) if index is None else tiles[index],
+                  mean_scale if index is None else scale, name if row == 0 else '', notes[column],
+                  colour if index is None else None)
+
+    for row, (at, point) in enumerate(zip(places, points, strict=True)):
         colour = COLOURS[row % len(COLOURS)]
-        axes = figure.add_subplot(spec[row, 1])
-        mosaic = _mosaic(shown, block, at)
-        axes.imshow(mosaic)
+        _rectangle(axes, _extent(shown, block, at), colour, linewidth=2)
+        axes.plot(*point, '+', color='#00e676', markersize=7)
+        mosaic, half = _mosaic(shown, block, at), block.stride / 2
+        covers = right.add_subplot(grid[row, 0])
+        covers.imshow(mosaic)
         centre = (len(mosaic) - 1) / 2
-        half = block.stride / 2
-        _rectangle(axes, (centre - half, centre + half, centre + half, centre - half), '#00e676', linewidth=1)
-        _bare(axes, 'covers' if row == 0 else '', colour)
-        axes.set_ylabel(f'x {point[0]:.0f}, y {point[1]:.0f}', fontsize=SMALL)
-        _tile(figure.add_subplot(spec[row, 2]), tiles.mean(0), mean_scale, 'mean' if row == 0 else '', colour)
-        for column, index in enumerate(channels):
-            _tile(figure.add_subplot(spec[row, 3 + column]), tiles[index], scale,
-                  f'channel {index}' if row == 0 else '')
-    axes = _bare(figure.add_subplot(spec[rows - 1, 1]))
-    axes.axis('off')
-    fixed = (everywhere.square().sum() / weights.square().sum((1, 2, 3)).mean()).item()
-    axes.text(0.5, 0.5, f'mean over\nthe picture:\n{fixed:.0%} of the\nweights\' square', ha='center', va='center', fontsize=SMALL,
-              transform=axes.transAxes)
-    _tile(figure.add_subplot(spec[rows - 1, 2]), everywhere.mean(0), mean_scale, '')
-    for column, index in enumerate(channels):
-        _tile(figure.add_subplot(spec[rows - 1, 3 + column]), everywhere[index], scale)
+        _rectangle(covers, (centre - half, centre + half, centre + half, centre - half), '#00e676', linewidth=1)
+        _bare(covers, 'covers' if row == 0 else '', colour)
+        covers.set_ylabel(f'x {point[0]:.0f}, y {point[1]:.0f}', fontsize=SMALL)
+        departure = _at(shown, block, [at], departures).item()
+        covers.set_xlabel(f'departs by {departure:.0%}', fontsize=SMALL, labelpad=2)
+        mean = chosen[row].mean(0)
+        draw_row(row, drawn[row], [''] * (1 + len(indices)) if departing else
+                 [uses(mean), *(uses(chosen[row, index]) for index in indices)], colour)
+    if not departing:
+        text = _bare(right.add_subplot(grid[rows - 1, 0]))
+        text.axis('off')
+        text.text(0.5, 0.5, f'mean over the\npicture, which\nmakes up {seen.fixed():.0%}\nof the weights\n(of their square)',
+                  ha='center', va='center', fontsize=SMALL, transform=text.transAxes)
+        draw_row(rows - 1, seen.mean, [uses(seen.mean.mean(0)), *(uses(seen.mean[index]) for index in indices)])
+    _bar(right, scale, grid_axes, location='right', shrink=0.7, aspect=30)
     return figure
 
 
-def _grid_figure(shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], rows: int, weights: Tensor,
-                 chosen: Tensor, channel: int | Sequence[int] | None) -> Figure:
-    signed, what = not block.attn.is_pairwise, 'mean weights'
+def _grid_figure(shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], rows: int, seen: _Seen,
+                 channel: int | Sequence[int] | None) -> Figure:
+    groups, what = len(seen.mean), 'mean over the channels'
+    indices = list(range(groups)) if channel is None else _channels(channel, seen.weights, 1)
     if channel is not None:
-        channels = _channels(channel, chosen, 1)
-        weights, chosen = weights[:, channels], chosen[:, channels]
-        what = f'weight channel {channels[0]}' if len(channels) == 1 else f'mean of channels {channels}'
-    tiles = chosen.mean(1)
-    scale, k = _scale_of(tiles, signed), block.attn.kernel_size
+        what = f'weight channel {indices[0]}' if len(indices) == 1 else f'mean over channels {indices}'
+    tiles, k = _at(shown, block, places, seen.drawn)[:, indices].mean(1), block.attn.kernel_size
+    scale = _scale_of(tiles, seen.signed, seen.label)
     aspect = shown.original.shape[0] / shown.original.shape[1]
-    figure = _new_figure(13.5, 4.3 * aspect + 1)
-    figure.suptitle(_describe(block), fontsize=LABEL + 2)
-    left, middle, right = figure.subplots(1, 3)
-    _overlays(left, shown, block, places, tiles, scale, ('0.15',), linewidth=0.6)
-    _bare(left)
-    left.set_title(f'{what}, on the pixels they weigh', fontsize=LABEL)
+    figure = _new_figure(10.5, 2 * (4.3 * aspect + 0.4) + 0.4)
+    figure.suptitle(_describe(block) + f', {groups} weight channels', fontsize=LABEL + 2)
+    (left, enlarged), (used, departs) = figure.subplots(2, 2)
+    _overlays(left, shown, block, places, tiles, scale)
+    left.set_title(f'{what}, on the pixels weighed', fontsize=LABEL)
+    _bar(figure, scale, enlarged, shrink=0.8)
 
-    field = torch.full((rows * (k + 1) + 1, len(places) // rows * (k + 1) + 1), float('nan'))
-    for number, tile in enumerate(tiles):
-        row, column = divmod(number, len(places) // rows)
-        field[row * (k + 1) + 1:(row + 1) * (k + 1), column * (k + 1) + 1:(column + 1) * (k + 1)] = tile
-    heat = middle.imshow(field.numpy(), **scale.options(), aspect='auto')
-    _bare(middle)
-    middle.set_box_aspect(aspect)
-    middle.set_title('the same, enlarged', fontsize=LABEL)
-    figure.colorbar(heat, ax=middle, shrink=0.8).ax.tick_params(labelsize=SMALL)
+    columns = len(places) // rows
+    field = torch.full((rows, k + 1, columns, k + 1), float('nan'))
+    field[:, :k, :, :k] = tiles.unflatten(0, (rows, columns)).transpose(1, 2)
+    enlarged.imshow(field.flatten(2).flatten(0, 1)[:-1, :-1].numpy(), **scale.options(), aspect='auto')
+    enlarged.set_box_aspect(aspect)
+    _bare(enlarged)
+    enlarged.set_title('the same, footprint by footprint', fontsize=LABEL)
 
-    height, width = shown.scaled.shape[0] // block.stride, shown.scaled.shape[1] // block.stride
-    sizes = effective_size(weights).mean(1).unflatten(0, (height, width))
-    right.imshow(_pale(shown.original))
-    heat = right.imshow(sizes.numpy(), extent=shown.box(0, 0, height, width, block.stride), cmap='viridis', alpha=0.8)
-    _bare(right)
-    right.set_title(f'neighbours used, of {k * k}', fontsize=LABEL)
-    right.set_xlim(left.get_xlim())
-    right.set_ylim(left.get_ylim())
-    figure.colorbar(heat, ax=right, shrink=0.8).ax.tick_params(labelsize=SMALL)
+    size = shown.on_stride(block.stride)
+    for axes, values, title, label in (
+            (used, effective_size(seen.weights[:, indices]).mean(1), 'neighbours used', f'of {k * k}'),
+            (departs, seen.departure(), 'what depends on the content', '|w - mean over the picture| / |mean|')):
+        axes.imshow(_pale(shown.original))
+        measured = _Scale('viridis', values.min().item(), values.max().item(), label)
+        axes.imshow(values.unflatten(0, size).numpy(), **measured.options(), extent=shown.box(0, 0, *size, block.stride),
+                    alpha=0.8)
+        _whole(axes, shown, title)
+        _bar(figure, measured, axes, shrink=0.8)
     return figure
 
 
-# --- Roll-out over the stages ----------------------------------------------------------------------------------------
+# --- Roll-out and features over the stages ---------------------------------------------------------------------------
 
-def _reach(net: _Net, last: _Block, at: tuple[int, int]) -> tuple[int, int]:
-    """How far, in picture pixels, the footprints below and at `last` reach from the edge of its pixel."""
+def _reach(net: _Net, last: _Block) -> int:
+    """How many picture pixels the footprints up to `last` reach beyond the edges of its pixel, on each side."""
     reach = 0
     for block in net.blocks.values():
         reach += block.stride * geometry.padding(block.attn.kernel_size, block.attn.dilation)
@@ -851,9 +921,168 @@ def _reach(net: _Net, last: _Block, at: tuple[int, int]) -> tuple[int, int]:
     return reach
 
 
-def rollout_figure(*args, **kwargs):
-    pass
+def _half(mass: Tensor, shown: _Shown, block: _Block, at: tuple[int, int]) -> float:
+    """The radius in pixels of the picture as given within which half of the mass lies, around a pixel of the map."""
+    (height, width), (tall, wide) = mass.shape, shown.original.shape[:2]
+    y, x = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+    y, x = (y - (at[0] + 0.5) * block.stride) * tall / height, (x - (at[1] + 0.5) * block.stride) * wide / width
+    distance, order = (y[:, None].square() + x.square()).sqrt().flatten().sort()
+    within = mass.flatten()[order].cumsum(0)
+    return distance[int((within < within[-1] / 2).sum().clamp(max=len(within) - 1))].item()
 
 
-def feature_figure(*args, **kwargs):
-    pass
+def _draw_mass(axes: Axes, shown: _Shown, mass: Tensor, title: str) -> None:
+    """Mass (H', W') over the picture; square roots, as half of it may lie in a few pixels."""
+    from matplotlib import colormaps
+    strength = (mass / mass.max().clamp(min=1e-30)).sqrt().numpy()
+    colours = colormaps['inferno'](strength)
+    colours[..., 3] = 0.9 * strength ** 0.5
+    axes.imshow(_pale(shown.original))
+    axes.imshow(colours, extent=shown.box(0, 0, *mass.shape, 1), interpolation='bilinear')
+    _whole(axes, shown, title)
+
+
+def rollout_figure(
+        model: nn.Module,
+        image: Picture,
+        pixels: Pixels | None = None,
+        grid: int | tuple[int, int] | None = None,
+        *,
+        block: BlockId | None = None,
+        size: int | None = None,
+        residual: float | None = None,
+        measure: str = 'weights',
+) -> Figure:
+    """Draws where the features of pixels come from: `attention_rollout`, back to the picture.
+
+    For pixels: a row for each, a column for each stage, rolled out from the stage's last block; the last row is for
+    the mean of all pixels. A solid frame is the pixel of the stage's map, a dashed one all that its footprints can
+    reach; below stands the radius around the pixel within which half of the mass lies, in pixels of the picture. For a
+    grid: each of its pixels from one block. Brightness is the square root of the mass, in each panel relative to its
+    largest.
+
+    Args:
+        model, image, pixels, grid, size: As for `footprint_figure`.
+        block: Where to start for a grid, and the last one to draw for pixels; None is the last of all.
+        residual, measure: As for `attention_rollout`, which says what is drawn and what it leaves out.
+
+    Returns:
+        A matplotlib Figure outside pyplot's state.
+
+    Raises:
+        ValueError, ImportError: As for `footprint_figure`.
+    """
+    _new_figure(1, 1)
+    net = _find(model)
+    last, shown = _find_block(net, block), _show(model, net, image, size)
+    points = _points(shown, pixels, grid)
+    with _evaluating(model):
+        steps = _trace(net, shown.images, last, residual, measure)
+    attended = [number for number, step in enumerate(steps) if isinstance(step, _Attended)]
+    blocks = dict(zip(net.blocks.values(), attended, strict=False))
+
+    def roll(start: _Block, place: tuple[int, int] | None) -> Tensor:
+        return _roll_back(steps[:blocks[start] + 1], None if place is None else [place])[0, 0].cpu()
+
+    def draw(axes: Axes, start: _Block, point: tuple[float, float], title: str) -> None:
+        at = shown.on_map(point, start.stride)
+        mass, reach = roll(start, at), _reach(net, start) / start.stride
+        _draw_mass(axes, shown, mass, title)
+        _rectangle(axes, shown.box(at[0], at[1], at[0] + 1, at[1] + 1, start.stride), COLOURS[0], linewidth=1)
+        _rectangle(axes, shown.box(at[0] - reach, at[1] - reach, at[0] + 1 + reach, at[1] + 1 + reach, start.stride),
+                   COLOURS[0], linewidth=1.2, linestyle='--')
+        axes.set_xlabel(f'half within {_half(mass, shown, start, at):.0f} px', fontsize=SMALL, labelpad=2)
+
+    kept = ', '.join(f'{steps[number].kept.mean():.0%}' for number in attended)
+    how = f'residual connections keep {kept}'
+    how = how if len(how) < 100 else f'residual connections keep {steps[attended[0]].kept.mean():.0%} in the first, ' \
+        f'{steps[attended[-1]].kept.mean():.0%} in the last block'
+    aspect, side = shown.original.shape[0] / shown.original.shape[1], 2.2
+    if grid is not None:
+        rows = grid if isinstance(grid, int) else grid[0]
+        figure = _new_figure(len(points) // rows * side, rows * (side * aspect + 0.3) + 0.6)
+        for point, axes in zip(points, figure.subplots(rows, len(points) // rows, squeeze=False).flat, strict=True):
+            draw(axes, last, point, '')
+        figure.suptitle(f'roll-out from {last.name}, stride {last.stride}; {how}', fontsize=LABEL + 1)
+        return figure
+    ends = list({found.stage: found for found in blocks}.values())
+    figure = _new_figure(len(ends) * side + 0.3, (len(points) + 1) * (side * aspect + 0.3) + 0.6)
+    panels = figure.subplots(len(points) + 1, len(ends), squeeze=False)
+    for column, start in enumerate(ends):
+        for row, point in enumerate(points):
+            draw(panels[row, column], start, point, f'{start.name}, stride {start.stride}' if row == 0 else '')
+        _draw_mass(panels[-1, column], shown, roll(start, None), '')
+    for row, point in enumerate(points):
+        panels[row, 0].set_ylabel(f'x {point[0]:.0f}, y {point[1]:.0f}', fontsize=SMALL)
+    panels[-1, 0].set_ylabel('mean of all pixels', fontsize=SMALL)
+    figure.suptitle(f'attention roll-out; {how}', fontsize=LABEL + 1)
+    return figure
+
+
+def _principal(features: Tensor) -> tuple[Tensor, float]:
+    """The three main components of (C, H, W) as colours (H, W, 3), and the share of the variance that they hold."""
+    flat = features.flatten(1).T.double()
+    flat = flat - flat.mean(0)
+    left, spread, _ = torch.linalg.svd(flat, full_matrices=False)
+    held = spread[:3].square().sum() / spread.square().sum().clamp(min=1e-30)
+    parts = torch.zeros(len(flat), 3, dtype=flat.dtype)
+    parts[:, :min(3, len(spread))] = (left * spread)[:, :3]
+    parts = parts * torch.where(parts.pow(3).sum(0) < 0, -1, 1)  # the sign is free: the longer tail is made bright
+    low, high = torch.quantile(parts, 0.02, 0), torch.quantile(parts, 0.98, 0)
+    colours = ((parts - low) / (high - low).clamp(min=1e-30)).clamp(0, 1)
+    return colours.unflatten(0, features.shape[1:]), held.item()
+
+
+def feature_figure(
+        model: nn.Module,
+        image: Picture,
+        *,
+        size: int | None = None,
+        channels: int = 5,
+) -> Figure:
+    """Draws the feature maps that the stages hand on, a row for each stage.
+
+    The length of the feature vector at each pixel; its three main components as red, green and blue (over this
+    picture: alike colours are alike features within a row, and mean nothing across rows); and the channels that vary
+    most over the picture, each on its own scale from black (least) to yellow.
+
+    Args:
+        model, image, size: As for `footprint_figure`.
+        channels: How many channels to draw.
+
+    Returns:
+        A matplotlib Figure outside pyplot's state.
+
+    Raises:
+        ValueError, ImportError: As for `footprint_figure`.
+    """
+    _new_figure(1, 1)
+    if channels < 0:
+        raise ValueError(f'channels must be at least 0, got {channels}')
+    net = _find(model)
+    shown = _show(model, net, image, size)
+    maps: list[Tensor] = []
+    with _evaluating(model):
+        _run(net, shown.images, [(stage.get_submodule('act'), False, lambda x: maps.append(x[0].float().cpu()))
+                                 for stage in net.stages])
+    aspect, side = shown.original.shape[0] / shown.original.shape[1], 1.7
+    figure = _new_figure((3 + channels) * side, len(maps) * (side * aspect + 0.3) + 0.5)
+    panels = figure.subplots(len(maps), 3 + channels, squeeze=False)
+    for number, (row, features) in enumerate(zip(panels, maps, strict=True)):
+        stride = 2 ** round(float(np.log2(shown.scaled.shape[0] / features.shape[1])))
+        extent = shown.box(0, 0, *features.shape[1:], stride)
+        colours, held = _principal(features)
+        first = number == 0
+        row[0].imshow(shown.original)
+        row[1].imshow(features.norm(dim=0).numpy(), cmap='inferno', extent=extent)
+        row[2].imshow(colours.numpy(), extent=extent)
+        for axes, title in zip(row, ('picture', 'length', 'main components'), strict=False):
+            _whole(axes, shown, title if first else '')
+        row[0].set_ylabel(f'stage {number}: stride {stride}\n{len(features)} channels', fontsize=SMALL)
+        row[2].set_xlabel(f'{held:.0%} of the variance', fontsize=SMALL, labelpad=2)
+        varied = features.flatten(1).var(1).argsort(descending=True)[:channels].tolist()
+        for axes, index in zip(row[3:], varied, strict=False):
+            axes.imshow(features[index].numpy(), cmap='inferno', extent=extent)
+            _whole(axes, shown)
+            axes.set_xlabel(f'channel {index}', fontsize=SMALL, labelpad=2)
+    return figure
