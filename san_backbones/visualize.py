@@ -120,11 +120,12 @@ def _show(model: nn.Module, net: _Net, image: Picture, size: int | None) -> _Sho
     weight = net.stem.get_parameter('conv.weight')
     mean, std, bgr = _statistics(model)
     images = torch.from_numpy(np.array(picture)).to(weight.device).permute(2, 0, 1)[None] / 255
+    images = images.flip(1) if bgr else images
     images = (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
     channels = weight.shape[1]
     if channels not in (1, 3):
         raise ValueError(f'the model takes images of {channels} channels; pictures can be shown to models of 3 or 1')
-    images = images.mean(1, keepdim=True) if channels == 1 else images.flip(1) if bgr else images
+    images = images.mean(1, keepdim=True) if channels == 1 else images
     return _Shown(original, np.asarray(picture), images.to(weight.dtype))
 
 
@@ -210,6 +211,7 @@ def _bar(figure: Any, scale: _Scale, axes: Any, **options: Any) -> None:
     from matplotlib.ticker import MaxNLocator
     colours = ScalarMappable(Normalize(scale.least, scale.most), scale.name)
     bar = figure.colorbar(colours, ax=axes, ticks=MaxNLocator(5), **options)
+    bar.formatter.set_useOffset(False)
     bar.set_label(scale.label, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
 
@@ -629,12 +631,14 @@ def rollout_figure(
 
 def _principal(features: Tensor) -> tuple[Tensor, float]:
     """The three main components of (C, H, W) as colours (H, W, 3), and the share of the variance that they hold."""
-    flat = features.flatten(1).T.double()
+    flat = features.flatten(1).T
     flat = flat - flat.mean(0)
-    left, spread, _ = torch.linalg.svd(flat, full_matrices=False)
-    held = spread[:3].square().sum() / spread.square().sum().clamp(min=1e-30)
-    parts = torch.zeros(len(flat), 3, dtype=flat.dtype)
-    parts[:, :min(3, len(spread))] = (left * spread)[:, :3]
+    basis = torch.randn(flat.shape[1], 8, generator=torch.Generator().manual_seed(0))
+    for _ in range(10):  # orthogonal iteration: a full decomposition of 2048 channels takes seconds
+        basis = torch.linalg.qr(flat.T @ (flat @ basis))[0]
+    left, spread, _ = torch.linalg.svd(flat @ basis, full_matrices=False)
+    held = spread[:3].square().sum() / flat.square().sum().clamp(min=1e-30)
+    parts = torch.nn.functional.pad(left * spread, (0, 3))[:, :3]  # a map of one or two pixels has fewer
     parts = parts * torch.where(parts.pow(3).sum(0) < 0, -1, 1)  # the sign is free: the longer tail is made bright
     low, high = torch.quantile(parts, 0.02, 0), torch.quantile(parts, 0.98, 0)
     colours = ((parts - low) / (high - low).clamp(min=1e-30)).clamp(0, 1)
