@@ -485,6 +485,17 @@ def test_openmmlab_preprocessing(picture, name, turned):
     torch.testing.assert_close(shown(model, picture).images[0, :, 0, 59], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_mmengine_preprocessor(picture):
+    pytest.importorskip('mmengine', reason='needs the mm extra')
+    from mmengine.model import ImgDataPreprocessor
+    model = Wrapped(small('patchwise'))
+    for turned in (True, False):
+        model.data_preprocessor = ImgDataPreprocessor(mean=[9, 99, 50], std=[50, 60, 70], bgr_to_rgb=turned)
+        read = torch.from_numpy(picture[..., ::-1].copy()).permute(2, 0, 1)  # as mmcv reads: BGR
+        expected = model.data_preprocessor(dict(inputs=[read]))['inputs'][0]
+        torch.testing.assert_close(shown(model, picture).images[0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_last_pixels_that_pooling_drops(picture):
     """48 x 60 at stride 8 is a map of 6 x 7: the four last columns belong to the last pixel."""
     assert shown(small('patchwise'), picture).on_map((59, 47), 8) == (5, 6)
