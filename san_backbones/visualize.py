@@ -328,7 +328,7 @@ class _Seen(NamedTuple):
 
     def departure(self) -> Tensor:
         """|w - mean| / |mean| of every pixel: how much its weights depend on what it sees."""
-        return (self.weights - self.mean).flatten(1).norm(dim=1) / self.mean.norm()
+        return (self.weights - self.mean).flatten(1).norm(dim=1) / self.mean.norm().clamp(min=1e-30)
 
     def fixed(self) -> float:
         """The share of the weights' square that their mean over the picture has."""
@@ -691,7 +691,7 @@ def feature_figure(
             _whole(axes, shown, title if first else '')
         row[0].set_ylabel(f'stage {number}: stride {stride}\n{len(features)} channels', fontsize=SMALL)
         row[2].set_xlabel(f'{held:.0%} of the variance', fontsize=SMALL, labelpad=2)
-        varied = features.flatten(1).var(1).argsort(descending=True)[:channels].tolist()
+        varied = features.flatten(1).var(1, correction=0).argsort(descending=True)[:channels].tolist()
         for axes, index in zip(row[3:], varied, strict=False):
             axes.imshow(features[index].numpy(), cmap='inferno', extent=extent)
             _whole(axes, shown)

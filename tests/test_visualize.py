@@ -123,6 +123,10 @@ def test_parts_of_many_pixels(monkeypatch):
     whole = visualize.footprint_weights(layer, x)
     monkeypatch.setattr('san_backbones.attention_maps.PIXELS_AT_ONCE', 7)
     torch.testing.assert_close(visualize.footprint_weights(layer, x), whole)
+    model, images = small('patchwise'), torch.rand(1, 3, 24, 16)
+    in_parts = visualize.attention_rollout(model, images, measure='contributions')
+    monkeypatch.undo()
+    torch.testing.assert_close(visualize.attention_rollout(model, images, measure='contributions'), in_parts)
 
 
 def test_effective_size():
