@@ -195,7 +195,6 @@ def test_training_mode_is_left_alone():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = visualize.attention_weights(model, images, -1)
     visualize.attention_rollout(model, images)
-    visualize.feature_figure(model, np.zeros((16, 16, 3), np.uint8))
     assert model.training and all(module.training for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not torch.allclose(weights, visualize.attention_weights(model.eval(), images, -1))
@@ -323,6 +322,24 @@ def test_figures_are_drawn_without_pyplot(attention, picture, tmp_path, monkeypa
         path = tmp_path / f'{number}.png'
         figure.savefig(path, dpi=30)
         assert np.asarray(Image.open(path)).std() > 5
+
+
+@pytest.mark.parametrize('draw_figure', [
+    lambda model, p: visualize.footprint_figure(model, p, channel=0), visualize.rollout_figure,
+    lambda model, p: visualize.feature_figure(model, p, channels=0)])
+def test_figures_are_of_eval_mode(draw_figure, picture):
+    """Whatever mode a model is in, and it is left in that mode: timm makes models in training mode."""
+    pytest.importorskip('matplotlib', reason='needs the visualize extra')
+    model = small('patchwise').train()
+    model.stages[0].eval()  # frozen
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    drawn = draw_figure(model, picture)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for axes, expected in zip(drawn.axes, draw_figure(model.eval(), picture).axes, strict=True):
+        for image, other in zip(axes.images, expected.images, strict=True):
+            np.testing.assert_array_equal(np.asarray(image.get_array()), np.asarray(other.get_array()))
 
 
 def patches_of(axes):
