@@ -377,6 +377,17 @@ def test_footprints_lie_where_they_are(picture):
     assert covers.get_array().shape == (20, 20, 3) and dark.tolist() == [True] * 8 + [False] * 12
 
 
+def test_what_a_footprint_covers():
+    noise = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+    model = small('patchwise')
+    net = visualize._find(model)
+    given, block = visualize._show(model, net, noise, None), net.blocks['stages.1.blocks.0']
+    np.testing.assert_array_equal(visualize._mosaic(given, block, (4, 5)), noise[8:28, 12:32])
+    corner = visualize._mosaic(given, block, (0, 0))  # two rows and columns of cells are mirrored
+    np.testing.assert_array_equal(corner[8:, 8:], noise[:12, :12])
+    np.testing.assert_array_equal(corner[:4, 8:], noise[8:12, :12])
+
+
 def test_a_pairwise_footprint_is_shown_beside_average_pooling(picture):
     pytest.importorskip('matplotlib', reason='needs the visualize extra')
     figure = visualize.footprint_figure(small('pairwise'), picture, -1, channel=1)
