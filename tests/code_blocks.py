@@ -2,8 +2,8 @@
 
 Blocks of a page run in order, in one namespace and one folder, as a reader would run them. What a block is:
 
-- ```python``` runs; one that has a line `_base_ = ...` is an MMEngine config: it is written to the file that its first
-  line names (`# config.py`), loaded, and its model, optimizer and hooks are built on the meta device;
+- ```python``` runs, and where its first line names a file (`# train.py`) is written there; one that has a line
+  `_base_ = ...` is an MMEngine config: it is loaded, and its model, optimizer and hooks are built on the meta device;
 - ```console``` holds commands, `$ ` before each: programs, files, targets, extras and options must exist;
 - `% run` before a ```console``` block has its commands run, too;
 - `% not run: REASON` before a block leaves it alone.
@@ -34,6 +34,12 @@ class Block(NamedTuple):
     def runs(self) -> bool:
         return not self.mark.startswith('not run')
 
+    @property
+    def file(self) -> str:
+        """The file that the first line of a block names, or ''."""
+        named = re.match(r'# (\S+\.py)\n', self.text)
+        return named[1] if named else ''
+
     def commands(self) -> list[str]:
         """The commands of a console block, continued lines joined."""
         return [line[2:] for line in self.text.replace('\\\n', ' ').splitlines() if line.startswith('$ ')]
@@ -52,7 +58,9 @@ def link_checkout(folder: pathlib.Path) -> None:
 
 
 def run_python(block: Block, namespace: dict[str, Any]) -> None:
-    """Runs a block; tracebacks name the page and the line in it."""
+    """Runs a block in the current folder; tracebacks name the page and the line in it."""
+    if block.file:
+        pathlib.Path(block.file).write_text(block.text)
     exec(compile('\n' * (block.line - 1) + block.text, str(block.page), 'exec'), namespace)
 
 
@@ -64,8 +72,7 @@ def check_config(block: Block, folder: pathlib.Path) -> Any:
     from mmengine.config import Config
     from mmengine.optim import build_optim_wrapper
     from mmengine.registry import HOOKS, MODELS, init_default_scope
-    named = re.match(r'# (\S+\.py)\n', block.text)
-    path = folder / (named[1] if named else 'config.py')
+    path = folder / (block.file or 'config.py')
     path.write_text(block.text)
     config = Config.fromfile(path)
     if config.model.get('type'):

@@ -29,7 +29,7 @@ def test_page(page, tmp_path, monkeypatch, plain_configs):
     for name in ('SAN_BACKBONES_WEIGHTS', 'SAN_BACKBONES_BACKEND', 'SAN_BACKBONES_HUB_ORG'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('MPLBACKEND', 'agg')
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.chdir(tmp_path)
     link_checkout(tmp_path)
     run_page(page, tmp_path)
