@@ -22,9 +22,8 @@ html_theme = 'furo'
 html_title = f'san-backbones {release}'
 default_role = 'code'
 exclude_patterns = ['_build', '_figures']
-# pages of modules that this checkout may not have, in the toctree by a glob
-suppress_warnings = ['toc.empty_glob']
-exclude_patterns += [f'reference/optional/{name}.md' for name in ('cli', 'export', 'visualize')
+# pages of modules that this checkout may not have
+exclude_patterns += [f'reference/{name}.md' for name in ('cli', 'export', 'visualize')
                      if importlib.util.find_spec(f'san_backbones.{name}') is None]
 
 autodoc_typehints = 'description'
@@ -44,6 +43,8 @@ SECTION = re.compile(r'(Args|Arguments|Attributes|Example|Examples|Note|Raises|R
 
 def show_formulas(app, what, name, obj, options, lines):
     """Indented paragraphs of a docstring are formulas or code: reStructuredText would take them for quotations."""
+    if lines and lines[0].startswith('Alias for field number'):  # what a NamedTuple says of its fields
+        lines.clear()
     result, in_section = [], False
     for number, line in enumerate(lines):
         before = lines[number - 1] if number else ''

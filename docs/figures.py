@@ -5,6 +5,7 @@ code that they explain.
 """
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from san_backbones.ops import coordinates, footprint, padding, reflect_pad, refl
 from san_backbones.ops.reference import aggregate
 
 BLUE, ORANGE, GREEN, RED, GREY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '0.55'  # Okabe and Ito
-STYLE = {'font.size': 9, 'axes.titlesize': 9.5, 'axes.spines.top': False, 'axes.spines.right': False,
+STYLE: Any = {'font.size': 9, 'axes.titlesize': 9.5, 'axes.spines.top': False, 'axes.spines.right': False,
          'svg.hashsalt': 'san', 'svg.fonttype': 'path', 'legend.frameon': False}
 
 
@@ -35,7 +36,7 @@ def scene(size: int = 28) -> torch.Tensor:
 
 def bilateral(sharpness: float = 9., kernel_size: int = 7) -> PairwiseAttention:
     """A pairwise attention on one-channel maps whose weights are softmax_j(-sharpness |x_i - x_j|), set by hand."""
-    layer = PairwiseAttention(1, rel_planes=2, out_planes=1, share_planes=1, kernel_size=kernel_size, position='none',
+    layer: Any = PairwiseAttention(1, rel_planes=2, out_planes=1, share_planes=1, kernel_size=kernel_size, position='none',
                               norm_layer=torch.nn.Identity).eval()
     signs = torch.tensor([1., -1.]).view(2, 1, 1, 1)
     with torch.no_grad():
@@ -57,7 +58,7 @@ def guided(kernel_size: int = 7) -> PatchwiseAttention:
     along that slope. No function of the pair (x_i, x_j) can do that.
     """
     area, reach = kernel_size ** 2, kernel_size // 2
-    layer = PatchwiseAttention(1, rel_planes=1, out_planes=1, share_planes=1, kernel_size=kernel_size,
+    layer: Any = PatchwiseAttention(1, rel_planes=1, out_planes=1, share_planes=1, kernel_size=kernel_size,
                                norm_layer=torch.nn.Identity).eval()
     down, right = torch.meshgrid(torch.arange(-reach, reach + 1.), torch.arange(-reach, reach + 1.), indexing='ij')
     hidden = torch.stack([right, -right, down, -down]).flatten(1)  # each slope in both signs, for the ReLU
@@ -74,7 +75,7 @@ def guided(kernel_size: int = 7) -> PatchwiseAttention:
     return layer
 
 
-def weights(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def weights(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """The weights a layer of one weight channel gives to the footprint of every pixel: (k, k, H, W)."""
     logits = []
     hook = layer.weight_mlp.register_forward_hook(lambda module, args, output: logits.append(output))
@@ -122,8 +123,10 @@ def footprints() -> Figure:
             columns[name] = box / box.sum() if all_weights is None else all_weights[..., centre[0], centre[1]].numpy()
         for column, (name, values) in enumerate(columns.items(), 1):
             axis = figure.add_subplot(grid[row, column])
-            limits = dict(cmap='gray', vmin=0, vmax=1) if column == 1 else dict(cmap='viridis', vmin=0, vmax=brightest.get(name))
-            axis.imshow(values, **limits)
+            if column == 1:
+                axis.imshow(values, cmap='gray', vmin=0, vmax=1)
+            else:
+                axis.imshow(values, cmap='viridis', vmin=0, vmax=brightest.get(name))
             _bare(axis)
             for side in axis.spines.values():
                 side.set_color(colour)
@@ -173,7 +176,8 @@ def geometry() -> Figure:
         axis = figure.add_subplot(grid[0, column])
         axis.imshow(np.where(count == 0, np.nan, count), cmap='Blues', vmin=-1, vmax=5)
         for y, x in (count > 1).nonzero().tolist():
-            axis.text(x, y, str(int(count[y, x])), ha='center', va='center', fontsize=7, color='white' if count[y, x] > 2 else 'black')
+            axis.text(x, y, str(int(count[y, x])), ha='center', va='center', fontsize=7,
+                      color='white' if count[y, x] > 2 else 'black')
         axis.set_xticks(np.arange(-.5, size), minor=True)
         axis.set_yticks(np.arange(-.5, size), minor=True)
         axis.grid(which='minor', color='0.88', linewidth=.5)
@@ -212,7 +216,7 @@ def positions() -> Figure:
     window = slice(top, top + side)
     for column, ref in enumerate((None, 56), 1):
         torch.manual_seed(1)
-        layer = PairwiseAttention(32, kernel_size=k, position_ref_size=ref).eval()
+        layer: Any = PairwiseAttention(32, kernel_size=k, position_ref_size=ref).eval()
         with torch.no_grad():
             layer.position.weight.mul_(4)
             whole, part = layer(x)[:, :, window, window], layer(x[:, :, window, window])
@@ -245,7 +249,7 @@ def complexity() -> Figure:
     axes[2].set(yscale='log', ylim=(20, 2e4))
     axes[0].legend()
     for axis, title in zip(axes, ('SAN15: parameters, millions', 'SAN15 at 224: multiply-adds, 10⁹',
-                                  'one pairwise layer at 800x1344: MiB')):
+                                  'one pairwise layer at 800x1344: MiB'), strict=True):
         axis.set_title(title)
         axis.set(xticks=sizes, xlabel='footprint k')
         if axis is not axes[2]:

@@ -67,11 +67,11 @@ def run_python(block: Block, namespace: dict[str, Any]) -> None:
 def check_config(block: Block, folder: pathlib.Path) -> Any:
     """Writes the config into `folder`, loads it, builds what it describes, and returns it."""
     import torch
-
-    import san_backbones.mm  # noqa: F401
     from mmengine.config import Config
     from mmengine.optim import build_optim_wrapper
     from mmengine.registry import HOOKS, MODELS, init_default_scope
+
+    import san_backbones.mm  # noqa: F401
     path = folder / (block.file or 'config.py')
     path.write_text(block.text)
     config = Config.fromfile(path)
@@ -136,7 +136,7 @@ def _check_script(words: list[str], command: str) -> None:
 
 def _check_config_options(words: list[str], command: str) -> None:
     """`--cfg-options KEY=VALUE ...` after a config that is there: each key but its last part must be in the config."""
-    configs = [word for word in words if word.endswith('.py') and pathlib.Path(word).is_file()][1:]
+    configs = [word for word in words[1:] if word.endswith('.py') and pathlib.Path(word).is_file()]
     if '--cfg-options' not in words or not configs:
         return
     from mmengine.config import Config
@@ -162,7 +162,7 @@ def check_command(command: str) -> None:
             _require(re.search(rf'^(?:[\w-]+ )*{re.escape(target)}(?: [\w-]+)*:', makefile, re.M), command,
                      f'the Makefile has no target {target}')
     elif program == 'pip':
-        for extras in re.findall(r'\[([\w,]+)\]', command):
+        for extras in re.findall(r'\[([\w,-]+)\]', command):
             for extra in extras.split(','):
                 _require(re.search(rf'^{extra} =', (ROOT / 'setup.cfg').read_text(), re.M), command,
                          f'setup.cfg has no extra {extra}')

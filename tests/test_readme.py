@@ -44,10 +44,11 @@ def test_inferencer(folder):
     pytest.importorskip('mmdet', reason='needs the mm extra')
     import cv2
     import numpy as np
-    import san_backbones.mm  # noqa: F401
     import torch
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
+
+    import san_backbones.mm  # noqa: F401
     block, = (b for b in BLOCKS if 'DetInferencer' in b.text)
     config = Config.fromfile(re.search(r"'(mm_configs.*?)'", block.text)[1])
     init_default_scope(config.default_scope)
