@@ -36,8 +36,8 @@ def scene(size: int = 28) -> torch.Tensor:
 
 def bilateral(sharpness: float = 9., kernel_size: int = 7) -> PairwiseAttention:
     """A pairwise attention on one-channel maps whose weights are softmax_j(-sharpness |x_i - x_j|), set by hand."""
-    layer: Any = PairwiseAttention(1, rel_planes=2, out_planes=1, share_planes=1, kernel_size=kernel_size, position='none',
-                              norm_layer=torch.nn.Identity).eval()
+    layer: Any = PairwiseAttention(1, rel_planes=2, out_planes=1, share_planes=1, kernel_size=kernel_size,
+                                   position='none', norm_layer=torch.nn.Identity).eval()
     signs = torch.tensor([1., -1.]).view(2, 1, 1, 1)
     with torch.no_grad():
         for projection in (layer.query, layer.key):  # (x, -x): of the difference one sign survives the ReLU
@@ -59,7 +59,7 @@ def guided(kernel_size: int = 7) -> PatchwiseAttention:
     """
     area, reach = kernel_size ** 2, kernel_size // 2
     layer: Any = PatchwiseAttention(1, rel_planes=1, out_planes=1, share_planes=1, kernel_size=kernel_size,
-                               norm_layer=torch.nn.Identity).eval()
+                                    norm_layer=torch.nn.Identity).eval()
     down, right = torch.meshgrid(torch.arange(-reach, reach + 1.), torch.arange(-reach, reach + 1.), indexing='ij')
     hidden = torch.stack([right, -right, down, -down]).flatten(1)  # each slope in both signs, for the ReLU
     layer.weight_mlp.fc1 = torch.nn.Conv2d(area + 1, 4, 1, bias=False)
