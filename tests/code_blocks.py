@@ -142,7 +142,7 @@ def _check_config_options(words: list[str], command: str) -> None:
     from mmengine.config import Config
     config = Config.fromfile(configs[0])
     for word in words[words.index('--cfg-options') + 1:]:
-        if '=' in word and not word.startswith('--'):
+        if '=' in word and not word.startswith(('--', 'model_wrapper_cfg.')):  # an argument of the Runner
             part = config
             for key in word.partition('=')[0].split('.')[:-1]:
                 part = part[int(key)] if isinstance(part, list) else part.get(key)
