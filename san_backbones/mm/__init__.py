@@ -1,6 +1,7 @@
 """SAN for OpenMMLab: put `custom_imports = dict(imports=['san_backbones.mm'])` in a config, or import this first.
 
 Importing this package
+
 - supplies mmcv's operators where compiled ones are missing (`operators`), so it must come before `mmdet.models`,
   `mmdet.apis`, `mmseg.models` and the like;
 - lets mmengine load its own checkpoints under torch 2.6 and later (`checkpoints`);

@@ -1,0 +1,67 @@
+"""Every code block of the documentation runs, and the pages are complete; see code_blocks for how blocks are run."""
+import pytest
+from code_blocks import ROOT, blocks, check_command, link_checkout, run_page
+
+DOCS = ROOT / 'docs'
+PAGES = sorted(page for page in DOCS.rglob('*.md') if '_build' not in page.parts)
+NEEDS_MM = ('mmengine', 'mmdet', 'mmseg', 'san_backbones.mm', '_base_')
+MOST_LEFT_OUT = 3  # blocks marked `% not run: REASON`
+LANGUAGES = {'python', 'console', 'text', 'bibtex', 'json', 'yaml', 'toml'}
+
+
+@pytest.fixture
+def plain_configs(monkeypatch):
+    """MMEngine formats the whole config for every log and checkpoint, which takes longer than training does here."""
+    try:
+        import mmengine  # noqa: F401
+    except ModuleNotFoundError:
+        return
+    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **kwargs: (text, True))
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if blocks(page)],
+                         ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_page(page, tmp_path, monkeypatch, plain_configs):
+    if any(name in block.text for block in blocks(page) for name in NEEDS_MM):
+        pytest.importorskip('mmdet', reason='needs the mm extra')
+        pytest.importorskip('mmseg', reason='needs the mm extra')
+        import san_backbones.mm  # noqa: F401
+    for name in ('SAN_BACKBONES_WEIGHTS', 'SAN_BACKBONES_BACKEND', 'SAN_BACKBONES_HUB_ORG'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('MPLBACKEND', 'agg')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.chdir(tmp_path)
+    link_checkout(tmp_path)
+    run_page(page, tmp_path)
+
+
+def test_few_blocks_are_left_out():
+    everything = [block for page in PAGES for block in blocks(page)]
+    left_out = [f'{block.page.name}:{block.line}: {block.mark}' for block in everything if not block.runs]
+    assert len(left_out) <= MOST_LEFT_OUT, left_out
+    assert sum(block.language == 'python' for block in everything) >= 40
+    assert {block.language for block in everything} <= LANGUAGES
+
+
+def test_every_fence_is_seen():
+    """No block escapes: an indented or differently written fence would not be run."""
+    for page in PAGES:
+        text = page.read_text()
+        fences = [line for line in text.splitlines() if line.lstrip().startswith('```') and '{' not in line]
+        directives = [line for line in text.splitlines() if line.startswith('```{')]
+        assert len(fences) == 2 * len(blocks(page)) + len(directives), page
+        assert '{code-block}' not in text and '~~~' not in text, page
+
+
+@pytest.mark.parametrize('command', [
+    'make no-such-target', "pip install 'san-backbones[no-such-extra]'", 'python weights/no_such_script.py',
+    'python weights/convert.py --no-such-option', 'python -m san_backbones.no_such_module', 'no-such-program',
+    'torchrun --no-such-option 2 tools/train.py CONFIG',
+    'python tools/train.py mm_configs/mask_rcnn/mask-rcnn_san15-patchwise_fpn_1x_coco.py --cfg-options '
+    'model.no_such_part.depth=1'])
+def test_a_wrong_command_is_noticed(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if 'tools/train.py' in command:
+        pytest.importorskip('mmdet', reason='needs the mm extra')
+    with pytest.raises(AssertionError, match='no such|no_such|no-such|unknown'):
+        check_command(command)
