@@ -220,7 +220,7 @@ def list_models(
       hub cache  downloaded from the Hugging Face Hub before
       not here   the Hub would be asked
       none       the model is there for tests, untrained
-      unusable   there, and not what they should be (standard error says why; exit code 1)
+      unusable   there, and not what they should be (an error says why)
     """
     found: list[dict[str, Any]] = []
     problems: set[str] = set()
@@ -267,10 +267,10 @@ def info(
     if as_json:
         show_json(facts)
         return
-    stages = [('part', 'stride', 'output', 'blocks', 'footprint', 'dilation', 'parameters', 'multiply-adds')]
+    stages = [('part', 'stride', 'output', 'blocks', 'footprint', 'dilation', 'params', 'mult-adds')]
     stages += [(
-        part['name'], part['stride'] or '', ' x '.join(map(str, part['shape'])), part['blocks'] or '',
-        f'{part["footprint"]} x {part["footprint"]}' if part['footprint'] else '', part['dilation'] or '',
+        part['name'], part['stride'] or '', 'x'.join(map(str, part['shape'])), part['blocks'] or '',
+        f'{part["footprint"]}x{part["footprint"]}' if part['footprint'] else '', part['dilation'] or '',
         amount(part['parameters']), amount(part['multiply_adds'])) for part in facts['parts']]
     cfg, paper, weights = facts['pretrained'], facts['paper'], facts['weights']
     lines = [
@@ -283,8 +283,8 @@ def info(
         ('input', f'{cfg["input_size"][0]} x {cfg["input_size"][1]} x {cfg["input_size"][2]}, crop {cfg["crop_pct"]}, '
                   f'{cfg["interpolation"]}'),
         ('mean, std', f'{_numbers(cfg["mean"])}; {_numbers(cfg["std"])}'),
-        ('classes', f'{cfg["num_classes"]}: {"; ".join(cfg["first_classes"])}'
-                    f'{"; ..." if cfg["num_classes"] > 3 else ""}'),
+        ('classes', f'{cfg["num_classes"]}: {", ".join(name.partition(",")[0] for name in cfg["first_classes"])}'
+                    f'{", ..." if cfg["num_classes"] > 3 else ""}'),
         ('weights', f'{facts["pretrained_name"]}: {weights["note"]}'),
         *([('', weights['path'])] if weights['path'] else []),
         ('licence', cfg['license'] or 'not said'),
@@ -460,6 +460,9 @@ def features(
     for path in files:
         with _reported(path, failed):
             image = prepare(pictures.read(path, channels))
+            if min(image.shape[1:]) < max(strides):
+                raise ValueError(f'{image.shape[2]} x {image.shape[1]} pixels are too few: the last stage takes '
+                                 f'{max(strides)} x {max(strides)} or more')
         if path in failed:
             continue
         with torch.inference_mode():

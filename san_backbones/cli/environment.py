@@ -26,6 +26,8 @@ VARIABLES = (
 
 
 def _version(package: str) -> str | None:
+    if package == 'torch':  # says what it was built for, which its metadata need not
+        return torch.__version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

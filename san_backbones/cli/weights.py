@@ -113,10 +113,11 @@ def load(name: str, checkpoint: pathlib.Path | None = None, random: bool = False
 def class_names(model: Any, count: int) -> list[str]:
     """What the classes are called: by the weights' own names, or ImageNet's; 'class 0' and so on where neither is."""
     cfg = model.pretrained_cfg
+    labels = None
     if cfg.get('label_names'):
-        labels = CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions'))
-        names = [labels.index_to_description(i) for i in range(count)] if len(cfg['label_names']) == count else []
-    else:
-        subset = infer_imagenet_subset(model) if count >= 1000 else None
-        names = [ImageNetInfo(subset).index_to_description(i) for i in range(count)] if subset else []
-    return names or [f'class {i}' for i in range(count)]
+        if len(cfg['label_names']) == count:
+            labels = CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions'))
+    elif count >= 1000:
+        subset = infer_imagenet_subset(model)
+        labels = ImageNetInfo(subset) if subset else None
+    return [labels.index_to_description(i) if labels else f'class {i}' for i in range(count)]
