@@ -159,7 +159,8 @@ class TestInfo:
 
     def test_weights(self):
         facts = data('info', 'test_san_patchwise')
-        assert facts['weights']['state'] == 'shipped' and facts['pretrained']['first_classes'] == ['square', 'star', 'ring']
+        assert facts['weights']['state'] == 'shipped'
+        assert facts['pretrained']['first_classes'] == ['square', 'star', 'ring']
         assert load_file(facts['weights']['path'])['head.fc.weight'].shape[0] == 3
         assert data('info', 'san19_pairwise')['weights']['state'] == 'not here'
         folder = ROOT / 'weights/test_san_patchwise.shapes'
@@ -196,7 +197,8 @@ class TestClassify:
         result = run('classify', 'in', 'missing.png', '-m', 'test_san_patchwise', '--json', code=1)
         entries = {pathlib.Path(entry['file']).name: entry for entry in json.loads(result.stdout)}
         assert {name for name, entry in entries.items() if 'classes' in entry} == {'good.png', 'grey10.JPG'}
-        assert {name for name, entry in entries.items() if 'error' in entry} == {'broken.png', 'sixteen.png', 'missing.png'}
+        assert {name for name, entry in entries.items() if 'error' in entry} == {
+            'broken.png', 'sixteen.png', 'missing.png'}
         assert 'missing.png: No such file' in result.stderr and 'more than 8 bits' in result.stderr
         assert '3 of 5 pictures could not be read' in result.stderr
 
@@ -245,7 +247,8 @@ class TestClassify:
 class TestFeatures:
 
     def test_are_timms(self, tmp_path):
-        pixels = {'one/a.png': noise(tmp_path / 'one/a.png'), 'two/a.png': noise(tmp_path / 'two/a.png', 33, 40, seed=1)}
+        pixels = {'one/a.png': noise(tmp_path / 'one/a.png'),
+                  'two/a.png': noise(tmp_path / 'two/a.png', 33, 40, seed=1)}
         run('features', 'one', 'two', '-m', 'test_san_patchwise', '--whole', '--out', 'maps.safetensors')
         tensors = load_file('maps.safetensors')
         model = timm.create_model('test_san_patchwise', pretrained=True, features_only=True).eval()
@@ -329,7 +332,8 @@ class TestAttention:
         run(*model, '--kind', 'rollout', '--grid', 2, '--out', 'b.pdf')
         assert data(*model, '--kind', 'features')['figure'] == 'a-features.png'
         assert calls == [
-            ('footprint', 'SAN', False, (48, 32), dict(block='-1', pixels=[(45., 5.), (1.5, 30.)], grid=None, channel=None)),
+            ('footprint', 'SAN', False, (48, 32),
+             dict(block='-1', pixels=[(45., 5.), (1.5, 30.)], grid=None, channel=None)),
             ('rollout', 'SAN', False, (96, 64), dict(pixels=None, grid=2)),
             ('feature', 'SAN', False, (96, 64), {})]
         assert all((tmp_path / name).exists() for name in ('a-footprint.png', 'b.pdf', 'a-features.png'))
@@ -354,7 +358,8 @@ class TestBenchmark:
             name: seconds for name, seconds in zip(cases, (2., 1., .5), strict=True)})
         options = ('benchmark', 'test_san_pairwise', '--size', '32x64', '-b', 4, '--fused')
         result = data(*options)
-        assert [(row['model'], row['images_per_second'], row['throughput_to_resnet50']) for row in result['models']] == [
+        rows = [(row['model'], row['images_per_second'], row['throughput_to_resnet50']) for row in result['models']]
+        assert rows == [
             ('resnet50', 2., 1.), ('test_san_pairwise', 4., 2.), ('test_san_pairwise, fused', 8., 4.)]
         assert json.loads(commands[2][-1]) == dict(name='test_san_pairwise', fused=True, batch_size=4,
                                                    image_size=[32, 64], training=False, device='cpu', threads=None)
@@ -362,7 +367,8 @@ class TestBenchmark:
 
     @pytest.mark.parametrize('how', ['--fused', '--train'])
     def test_runs(self, how):
-        rows = data('benchmark', 'test_san_pairwise', '--size', 32, '-b', 2, '--rounds', 1, '--no-memory', how)['models']
+        result = data('benchmark', 'test_san_pairwise', '--size', 32, '-b', 2, '--rounds', 1, '--no-memory', how)
+        rows = result['models']
         assert len(rows) == (3 if how == '--fused' else 2) and all(row['seconds'] > 0 for row in rows)
 
     def test_one_fails(self, monkeypatch):
@@ -410,8 +416,9 @@ class TestEnv:
 class TestProgram:
 
     @pytest.mark.parametrize('columns', [80, 120])
-    @pytest.mark.parametrize('command', [[], ['list'], ['info'], ['classify'], ['features'], ['attention'], ['benchmark'],
-                                         ['env']], ids=lambda command: command[0] if command else 'none')
+    @pytest.mark.parametrize('command', [
+        [], ['list'], ['info'], ['classify'], ['features'], ['attention'], ['benchmark'], ['env'],
+    ], ids=lambda command: command[0] if command else 'none')
     def test_help_fits(self, command, columns, monkeypatch):
         text = run(*command, '--help', env=dict(COLUMNS=str(columns), FORCE_COLOR='1', GITHUB_ACTIONS='true')).stdout
         assert max(map(len, text.splitlines())) <= columns
