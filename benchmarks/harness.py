@@ -1,9 +1,6 @@
-"""What the benchmarks share: alternating timing, peak memory, the machine's own rates, and the CSV.
+"""What the benchmarks share: options, the machine's own rates, and the CSV; `san_backbones.measure` does the measuring.
 
-Everything runs on CUDA where there is a GPU, else on the CPU. Times are medians over rounds in which every case runs
-once, one after the other, so that all of them see the same machine. Peak memory is that of a process of its own for
-each case: on the CPU the highest resident size above that of the process when everything is imported and nothing is
-built, on CUDA torch's own peak, weights included.
+Everything runs on CUDA where there is a GPU, else on the CPU.
 """
 import argparse
 import csv
@@ -11,15 +8,13 @@ import json
 import math
 import os
 import pathlib
-import platform
-import statistics
-import subprocess
 import sys
-import time
 
 # on few cores, threads that spin while they wait take the time of those that work
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 import torch
+
+from san_backbones import measure
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -37,49 +32,17 @@ def parser(description):
 
 def machine():
     """The device, in words."""
-    if DEVICE.type == 'cuda':
-        device = torch.cuda.get_device_name()
-    else:
-        name = platform.processor()
-        if os.path.exists('/proc/cpuinfo'):
-            with open('/proc/cpuinfo') as info:
-                name = next((line.split(':')[1].strip() for line in info if line.startswith('model name')), name)
-        device = f'{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
-    return f'{device}, torch {torch.__version__}'
-
-
-def synchronise():
-    if DEVICE.type == 'cuda':
-        torch.cuda.synchronize()
+    return measure.machine(DEVICE)
 
 
 def seconds(function):
     """Time of one call."""
-    synchronise()
-    start = time.perf_counter()
-    function()
-    synchronise()
-    return time.perf_counter() - start
+    return measure.seconds(function, DEVICE)
 
 
 def alternate(cases, rounds, patience=20.):
-    """Median seconds of each of `cases` (name: function), measured in turns after one call to warm up.
-
-    A case whose calls have taken more than `patience` seconds sits out the rest of the rounds. One that fails is
-    named, with why, and is NaN.
-    """
-    times = {name: [] for name in cases}
-    for name, function in cases.items():
-        try:
-            function()
-        except Exception as error:
-            print(f'  {name} failed: {(str(error).strip().splitlines() or [repr(error)])[0][:200]}', flush=True)
-            times[name] = None
-    for _ in range(rounds):
-        for name, function in cases.items():
-            if times[name] is not None and sum(times[name]) < patience:
-                times[name].append(seconds(function))
-    return {name: statistics.median(t) if t else math.nan for name, t in times.items()}
+    """`measure.alternate` on the device at hand."""
+    return measure.alternate(cases, rounds, DEVICE, patience)
 
 
 def figure(value, digits=0):
@@ -103,34 +66,14 @@ def rates():
     return 2 * size ** 3 / multiply, 2 * source.numel() * source.element_size() / copy
 
 
-def resident(field):
-    with open('/proc/self/status') as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
-
-
 def measure_peak(make, calls=2):
-    """Bytes at the peak of building `make()` and calling its result. For a process of its own."""
-    if DEVICE.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        function = make()
-        for _ in range(calls):
-            function()
-        return torch.cuda.max_memory_allocated()
-    idle = resident('VmRSS')
-    function = make()
-    for _ in range(calls):
-        function()
-    return resident('VmHWM') - idle
+    """`measure.measure_peak` on the device at hand."""
+    return measure.measure_peak(make, DEVICE, calls)
 
 
 def peak_memory(case):
     """Runs this script again with `--memory case` and returns the bytes it prints, or None where it failed."""
-    command = [sys.executable, sys.argv[0], '--memory', json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        print(f'  {case}: no memory figure: {(done.stderr.strip().splitlines() or ["killed"])[-1]}', flush=True)
-        return None
-    return int(done.stdout.split()[-1])
+    return measure.peak_memory([sys.executable, sys.argv[0], '--memory', json.dumps(case)], case)
 
 
 def write(path, rows):

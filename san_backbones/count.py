@@ -10,7 +10,7 @@ from torch import nn
 from .attention import PairwiseAttention, _FootprintAttention
 from .san import SAN
 
-__all__ = ['count_multiply_adds', 'count_parameters']
+__all__ = ['count_multiply_adds', 'count_parameters', 'multiply_adds_by_part']
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -45,8 +45,12 @@ def _attention(layer: _FootprintAttention, pixels: int, paper: bool) -> int:
     return total + layer.out_planes * area * pixels
 
 
-def count_multiply_adds(model: SAN, image_size: int | tuple[int, int] = 224, paper: bool = False) -> int:
-    """Multiply-adds of one image through the model.
+def multiply_adds_by_part(
+        model: SAN,
+        image_size: int | tuple[int, int] = 224,
+        paper: bool = False,
+) -> dict[str, int]:
+    """Multiply-adds of one image through each part of the model: 'stem', 'stages.0', ..., 'head'.
 
     Args:
         model: A SAN, pruned or not; the head is counted where it has a classifier.
@@ -54,16 +58,17 @@ def count_multiply_adds(model: SAN, image_size: int | tuple[int, int] = 224, pap
         paper: Count as the table of Zhao et al. (CVPR 2020) does, see above.
 
     Returns:
-        The count; divide by 1e9 for the usual unit.
+        Counts by the parts' names in the model, in the order of computation.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     pixels = height * width
-    total = _linear(model.stem.conv, pixels, paper) + _norm_relu(model.stem.conv.out_channels, pixels, paper)
+    parts = {'stem': _linear(model.stem.conv, pixels, paper) + _norm_relu(model.stem.conv.out_channels, pixels, paper)}
     stages: Any = model.stages
-    for stage, pool, channels in zip(stages, [model.stem.pool, *(stage.pool for stage in stages[1:])],
-                                     [stage.conv.in_channels for stage in stages]):
+    pools = [model.stem.pool, *(stage.pool for stage in stages[1:])]
+    for i, (stage, pool) in enumerate(zip(stages, pools)):
+        total = 0
         if isinstance(pool, nn.MaxPool2d):
-            total += channels * pixels if paper else 0
+            total += stage.conv.in_channels * pixels if paper else 0
             height, width = height // 2, width // 2
             pixels = height * width
         total += _linear(stage.conv, pixels, paper)
@@ -72,8 +77,16 @@ def count_multiply_adds(model: SAN, image_size: int | tuple[int, int] = 224, pap
             total += _attention(block.attn, pixels, paper)
             total += _norm_relu(block.attn.out_planes, pixels, paper)
             total += _linear(block.conv, pixels, paper)
-        total += _norm_relu(stage.conv.out_channels, pixels, paper)
+        parts[f'stages.{i}'] = total + _norm_relu(stage.conv.out_channels, pixels, paper)
     if isinstance(model.head.fc, nn.Linear):
-        total += _linear(model.head.fc, 1, paper)
-        total += model.num_features * pixels if paper else 0
-    return total
+        parts['head'] = _linear(model.head.fc, 1, paper) + (model.num_features * pixels if paper else 0)
+    return parts
+
+
+def count_multiply_adds(model: SAN, image_size: int | tuple[int, int] = 224, paper: bool = False) -> int:
+    """Multiply-adds of one image through the model: the sum of `multiply_adds_by_part`, which see.
+
+    Returns:
+        The count; divide by 1e9 for the usual unit.
+    """
+    return sum(multiply_adds_by_part(model, image_size, paper).values())

@@ -1,0 +1,81 @@
+"""What a bug report needs to know about this machine."""
+import os
+import pathlib
+import platform
+import re
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from .. import __version__, hub, ops
+from ..measure import processor
+from ..ops import native
+from ..ops.backends import ENVIRONMENT_VARIABLE
+
+__all__ = ['facts']
+
+PACKAGES = (
+    'torch', 'timm', 'torchvision', 'huggingface_hub', 'safetensors', 'numpy', 'pillow', 'triton', 'typer',
+    'mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'mmpretrain', 'transformers',
+    'segmentation_models_pytorch', 'accelerate', 'lightning', 'onnx', 'onnxscript', 'onnxruntime', 'matplotlib')
+VARIABLES = (
+    ENVIRONMENT_VARIABLE, hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, 'HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE',
+    'HF_HUB_OFFLINE', 'HF_TOKEN', 'ATEN_CPU_CAPABILITY', 'CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY')
+
+
+def _version(package: str) -> str | None:
+    if package == 'torch':  # says what it was built for, which its metadata need not
+        return torch.__version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _public(text: str) -> str:
+    """What may be pasted in public: without the password of an address and the user's name in a path."""
+    home = str(pathlib.Path.home())
+    return re.sub(r'//[^/@\s]*@', '//', re.sub(re.escape(home) + r'(?=/|\\|$)', '~', text) if len(home) > 1 else text)
+
+
+def _paths(device: str) -> dict[str, str | None]:
+    """Every operator path, and why it cannot compute a float32 inference of each form on a device; None if it can."""
+    reasons: dict[str, str | None] = {}
+    for backend in ops.BACKENDS:
+        refusals = {}
+        for form, relation in (('pairwise', 'subtraction'), ('patchwise', 'concatenation')):
+            spec = ops.Spec(form == 'pairwise', relation, 'none', 7, 1)
+            request = ops.Request(spec, torch.device(device), torch.float32, (1, 64, 56, 56), False, False, None)
+            refusals[form] = backend.refusal(request)
+        told = {form: reason for form, reason in refusals.items() if reason is not None}
+        alike = len(set(refusals.values())) == 1
+        reasons[backend.name] = None if not told else _public(
+            told['pairwise'] if alike else '; '.join(f'{form}: {reason}' for form, reason in told.items()))
+    return reasons
+
+
+def facts() -> dict[str, Any]:
+    """Versions, the machine, the operator paths with what keeps them from running, and the environment's variables.
+
+    Returns:
+        Plain data. Values of variables are without tokens and passwords, and name the home folder `~`.
+    """
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    folder = pathlib.Path(native.__file__).parent
+    problem = native.unavailable()
+    builds = sorted(path.name for path in folder.iterdir() if path.suffix in ('.so', '.dll'))
+    return dict(
+        versions={'san_backbones': __version__, 'python': platform.python_version(),
+                  **{package: _version(package) for package in PACKAGES}},
+        machine=dict(
+            system=platform.platform(), python=f'{sys.implementation.name}, {platform.architecture()[0]}',
+            processor=processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+            instructions=torch.backends.cpu.get_cpu_capability(), gpus=gpus, cuda=torch.version.cuda,
+            cudnn=torch.backends.cudnn.version() if gpus else None),
+        compiled_loops=dict(found=builds, serving=native.build() if problem is None else None,
+                            problem=problem and _public(problem)),
+        paths={device: _paths(device) for device in ('cpu', *(['cuda'] if gpus else []))},
+        variables={name: '(set)' if name == 'HF_TOKEN' else _public(os.environ[name])
+                   for name in VARIABLES if name in os.environ})

@@ -1,0 +1,451 @@
+"""The command line, against facts from elsewhere: the README's table, the manifest, timm alone, drawn shapes."""
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+import san_backbones
+from san_backbones import hub, measure
+
+typer_testing = pytest.importorskip('typer.testing', reason='needs the cli extra')
+
+from san_backbones import cli  # noqa: E402
+from san_backbones.cli.app import app  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROWS = re.findall(r'^\| `(\w+)`(?:, `\w+`)? \| ([\d.]+M) \| ([\d.]+G) \| ([\d.]+)G \| ([\d.]+) / ([\d.]+) \|$',
+                  (ROOT / 'README.md').read_text(), re.M)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    """No weights from elsewhere, no network, and a folder to write to."""
+    from huggingface_hub import constants
+    for name in (hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, 'SAN_BACKBONES_BACKEND', 'COLUMNS'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments, code=0, **options):
+    """A command's result; an exception that it does not explain is raised here."""
+    result = typer_testing.CliRunner().invoke(app, [str(a) for a in arguments], prog_name='san-backbones', **options)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    assert '\x1b' not in result.output
+    return result
+
+
+def data(*arguments, code=0):
+    return json.loads(run(*arguments, '--json', code=code).stdout)
+
+
+def noise(path, height=64, width=96, seed=0, mode='RGB'):
+    """A picture of random pixels."""
+    shape = (height, width, 3) if mode == 'RGB' else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def prepared(pixels):
+    """What models take, by hand."""
+    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    return ((torch.from_numpy(pixels) / 255 - mean) / std).permute(2, 0, 1)[None]
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    """Folders `square`, `star` and `ring` of held-out shapes, cut out as the shipped weights were trained on them."""
+    pytest.importorskip('pycocotools')
+    pytest.importorskip('skimage', reason='the photographs come with scikit-image')
+    sys.path.insert(0, str(ROOT / 'weights'))
+    try:
+        import train_shapes
+    finally:
+        sys.path.remove(str(ROOT / 'weights'))
+    folder = tmp_path_factory.mktemp('drawn')
+    made = train_shapes.shapes.make(folder / 'data', train=1, val=8, seed=1, report=lambda line: None)
+    for number, (image, kind) in enumerate(zip(*train_shapes.samples(made, 'val'), strict=True)):
+        path = folder / 'cut' / train_shapes.shapes.KINDS[kind] / f'{number}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return folder / 'cut'
+
+
+class TestList:
+
+    def test_is_the_table_of_the_readme(self):
+        lines = [line.split() for line in run('list').stdout.splitlines()]
+        assert len(ROWS) == 6
+        for name, parameters, multiply_adds, *_ in ROWS:
+            assert [name, parameters, multiply_adds, 'not', 'here'] in lines
+        assert any(line[0] == 'test_san_patchwise' and line[-1] == 'shipped' for line in lines)
+        assert any(line[0] == 'test_san_pairwise' and line[-1] == 'none' for line in lines)
+
+    def test_json_and_pattern(self):
+        found = {model['name']: model for model in data('list', 'san1?_*')}
+        manifest = json.loads((ROOT / 'weights/manifest.json').read_text())['models']
+        assert {f'{name}.in1k': model['parameters'] for name, model in found.items()} == {
+            name: entry['parameters'] for name, entry in manifest.items() if name.endswith('.in1k')}
+
+    def test_finds_weights(self, monkeypatch, tmp_path):
+        folder = tmp_path / 'weights'
+        for name in ('san10_pairwise.in1k.safetensors', 'san15_patchwise.in1k/model.safetensors'):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            save_file(dict(weight=torch.zeros(1)), folder / name)
+        cached = tmp_path / 'cache/models--san-backbones--san19_pairwise.in1k'
+        (cached / 'refs').mkdir(parents=True)
+        (cached / 'refs/main').write_text('0' * 40)
+        (cached / 'snapshots' / ('0' * 40)).mkdir(parents=True)
+        save_file(dict(weight=torch.zeros(1)), cached / 'snapshots' / ('0' * 40) / 'model.safetensors')
+        monkeypatch.setenv(hub.FOLDER_VARIABLE, str(folder))
+        states = {model['name']: model['weights'] for model in data('list')}
+        assert states == dict(
+            san10='not here', san10_pairwise='folder', san10_patchwise='not here', san15='folder',
+            san15_pairwise='not here', san15_patchwise='folder', san19='not here', san19_pairwise='hub cache',
+            san19_patchwise='not here', test_san_pairwise='none', test_san_patchwise='shipped')
+
+        (folder / 'san10_pairwise.in1k.safetensors').write_bytes(b'nonsense')
+        broken = run('list', '--json', code=1)
+        assert json.loads(broken.stdout)[1]['weights'] == 'unusable'
+        assert 'is not a safetensors file' in broken.stderr
+
+    def test_nothing_matches(self):
+        result = run('list', 'resnet*', code=1)
+        assert result.stdout == '' and 'no model matches' in result.stderr and 'san15_patchwise' in result.stderr
+
+
+class TestInfo:
+
+    @pytest.mark.parametrize('row', ROWS, ids=lambda row: row[0])
+    def test_papers_numbers(self, row):
+        name, _, _, paper, top1, top5 = row
+        facts = data('info', name)
+        assert round(facts['multiply_adds_as_the_paper_counts'] / 1e9, 1) == float(paper)
+        assert facts['paper'] == dict(top1=float(top1), top5=float(top5))
+        assert "the paper's, not measured here" in run('info', name).stdout
+
+    @pytest.mark.parametrize('name', ['test_san_pairwise', 'test_san_patchwise'])
+    def test_parts_are_the_models(self, name):
+        facts = data('info', name, '--size', '70x101')
+        model = timm.create_model(name).eval()
+        seen = []
+        for part in (model.stem, *model.stages, model.head):
+            part.register_forward_hook(lambda part, args, y: seen.append(list(y.shape[1:])))
+        with torch.inference_mode():
+            model(torch.rand(1, 3, 70, 101))
+        assert [part['shape'] for part in facts['parts']] == seen
+        assert [part['name'] for part in facts['parts']] == ['stem', *(f'stages.{i}' for i in range(5)), 'head']
+        assert sum(part['parameters'] for part in facts['parts']) == sum(p.numel() for p in model.parameters())
+        assert sum(part['multiply_adds'] for part in facts['parts']) == facts['multiply_adds']
+        assert [part['footprint'] for part in facts['parts']] == [None, 3, 7, 7, 7, 7, None]
+        assert facts['attention'] == name.rpartition('_')[2]
+
+    def test_weights(self):
+        facts = data('info', 'test_san_patchwise')
+        assert facts['weights']['state'] == 'shipped'
+        assert facts['pretrained']['first_classes'] == ['square', 'star', 'ring']
+        assert load_file(facts['weights']['path'])['head.fc.weight'].shape[0] == 3
+        assert data('info', 'san19_pairwise')['weights']['state'] == 'not here'
+        folder = ROOT / 'weights/test_san_patchwise.shapes'
+        assert data('info', f'local-dir:{folder}')['weights'] == dict(
+            state='local-dir', path=str(folder), note='in the folder given')
+
+    def test_not_a_san(self):
+        assert 'describes SANs only' in run('info', 'resnet18', code=1).stderr
+
+
+class TestClassify:
+
+    def test_shapes(self, drawn):
+        results = data('classify', drawn, '-m', 'test_san_patchwise')
+        files = {str(path) for path in drawn.rglob('*.png')}
+        assert {result['file'] for result in results} == files and len(files) >= 12
+        right = sum(result['classes'][0]['name'] == pathlib.Path(result['file']).parent.name for result in results)
+        assert right >= 0.8 * len(files)
+        for result in results:
+            assert sum(entry['probability'] for entry in result['classes']) == pytest.approx(1, abs=1e-4)
+
+    def test_batches_and_text(self, drawn):
+        one = run('classify', drawn / 'star', '-m', 'test_san_patchwise', '--batch-size', 1, '--top', 1).stdout
+        assert one == run('classify', drawn / 'star', '-m', 'test_san_patchwise', '--batch-size', 3, '--top', 1).stdout
+        assert re.search(r'\d\.png\n +\d+\.\d %  star\n', one)
+
+    def test_what_cannot_be_read(self, tmp_path):
+        noise(tmp_path / 'in/good.png')
+        noise(tmp_path / 'in/deeper/grey10.JPG', mode='L')
+        (tmp_path / 'in/broken.png').write_bytes((tmp_path / 'in/good.png').read_bytes()[:200])
+        Image.fromarray(np.zeros((40, 40), np.uint16)).save(tmp_path / 'in/sixteen.png')
+        (tmp_path / 'in/._good.png').write_bytes(b'')
+        (tmp_path / 'in/notes.txt').write_text('no picture')
+        result = run('classify', 'in', 'missing.png', '-m', 'test_san_patchwise', '--json', code=1)
+        entries = {pathlib.Path(entry['file']).name: entry for entry in json.loads(result.stdout)}
+        assert {name for name, entry in entries.items() if 'classes' in entry} == {'good.png', 'grey10.JPG'}
+        assert {name for name, entry in entries.items() if 'error' in entry} == {
+            'broken.png', 'sixteen.png', 'missing.png'}
+        assert 'missing.png: No such file' in result.stderr and 'more than 8 bits' in result.stderr
+        assert '3 of 5 pictures could not be read' in result.stderr
+
+    def test_no_pictures(self, tmp_path):
+        assert 'there are no pictures in' in run('classify', tmp_path, '-m', 'test_san_patchwise', code=1).stderr
+
+    def test_no_weights(self, tmp_path):
+        noise(tmp_path / 'a.png')
+        result = run('classify', 'a.png', code=1)
+        assert result.stdout == ''
+        for way_out in ('offline mode is on', hub.FOLDER_VARIABLE, '--weights FILE', 'san-backbones list'):
+            assert way_out in result.stderr
+        assert '--weights FILE' in run('classify', 'a.png', '-m', 'test_san_pairwise', code=1).stderr
+        with pytest.raises(RuntimeError, match='offline mode'):
+            run('--traceback', 'classify', 'a.png')
+
+    def test_own_checkpoint(self, tmp_path):
+        """Its classes and channels are its own; the picture is turned as its camera was."""
+        torch.manual_seed(1)
+        model = timm.create_model('test_san_pairwise', num_classes=4, in_chans=1).eval()
+        torch.save(dict(state_dict=model.state_dict()), 'own.pth')
+        pixels = noise(tmp_path / 'a.png', 64, 64, mode='L')
+        turned = Image.Exif()
+        turned[0x0112] = 6  # to be turned clockwise
+        Image.fromarray(np.rot90(pixels)).save('a.png', exif=turned)
+        mean, std = sum(IMAGENET_DEFAULT_MEAN) / 3, sum(IMAGENET_DEFAULT_STD) / 3
+        image = ((torch.from_numpy(pixels) / 255 - mean) / std)[None, None]
+        with torch.inference_mode():
+            expected = model(image[..., 4:60, 4:60]).softmax(1)[0]  # 0.875 of the picture's 64 pixels
+            features = model.forward_features(image)
+        (tmp_path / 'names.txt').write_text('a\nb\nc\nd\n')
+        options = ('-m', 'test_san_pairwise', '--weights', 'own.pth')
+        result, = data('classify', 'a.png', *options, '--names', 'names.txt', '--size', 56)
+        assert {entry['name']: entry['probability'] for entry in result['classes']} == {
+            name: pytest.approx(p, abs=1e-5) for name, p in zip('abcd', expected.tolist(), strict=True)}
+        run('features', 'a.png', *options, '--whole', '--out', 'own.npz')
+        torch.testing.assert_close(torch.from_numpy(np.load('own.npz')['a.png/stages.4']), features[0])
+        (tmp_path / 'names.txt').write_text('a\nb\n')
+        assert '--names has 2 lines' in run('classify', 'a.png', *options, '--names', 'names.txt', code=2).stderr
+        assert 'not of this model' in run(
+            'classify', 'a.png', '-m', 'test_san_patchwise', '--weights', 'own.pth', code=1).stderr
+        (tmp_path / 'own.pth').write_bytes(b'nonsense')
+        assert 'cannot be read as a checkpoint' in run('classify', 'a.png', *options, code=1).stderr
+
+
+class TestFeatures:
+
+    def test_are_timms(self, tmp_path):
+        pixels = {'one/a.png': noise(tmp_path / 'one/a.png'),
+                  'two/a.png': noise(tmp_path / 'two/a.png', 33, 40, seed=1)}
+        run('features', 'one', 'two', '-m', 'test_san_patchwise', '--whole', '--out', 'maps.safetensors')
+        tensors = load_file('maps.safetensors')
+        model = timm.create_model('test_san_patchwise', pretrained=True, features_only=True).eval()
+        for name, picture in pixels.items():
+            with torch.inference_mode():
+                for i, expected in enumerate(model(prepared(picture))):
+                    torch.testing.assert_close(tensors.pop(f'{name}/stages.{i}'), expected[0])
+        assert not tensors
+        with safe_open('maps.safetensors', 'pt') as file:
+            assert file.metadata() == dict(model='test_san_patchwise', weights='pretrained')
+
+    def test_stages_and_sizes(self, tmp_path):
+        noise(tmp_path / 'a.png')
+        options = ('features', 'a.png', '-m', 'test_san_pairwise', '--random')
+        result = run(*options, '--stage', 3, '--stage', 1, '--size', '64x128', '--json')
+        assert 'The weights are random' in result.stderr
+        entry, = json.loads(result.stdout)
+        assert entry['input'] == [3, 64, 128]
+        assert entry['features'] == [dict(stage='stages.1', stride=4, shape=[64, 16, 32]),
+                                     dict(stage='stages.3', stride=16, shape=[96, 4, 8])]
+        for name in ('first.npz', 'second.npz'):
+            run(*options, '--out', name)
+        first, second = (np.load(name) for name in ('first.npz', 'second.npz'))
+        assert first['a.png/stages.4'].shape == (128, 5, 5)  # 160 pixels, the model's own size
+        assert all((first[name] == second[name]).all() for name in first.files)
+        assert 'has no such stage' in run(*options, '--stage', 5, code=2).stderr
+
+    def test_too_small(self, tmp_path):
+        noise(tmp_path / 'a.png', 20, 20)
+        assert '20 x 20 pixels are too few' in run(
+            'features', 'a.png', '-m', 'test_san_pairwise', '--random', '--whole', code=1).stderr
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['nonsense'], 'No such command'),
+    (['info', 'san15_pachwise'], 'similar: san15_patchwise'),
+    (['info', 'san15_patchwise.foo'], 'It has: in1k'),
+    (['info', 'someone/model'], 'hf-hub:someone/model'),
+    (['info', 'san10', '--size', '20'], '32 or more'),
+    (['info', 'san10', '--size', '64x64x3'], 'HEIGHTxWIDTH'),
+    (['features', 'a.png', '--device', 'abacus'], 'san-backbones env'),
+    (['features', 'a.png', '--whole', '--size', '64'], '--whole and --size exclude each other'),
+    (['features', 'a.png', '--random', '--weights', __file__], '--weights and --random exclude each other'),
+    (['features', 'a.png', '--out', 'a.txt'], '.safetensors or .npz'),
+    (['features', 'a.png', '--out', 'nowhere/a.npz'], "no folder 'nowhere'"),
+    (['classify', 'a.png', '--weights', 'missing.pth'], 'missing.pth'),
+    (['attention', __file__, '--pixel', '3'], 'expected X,Y'),
+    (['attention', __file__, '--pixel', '3,4', '--grid', '2'], '--pixel and --grid exclude each other'),
+    (['attention', __file__, '--kind', 'features', '--grid', '2'], 'does not take --grid'),
+    (['attention', __file__, '--kind', 'heat'], 'heat'),
+    (['benchmark', '--fused', '--train'], 'leave out --train'),
+    (['benchmark', 'san15', 'san20'], "no model 'san20'"),
+])
+def test_usage_errors(arguments, message):
+    result = run(*arguments, code=2)
+    assert result.stdout == '' and message in result.stderr
+
+
+class TestAttention:
+
+    def test_calls(self, monkeypatch, tmp_path):
+        """What `visualize` is asked for; pixels are those of the scaled picture."""
+        calls = []
+
+        class Figure:
+            def savefig(self, path):
+                pathlib.Path(path).write_bytes(b'drawn')
+
+        def stub(kind):
+            def figure(model, image, **options):
+                calls.append((kind, type(model).__name__, model.training, image.size, options))
+                return Figure()
+            return figure
+        module = types.SimpleNamespace(**{f'{kind}_figure': stub(kind) for kind in ('footprint', 'feature', 'rollout')})
+        monkeypatch.setitem(sys.modules, 'san_backbones.visualize', module)
+        monkeypatch.setattr(san_backbones, 'visualize', module, raising=False)
+        noise(tmp_path / 'a.png', 64, 96)
+        model = ('attention', 'a.png', '-m', 'test_san_patchwise')
+        assert run(*model, '--pixel', '90,10', '--pixel', '3,60', '--longest', 48, '--block', '-1').stdout \
+            == 'a-footprint.png\n'
+        run(*model, '--kind', 'rollout', '--grid', 2, '--out', 'b.pdf')
+        assert data(*model, '--kind', 'features')['figure'] == 'a-features.png'
+        assert calls == [
+            ('footprint', 'SAN', False, (48, 32),
+             dict(block='-1', pixels=[(45., 5.), (1.5, 30.)], grid=None, channel=None)),
+            ('rollout', 'SAN', False, (96, 64), dict(pixels=None, grid=2)),
+            ('feature', 'SAN', False, (96, 64), {})]
+        assert all((tmp_path / name).exists() for name in ('a-footprint.png', 'b.pdf', 'a-features.png'))
+        assert 'outside of the picture' in run(*model, '--pixel', '96,10', code=2).stderr
+
+    @pytest.mark.parametrize('kind', ['footprint', 'features', 'rollout'])
+    def test_draws(self, kind, tmp_path):
+        pytest.importorskip('matplotlib', reason='needs the visualize extra')
+        pytest.importorskip('san_backbones.visualize', exc_type=ImportError)
+        noise(tmp_path / 'a.png')
+        path = run('attention', 'a.png', '-m', 'test_san_patchwise', '--kind', kind).stdout.strip()
+        drawn = np.asarray(Image.open(path))
+        assert min(drawn.shape[:2]) > 100 and drawn.std() > 5
+
+
+class TestBenchmark:
+
+    def test_rows(self, monkeypatch):
+        commands = []
+        monkeypatch.setattr(measure, 'peak_memory', lambda command, name, report: commands.append(command) or 5_000_000)
+        monkeypatch.setattr(measure, 'alternate', lambda cases, rounds, device, report: dict(
+            zip(cases, (2., 1., .5), strict=True)))
+        options = ('benchmark', 'test_san_pairwise', '--size', '32x64', '-b', 4, '--fused')
+        result = data(*options)
+        rows = [(row['model'], row['images_per_second'], row['throughput_to_resnet50']) for row in result['models']]
+        assert rows == [
+            ('resnet50', 2., 1.), ('test_san_pairwise', 4., 2.), ('test_san_pairwise, fused', 8., 4.)]
+        assert json.loads(commands[2][-1]) == dict(name='test_san_pairwise', fused=True, batch_size=4,
+                                                   image_size=[32, 64], training=False, device='cpu', threads=None)
+        assert re.search(r'test_san_pairwise +1 +4 +2\.00 +5\n', run(*options).stdout)
+
+    @pytest.mark.parametrize('how', ['--fused', '--train'])
+    def test_runs(self, how):
+        result = data('benchmark', 'test_san_pairwise', '--size', 32, '-b', 2, '--rounds', 1, '--no-memory', how)
+        rows = result['models']
+        assert len(rows) == (3 if how == '--fused' else 2) and all(row['seconds'] > 0 for row in rows)
+
+    def test_one_fails(self, monkeypatch):
+        make = measure.make
+        monkeypatch.setattr(measure, 'make', lambda name, **options: make(name, **options) if name != 'resnet50' else
+                            lambda: 1 / 0)
+        result = run('benchmark', 'test_san_pairwise', '--size', 32, '-b', 1, '--rounds', 1, '--no-memory', code=1)
+        assert re.search(r'resnet50 +- +- +- +-', result.stdout) and 'resnet50 failed' in result.stderr
+
+    @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='peak memory on the CPU is measured on Linux')
+    def test_memory(self):
+        """A model's peak holds at least its weights and its images."""
+        arguments = dict(name='test_san_pairwise', batch_size=64, image_size=[64, 64], device='cpu', threads=1)
+        peak = measure.peak_memory([sys.executable, '-m', 'san_backbones.measure', json.dumps(arguments)], 'test')
+        least = 4 * (64 * 3 * 64 * 64 + 178_000)
+        assert least < peak < 100 * least
+
+
+class TestEnv:
+
+    def test_facts(self, monkeypatch, tmp_path):
+        monkeypatch.setenv('HF_TOKEN', 'hf_secret')
+        monkeypatch.setenv('HF_ENDPOINT', 'https://someone:password@mirror.example/hub')
+        monkeypatch.setenv('HOME', str(tmp_path))
+        monkeypatch.setenv(hub.FOLDER_VARIABLE, f'{tmp_path}/weights')
+        text = run('env').stdout
+        assert re.search(rf'^torch +{re.escape(torch.__version__)}$', text, re.M)
+        assert re.search(rf'^timm +{re.escape(timm.__version__)}$', text, re.M)
+        assert re.search(r'^path reference, cpu +can run$', text, re.M)
+        assert 'https://mirror.example/hub' in text and re.search(r'^SAN_BACKBONES_WEIGHTS +~/weights$', text, re.M)
+        assert 'secret' not in text and 'password' not in text and str(tmp_path) not in text
+        assert tuple(name for name, reason in data('env')['paths']['cpu'].items() if reason is None) \
+            == san_backbones.ops.available_backends('cpu')
+
+    def test_says_why_not(self, monkeypatch):
+        from san_backbones.ops.native import library
+        monkeypatch.setattr(library, '_load', lambda: (None, 'the dog ate it'))
+        text = run('env').stdout
+        assert 'path native, cpu' in text and 'cannot run: the dog ate it' in text
+        loops = data('env')['compiled_loops']
+        assert loops['serving'] is None and loops['problem'] == 'the dog ate it'
+        assert loops['found'] == sorted(path.name for path in pathlib.Path(library.__file__).parent.glob('_*.so'))
+
+
+class TestProgram:
+
+    @pytest.mark.parametrize('columns', [80, 120])
+    @pytest.mark.parametrize('command', [
+        [], ['list'], ['info'], ['classify'], ['features'], ['attention'], ['benchmark'], ['env'],
+    ], ids=lambda command: command[0] if command else 'none')
+    def test_help_fits(self, command, columns, monkeypatch):
+        text = run(*command, '--help', env=dict(COLUMNS=str(columns), FORCE_COLOR='1', GITHUB_ACTIONS='true')).stdout
+        assert max(map(len, text.splitlines())) <= columns
+        assert 'Exit codes:\n    0  done\n    1  failed' in text or command
+
+    @pytest.mark.parametrize('command', [['list'], ['info', 'san15_patchwise']], ids=lambda command: command[0])
+    def test_tables_fit(self, command):
+        assert max(len(line) for line in run(*command).stdout.splitlines() if not line.startswith('weights ')) <= 80
+
+    def test_completes_names(self):
+        completed = run(env=dict(_SAN_BACKBONES_COMPLETE='complete_bash', COMP_WORDS='san-backbones info san15_pai',
+                                 COMP_CWORD='2'))
+        assert completed.stdout.split() == ['san15_pairwise']
+
+    def test_version(self):
+        assert run('--version').stdout == f'san-backbones {san_backbones.__version__}\n'
+
+    def test_without_typer(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, 'typer', None)
+        with pytest.raises(SystemExit, match=re.escape("pip install 'san-backbones[cli]'")):
+            cli.main()
+
+    def test_as_a_program(self):
+        """In a process of its own, whose output goes into a pipe; typer is not imported with the package."""
+        environment = {**os.environ, 'TERM': 'dumb', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+        code = ('import sys, runpy, san_backbones; assert "typer" not in sys.modules; sys.argv[1:] = ["list", "*15", '
+                '"--json"]; runpy.run_module("san_backbones", run_name="__main__", alter_sys=True)')
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and done.stderr == ''
+        assert [model['name'] for model in json.loads(done.stdout)] == ['san15']
