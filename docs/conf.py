@@ -1,5 +1,4 @@
 """Sphinx: `sphinx-build -W -n --keep-going -b html docs docs/_build`. Needs the extras mm and docs, no network."""
-import importlib.util
 import pathlib
 import re
 import sys
@@ -22,9 +21,6 @@ html_theme = 'furo'
 html_title = f'san-backbones {release}'
 default_role = 'code'
 exclude_patterns = ['_build', '_figures']
-# pages of modules that this checkout may not have
-exclude_patterns += [f'reference/{name}.md' for name in ('cli', 'export', 'visualize')
-                     if importlib.util.find_spec(f'san_backbones.{name}') is None]
 
 autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented'
@@ -35,7 +31,7 @@ napoleon_use_rtype = False
 # Objects of other packages, whose inventories would have to come from the network; ours must resolve.
 nitpick_ignore_regex = [
     ('py:.*', r'(torch|timm|mmengine|mmcv|numpy|typing|collections|pathlib|os|nn|matplotlib|PIL|typer|click)\b.*'),
-    ('py:class', r'(Tensor|optional|san_backbones\.attention\._FootprintAttention)'),
+    ('py:class', r'(Tensor|Figure|Picture|Pixels|BlockId|optional|san_backbones\.attention\._FootprintAttention)'),
 ]
 
 SECTION = re.compile(r'(Args|Arguments|Attributes|Example|Examples|Note|Raises|Returns|Yields):$')

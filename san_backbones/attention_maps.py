@@ -402,7 +402,7 @@ def attention_rollout(
         block     m'_j = s_j m_j + sum_i (1 - s_i) a_ij m_i
         max pool  m'_j = t_ij m_i, j being one of the four pixels of i
 
-    a_ij is |w_ij| summed over the weight channels (vector weights have no single value), divided by its sum over the
+    a_ij is `|w_ij|` summed over the weight channels (vector weights have no single value), divided by its sum over the
     footprint; of pairwise weights that is their mean. Neighbours beyond the border are the pixels they mirror. s_i is
     the share of the residual connection. t_ij is the share of the channels whose maximum is at j, each counting by
     that maximum. Mass is never lost: every map sums to 1.
@@ -417,9 +417,9 @@ def attention_rollout(
             classifier's average pool reads.
         block: Where to start, as for `attention_weights`; None is the last block.
         residual: Share s kept by the residual connection, 0 to 1; 0.5 is Abnar and Zuidema's. None measures it at each
-            pixel: |x| / (|x| + |f(x)|) for the block x + f(x), with Euclidean norms over the channels.
-        measure: 'weights', or 'contributions': a_ij is then the sum over the channels of |w_ij * beta(x_j)|, so that a
-            neighbour whose values are small counts little.
+            pixel: `|x| / (|x| + |f(x)|)` for the block x + f(x), with Euclidean norms over the channels.
+        measure: 'weights', or 'contributions': a_ij is then the sum over the channels of `|w_ij * beta(x_j)|`, so that
+            a neighbour whose values are small counts little.
         to: 'picture', or 'finest': stop at the input of the first block, at stride 2.
 
     Returns:

@@ -365,7 +365,7 @@ def footprint_figure(
     weights, and single weight channels. The last row is the mean over all pixels of the picture: what the block does
     everywhere, whatever it sees. For a grid: the mean weights of its pixels; how many neighbours each pixel of the
     picture uses (`effective_size`, at most k^2); and how far its weights depart from their mean over the picture,
-    |w - mean| / |mean|.
+    `|w - mean| / |mean|`.
 
     Pairwise weights are given in multiples of 1 / k^2, which average pooling would give to all. Patchwise weights have
     signs: red is positive, blue negative.
