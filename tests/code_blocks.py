@@ -152,6 +152,21 @@ def _check_config_options(words: list[str], command: str) -> None:
                 _require(part is not None, command, f'{configs[0]} has no {key} of {word}')
 
 
+def _check_own_command(words: list[str], command: str) -> None:
+    """words: [COMMAND [ARGUMENTS]] of `san-backbones`."""
+    from typer.main import get_command
+
+    from san_backbones.cli.app import app
+    found = get_command(app)
+    if words and not words[0].startswith('-'):
+        _require(words[0] in found.commands, command, f'there is no command {words[0]}')
+        found = found.commands[words.pop(0)]
+    known = {option for parameter in found.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    for word in words:
+        if word.startswith('-'):
+            _require(word.partition('=')[0] in {*known, '--help', '-h'}, command, f'there is no option {word}')
+
+
 def check_command(command: str) -> None:
     """Raises AssertionError where a command names what is not there."""
     words = shlex.split(command, comments=True)
@@ -178,7 +193,7 @@ def check_command(command: str) -> None:
             _check_options(rest[:at], _source_of_module(launcher), command)
         check_command('python ' + shlex.join(rest[at + (rest[at] == 'python'):]))
     elif program == 'san-backbones':
-        _require('san-backbones' in (ROOT / 'setup.cfg').read_text(), command, 'setup.cfg has no such command')
+        _check_own_command(rest, command)
     else:
         _require(program in ('cd', 'export', 'git', 'hf', 'mim', 'sphinx-build'), command, f'unknown program {program}')
 

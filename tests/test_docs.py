@@ -56,6 +56,7 @@ def test_every_fence_is_seen():
 @pytest.mark.parametrize('command', [
     'make no-such-target', "pip install 'san-backbones[no-such-extra]'", 'python weights/no_such_script.py',
     'python weights/convert.py --no-such-option', 'python -m san_backbones.no_such_module', 'no-such-program',
+    'san-backbones no-such-command', 'san-backbones list --no-such-option',
     'torchrun --no-such-option 2 tools/train.py CONFIG',
     'python tools/train.py mm_configs/mask_rcnn/mask-rcnn_san15-patchwise_fpn_1x_coco.py --cfg-options '
     'model.no_such_part.depth=1'])

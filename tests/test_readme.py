@@ -21,6 +21,9 @@ def folder(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('block', [b for b in BLOCKS if b.text.startswith('import timm')], ids=name)
 def test_scripts(block):
+    for module in re.findall(r'^(?:import|from) (segmentation_models_pytorch|transformers|skimage|onnxruntime)',
+                             block.text, re.M):
+        pytest.importorskip(module, reason='needs the test extra')
     run_python(block, {})
 
 
