@@ -1,4 +1,6 @@
 """Every code block of the documentation runs, and the pages are complete; see code_blocks for how blocks are run."""
+from collections import OrderedDict
+
 import pytest
 from code_blocks import ROOT, blocks, check_command, link_checkout, run_page
 
@@ -10,18 +12,26 @@ LANGUAGES = {'python', 'console', 'text', 'bibtex', 'json', 'yaml', 'toml'}
 
 
 @pytest.fixture
-def plain_configs(monkeypatch):
-    """MMEngine formats the whole config for every log and checkpoint, which takes longer than training does here."""
+def fresh_mmengine(monkeypatch):
+    """Without the loggers and visualisers of earlier tests, which would go on to write where they did.
+
+    Without formatting either: MMEngine formats the whole config for every log and checkpoint, which takes longer than
+    training does here.
+    """
     try:
-        import mmengine  # noqa: F401
+        from mmengine.utils import ManagerMixin
     except ModuleNotFoundError:
         return
+    managers = [ManagerMixin]
+    for manager in managers:
+        monkeypatch.setattr(manager, '_instance_dict', OrderedDict())
+        managers += manager.__subclasses__()
     monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **kwargs: (text, True))
 
 
 @pytest.mark.parametrize('page', [page for page in PAGES if blocks(page)],
                          ids=lambda page: page.relative_to(DOCS).as_posix())
-def test_page(page, tmp_path, monkeypatch, plain_configs):
+def test_page(page, tmp_path, monkeypatch, fresh_mmengine):
     if any(name in block.text for block in blocks(page) for name in NEEDS_MM):
         pytest.importorskip('mmdet', reason='needs the mm extra')
         pytest.importorskip('mmseg', reason='needs the mm extra')
