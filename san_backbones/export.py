@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,10 @@ from .ops import geometry, reference
 
 __all__ = ['export_onnx', 'quantize_onnx']
 
+KEEP_FLOAT = ('weight_mlp',)
+"""What int8 models keep in float32: gamma."""
+
+_logger = logging.getLogger('san_backbones')
 _END = np.iinfo(np.int64).max
 
 
@@ -215,6 +220,45 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def _simplify(model: Any) -> None:
+    """Computes once what blocks have in common, then what is constant, and names every node after its module."""
+    passes = importlib.import_module('onnx_ir.passes.common')
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)  # first, because what follows takes long where there are many nodes
+    importlib.import_module('onnxscript.optimizer').optimize(model)
+    for node in model.graph:
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get('pkg.torch.onnx.name_scopes', ''))
+        module = next((scope for scope in reversed(scopes[:-1]) if scope), '').removeprefix('model').lstrip('.')
+        node.name = f'{module}/{node.name}' if module else node.name
+        node.metadata_props.clear()  # as large as the weights of a small model
+        node.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _verify(model: nn.Module, path: pathlib.Path, sizes: Sequence[tuple[int, ...]], like: Tensor) -> None:
+    try:
+        session = importlib.import_module('onnxruntime').InferenceSession(path, providers=['CPUExecutionProvider'])
+    except ImportError:
+        _logger.info('%s is not compared with torch: onnxruntime is not installed', path)
+        return
+    tolerance = 1e-3 if like.dtype in (torch.float32, torch.float64) else 5e-2
+    for size in sizes:
+        images = torch.rand(size, dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            expected = _Flat(model)(images)
+        for output, given, wanted in zip(session.get_outputs(), session.run(None, {'images': images.cpu().numpy()}),
+                                         expected, strict=True):
+            wanted = wanted.cpu().double()
+            error = float((torch.from_numpy(given).double() - wanted).abs().max())
+            if not error <= tolerance * max(1e-6, float(wanted.abs().max())):
+                raise RuntimeError(f'{path} is wrong: for images {list(size)} onnxruntime computes {output.name} with '
+                                   f'an error of {error:.2g}, values being up to {float(wanted.abs().max()):.2g}')
+
+
 def export_onnx(
         model: nn.Module,
         path: str | os.PathLike,
@@ -265,7 +309,7 @@ def export_onnx(
     if not path.absolute().parent.is_dir():
         raise ValueError(f'there is no folder {path.absolute().parent} to write {path.name} into')
 
-    model = _Flat(copy.deepcopy(model))
+    original, model = model, _Flat(copy.deepcopy(model))
     attentions = [module for module in model.modules() if isinstance(module, _FootprintAttention)]
     if not attentions:
         raise ValueError(f'there is no SAN attention in this {type(model.model).__name__}; torch.onnx.export is for '
@@ -286,9 +330,93 @@ def export_onnx(
         names = _names(model(example), height)
         program = torch.onnx.export(
             model, (example,), dynamo=True, opset_version=opset, input_names=['images'], output_names=names,
-            dynamic_shapes=({**dims},) if dims else None, verbose=False, external_data=False,
+            dynamic_shapes=(dims,) if dims else None, verbose=False, optimize=False,
             custom_translation_table={ops.onnx_relate.default: _onnx_relate,
                                       ops.onnx_aggregate.default: _onnx_aggregate})
-    program.save(str(path))
+        _simplify(program.model)
+        program.save(str(path))
     onnx.checker.check_model(str(path), full_check=True)
+    if verify:
+        sizes = [tuple(example.shape)] if dynamic in (True, 'size') else [(batch_size, channels, height, width)]
+        if dims:
+            grown = (batch_example + 1 if 0 in dims else batch_size, *(32 * (2 in dims) + n for n in (height, width)))
+            sizes.append((grown[0], channels, *grown[1:]))
+        _verify(original, path, sizes, like)
     return path
+
+
+class _Reader:
+    """Images as onnxruntime's calibration wants them."""
+
+    def __init__(self, images: Iterable[Any], session: Any):
+        self.input, self.images, self.count = session.get_inputs()[0], iter(images), 0
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self.images, None)
+        if batch is None:
+            return None
+        batch = np.asarray(batch.detach().cpu() if isinstance(batch, Tensor) else batch)
+        wanted = [n if isinstance(n, int) else None for n in self.input.shape]
+        if batch.dtype != np.float32 or batch.ndim != 4 or any(n not in (None, m) for n, m in zip(
+                wanted, batch.shape, strict=True)):
+            raise ValueError(f'calibration images must be float32 of shape {self.input.shape}, as the model takes '
+                             f'them, got {batch.dtype} {list(batch.shape)}')
+        self.count += 1
+        return {self.input.name: batch}
+
+
+def quantize_onnx(
+        path: str | os.PathLike,
+        out: str | os.PathLike,
+        images: Iterable[Any],
+        keep_float: Sequence[str] = KEEP_FLOAT,
+        method: str = 'minmax',
+        reduce_range: bool = True,
+) -> pathlib.Path:
+    """Quantises a float32 file of `export_onnx` to int8 after training (onnxruntime, static, QDQ form).
+
+    Linear maps (1x1 convolutions, the classifier) take uint8 activations and int8 weights, with one scale per output
+    channel; all between them, softmax and aggregation above all, stays float32.
+
+    Args:
+        path: The float32 file.
+        out: The int8 file to write.
+        images: Batches (N, C, H, W) for calibration, float32, normalised as the model expects; tensors or arrays. Some
+            hundred pictures like those of use serve.
+        keep_float: Linear maps whose names contain one of these stay float32; () quantises all.
+        method: How ranges of activations are taken: 'minmax', 'entropy' or 'percentile'.
+        reduce_range: Weights in 7 bits, so that processors without VNNI do not saturate 16-bit sums.
+
+    Returns:
+        The path of the int8 file.
+
+    Raises:
+        ImportError: onnxruntime is missing; the message says what to install.
+        ValueError: There are no images, or they are not what the model takes; no linear map is left to quantise.
+    """
+    _need('onnx', 'onnxruntime', 'onnxruntime.quantization')
+    import onnx
+    from onnxruntime import InferenceSession
+    from onnxruntime import quantization as q
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    methods = {'minmax': q.CalibrationMethod.MinMax, 'entropy': q.CalibrationMethod.Entropy,
+               'percentile': q.CalibrationMethod.Percentile}
+    if method not in methods:
+        raise ValueError(f'method must be one of {", ".join(map(repr, methods))}, got {method!r}')
+    path, out = pathlib.Path(path), pathlib.Path(out)
+    if not path.is_file():
+        raise ValueError(f'there is no file {path} to quantise: write it with export_onnx first')
+    reader = _Reader(images, InferenceSession(path, providers=['CPUExecutionProvider']))
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        prepared = pathlib.Path(folder) / 'prepared.onnx'
+        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)  # norms go into the maps before them
+        maps = [node.name for node in onnx.load(prepared).graph.node if node.op_type in ('Conv', 'Gemm')]
+        chosen = [name for name in maps if not any(word in name for word in keep_float)]
+        if not chosen:
+            raise ValueError(f'keep_float={tuple(keep_float)!r} leaves none of the {len(maps)} linear maps of {path} to '
+                             'quantise')
+        q.quantize_static(
+            str(prepared), str(out), reader, quant_format=q.QuantFormat.QDQ, per_channel=True,
+            reduce_range=reduce_range, op_types_to_quantize=['Conv', 'Gemm'], nodes_to_quantize=chosen,
+            activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, calibrate_method=methods[method])
+    return out
