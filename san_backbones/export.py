@@ -294,7 +294,9 @@ def export_onnx(
         RuntimeError: What onnxruntime computes differs from what torch computes.
     """
     onnx, _ = _need('onnx', 'onnxscript')
-    height, width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if not isinstance(image_size, int) and (not isinstance(image_size, Sequence) or len(image_size) != 2):
+        raise ValueError(f'image_size must be an integer or (height, width), got {image_size!r}')
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     for name, value in dict(height=height, width=width, batch_size=batch_size).items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f'image_size and batch_size must be positive integers, got {name} {value!r}')
@@ -322,9 +324,9 @@ def export_onnx(
     example = torch.rand(batch_example, channels, height, width, dtype=like.dtype, device=like.device)
     dims: dict[int, Any] = {}
     if dynamic in (True, 'batch'):
-        dims[0] = torch.export.Dim.DYNAMIC
+        dims[0] = 'batch'
     if dynamic in (True, 'size'):
-        dims.update({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
+        dims.update({2: 'height', 3: 'width'})
     ops = torch.ops.san_backbones
     with torch.no_grad(), _quiet():
         names = _names(model(example), height)
@@ -354,6 +356,8 @@ class _Reader:
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self.images, None)
         if batch is None:
+            if self.count == 0:
+                raise ValueError('there are no calibration images: give at least one batch')
             return None
         batch = np.asarray(batch.detach().cpu() if isinstance(batch, Tensor) else batch)
         wanted = [n if isinstance(n, int) else None for n in self.input.shape]
