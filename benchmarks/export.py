@@ -5,11 +5,11 @@
     python benchmarks/export.py accuracy --data FOLDER --pretrained       # where ImageNet weights are to be had
     python benchmarks/export.py accuracy --data FOLDER --checkpoint FILE  # any weights for the classes of FOLDER
 
-The errors of features are medians over the pictures. The patchwise form has no softmax: a picture unlike those of a short
-training can grow from block to block until float32 overflows, in torch as in the file; such pictures are counted.
-
-FOLDER holds train/CLASS/*.jpg and val/CLASS/*.jpg. Calibration sees training pictures only. Pretrained weights bring no
-classifier for other classes: a linear one is fitted by ridge regression to the pooled features of the training pictures.
+FOLDER holds train/CLASS/*.jpg and val/CLASS/*.jpg. Calibration sees training pictures only. Pretrained weights bring
+no classifier for other classes: a linear one is fitted by ridge regression to the pooled features of the training
+pictures. The errors of features are medians over the pictures. The patchwise form has no softmax: a picture unlike
+those of a short training can grow from block to block until float32 overflows, in torch as in the file; such pictures
+are counted.
 """
 import pathlib
 import sys
@@ -166,14 +166,15 @@ def accuracy(options):
         fit_classifier(model, train_images, train_labels)
     calibration = train_images[torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))[:128]]
     with torch.inference_mode():
-        expected = [torch.cat(parts) for parts in zip(*(Scores(model)(batch) for batch in images.split(32)))]
+        scores = [Scores(model)(batch) for batch in images.split(32)]
+    expected = [torch.cat(parts) for parts in zip(*scores, strict=True)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         export_onnx(Scores(model).eval(), folder / 'float32.onnx', options.size, 32, dynamic='batch')
         kept = san_backbones.export.KEEP_FLOAT
-        kinds = {'float32': None, 'int8': dict(), 'int8, 8-bit weights': dict(reduce_range=False), 'int8, gamma too': dict(keep_float=()),
-                 'int8, classifier float': dict(keep_float=(*kept, 'head')),
+        kinds = {'float32': None, 'int8': dict(), 'int8, 8-bit weights': dict(reduce_range=False),
+                 'int8, gamma too': dict(keep_float=()), 'int8, classifier float': dict(keep_float=(*kept, 'head')),
                  'int8, stem float': dict(keep_float=(*kept, 'stem'))}
         for kind, arguments in kinds.items():
             path = folder / 'float32.onnx'
@@ -181,7 +182,7 @@ def accuracy(options):
                 path = quantize_onnx(path, folder / 'int8.onnx', calibration.split(32), **arguments)
             run = session(path)
             parts = [run.run(None, {'images': batch.numpy()}) for batch in images.split(32)]
-            logits, features = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts))
+            logits, features = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
             correct, wanted = logits.argmax(1) == labels, expected[1]
             error = (features - wanted).norm(dim=1) / wanted.norm(dim=1)
             rows.append(dict(

@@ -81,14 +81,17 @@ def _(logits, value, pairwise, kernel_size, dilation):
 
 # The same in ONNX. Sizes that are fixed become constants when the runtime loads the graph.
 
+def _operators() -> Any:
+    return importlib.import_module('onnxscript').opset18
+
+
 def _int(*values: int) -> Any:
-    from onnxscript import opset18 as op
-    return op.Constant(value_ints=values)
+    return _operators().Constant(value_ints=values)
 
 
 def _source(size: Any, pad: int) -> Any:
     """`geometry.reflection_index` of an axis of `size` (1,): (size + 2 pad,)."""
-    from onnxscript import opset18 as op
+    op = _operators()
     period = op.Max(op.Mul(op.Sub(size, _int(1)), _int(2)), _int(1))
     last = op.Squeeze(op.Add(size, _int(2 * pad)))
     place = op.Range(op.Constant(value_int=0), last, op.Constant(value_int=1))
@@ -101,7 +104,7 @@ def _columns(x: Any, kernel_size: int, dilation: int) -> list[Any]:
 
     Runtimes copy rows fast, and gather single numbers, transpose and concatenate slowly.
     """
-    from onnxscript import opset18 as op
+    op = _operators()
     height = op.Shape(x, start=2, end=3)
     pad, reach = geometry.padding(kernel_size, dilation), dilation * (kernel_size - 1)
     steps = op.Constant(value=_tensor(np.arange(kernel_size)[:, None] * dilation))
@@ -119,13 +122,13 @@ def _tensor(array: np.ndarray) -> Any:
 
 def _footprint(x: Any, channels: int, kernel_size: int, dilation: int) -> Any:
     """(N, C, k * k, H * W)."""
-    from onnxscript import opset18 as op
+    op = _operators()
     columns = [op.Unsqueeze(column, _int(3)) for column in _columns(x, kernel_size, dilation)]
     return op.Reshape(op.Concat(*columns, axis=3), _int(0, channels, kernel_size ** 2, -1))
 
 
 def _onnx_relate(query, key, place, pairwise, relation, position, kernel_size, dilation):
-    from onnxscript import opset18 as op
+    op = _operators()
     channels, area = query.shape[1], kernel_size ** 2
     neighbours = _footprint(key, channels, kernel_size, dilation)
     centre = op.Reshape(query, _int(0, channels, 1, -1))
@@ -154,7 +157,7 @@ def _onnx_relate(query, key, place, pairwise, relation, position, kernel_size, d
 
 def _onnx_aggregate(logits, value, pairwise, kernel_size, dilation):
     """k columns instead of k x k neighbours at a time; the softmax is divided in the end."""
-    from onnxscript import opset18 as op
+    op = _operators()
     area, channels = kernel_size ** 2, value.shape[1]
     weight_channels = logits.shape[1] // (1 if pairwise else area)
     shares = channels // weight_channels
@@ -239,7 +242,7 @@ def _simplify(model: Any) -> None:
     model.metadata_props.clear()
 
 
-def _verify(model: nn.Module, path: pathlib.Path, sizes: Sequence[tuple[int, ...]], like: Tensor) -> None:
+def _verify(model: nn.Module, path: pathlib.Path, sizes: Iterable[tuple[int, ...]], like: Tensor) -> None:
     try:
         session = importlib.import_module('onnxruntime').InferenceSession(path, providers=['CPUExecutionProvider'])
     except ImportError:
@@ -311,7 +314,7 @@ def export_onnx(
     if not path.absolute().parent.is_dir():
         raise ValueError(f'there is no folder {path.absolute().parent} to write {path.name} into')
 
-    original, model = model, _Flat(copy.deepcopy(model))
+    original, model = model, _Flat(copy.deepcopy(model)).eval()
     attentions = [module for module in model.modules() if isinstance(module, _FootprintAttention)]
     if not attentions:
         raise ValueError(f'there is no SAN attention in this {type(model.model).__name__}; torch.onnx.export is for '
@@ -335,14 +338,14 @@ def export_onnx(
             dynamic_shapes=(dims,) if dims else None, verbose=False, optimize=False,
             custom_translation_table={ops.onnx_relate.default: _onnx_relate,
                                       ops.onnx_aggregate.default: _onnx_aggregate})
+        assert program is not None  # torch's own None is that of the exporter before this one
         _simplify(program.model)
         program.save(str(path))
     onnx.checker.check_model(str(path), full_check=True)
     if verify:
-        sizes = [tuple(example.shape)] if dynamic in (True, 'size') else [(batch_size, channels, height, width)]
-        if dims:
-            grown = (batch_example + 1 if 0 in dims else batch_size, *(32 * (2 in dims) + n for n in (height, width)))
-            sizes.append((grown[0], channels, *grown[1:]))
+        more = 32 if 2 in dims else 0
+        sizes = {(batch_size, channels, height, width),
+                 (batch_size + (1 if 0 in dims else 0), channels, height + more, width + more)}
         _verify(original, path, sizes, like)
     return path
 
@@ -417,8 +420,8 @@ def quantize_onnx(
         maps = [node.name for node in onnx.load(prepared).graph.node if node.op_type in ('Conv', 'Gemm')]
         chosen = [name for name in maps if not any(word in name for word in keep_float)]
         if not chosen:
-            raise ValueError(f'keep_float={tuple(keep_float)!r} leaves none of the {len(maps)} linear maps of {path} to '
-                             'quantise')
+            raise ValueError(f'keep_float={tuple(keep_float)!r} leaves none of the {len(maps)} linear maps of {path} '
+                             'to quantise')
         q.quantize_static(
             str(prepared), str(out), reader, quant_format=q.QuantFormat.QDQ, per_channel=True,
             reduce_range=reduce_range, op_types_to_quantize=['Conv', 'Gemm'], nodes_to_quantize=chosen,

@@ -4,7 +4,6 @@ import sys
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -51,7 +50,7 @@ def as_list(outputs):
 def assert_equal(actual, expected):
     actual, expected = as_list(actual), as_list(expected)
     assert len(actual) == len(expected)
-    for a, b in zip(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(torch.as_tensor(a), b, rtol=1e-4, atol=1e-5)
 
 
@@ -63,7 +62,7 @@ class TestCompile:
     def fresh(self):
         torch.compiler.reset()
 
-    @pytest.mark.parametrize('form, features', zip(FORMS, (True, False)))
+    @pytest.mark.parametrize('form, features', [('pairwise', True), ('patchwise', False)])
     def test_sizes_left_open(self, form, features):
         model = small(form, features, depths=(0, 1))
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend='eager')
@@ -75,7 +74,7 @@ class TestCompile:
     @pytest.mark.parametrize('form', FORMS)
     def test_training_steps(self, form, norms):
         """Two steps, so that what the first wrote counts: weights, and statistics unless these are frozen."""
-        results, fresh = [], small(form, features=True)
+        results, fresh = [], small(form, features=True, depths=(0, 1))
         for compiling in (False, True):
             model = copy.deepcopy(fresh).train()
             if norms == 'frozen':
@@ -224,11 +223,12 @@ class TestOnnx:
     @pytest.mark.parametrize('package', ['onnx', 'onnxscript'])
     def test_missing_packages_are_named(self, package, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(ImportError, match=rf"'{package}', which is not installed: pip install 'san-backbones\[onnx\]'"):
+        with pytest.raises(ImportError, match=rf"'{package}', which is not .*pip install 'san-backbones\[onnx\]'"):
             export_onnx(small('patchwise'), tmp_path / 'model.onnx')
 
     def test_other_norms(self, tmp_path):
-        model = small('pairwise', depths=(0, 1), norm_layer=lambda channels, **kwargs: nn.GroupNorm(1, channels, **kwargs))
+        model = small('pairwise', depths=(0, 1),
+                      norm_layer=lambda channels, **kwargs: nn.GroupNorm(1, channels, **kwargs))
         path = export_onnx(model, tmp_path / 'model.onnx', 16, dynamic='size')
         assert_equal(run(path, pictures(1, 3, 9, 14)), model(pictures(1, 3, 9, 14)))
 
