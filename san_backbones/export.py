@@ -1,0 +1,429 @@
+"""ONNX files of the models, and their int8 form.
+
+torch.export and torch.onnx.export take the models as they are, and see the plain definition of the attention: gathers
+with a k x k axis, at fixed sizes only where ONNX is concerned. `export_onnx` writes the two steps of the attention that
+look at footprints, relation and aggregation, in the operators that runtimes of ONNX graphs are quick at, at any size;
+everything else, gamma among it, is what torch translates.
+"""
+import copy
+import functools
+import importlib
+import logging
+import math
+import os
+import pathlib
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .attention import _FootprintAttention
+from .ops import geometry, reference
+
+__all__ = ['export_onnx', 'quantize_onnx']
+
+KEEP_FLOAT = ('weight_mlp',)
+"""What int8 models keep in float32: gamma."""
+
+_logger = logging.getLogger('san_backbones')
+_END = np.iinfo(np.int64).max
+
+
+def _need(*packages: str) -> list[Any]:
+    """The packages, or an error that says how to get them."""
+    try:
+        return [importlib.import_module(package) for package in packages]
+    except ImportError as error:
+        raise ImportError(f"ONNX files need the package {error.name!r}, which is not installed: "
+                          "pip install 'san-backbones[onnx]'") from error
+
+
+# The two steps as torch.export sees them: one operator each, whose sizes are plain. Their result is the definition's.
+
+@torch.library.custom_op('san_backbones::onnx_relate', mutates_args=())
+def _relate(query: Tensor, key: Tensor, place: Tensor | None, pairwise: bool, relation: str, position: str,
+            kernel_size: int, dilation: int) -> Tensor:
+    """`reference.relate` of maps that are not padded, pixels in one axis: (N, width, P, H * W)."""
+    pad = geometry.padding(kernel_size, dilation)
+    return reference.relate(
+        geometry.reflect_pad(query, pad) if relation == 'clique' else query, geometry.reflect_pad(key, pad), place,
+        None if place is None else geometry.reflect_pad(place, pad), pairwise, relation, position, kernel_size,
+        dilation).flatten(3)
+
+
+@torch.library.custom_op('san_backbones::onnx_aggregate', mutates_args=())
+def _aggregate(logits: Tensor, value: Tensor, pairwise: bool, kernel_size: int, dilation: int) -> Tensor:
+    """`reference.aggregate` of a value that is not padded, pixels of the logits in one axis."""
+    padded = geometry.reflect_pad(value, geometry.padding(kernel_size, dilation))
+    return reference.aggregate(logits.unflatten(3, list(value.shape[2:])), padded, pairwise, kernel_size, dilation)
+
+
+@_relate.register_fake
+def _(query, key, place, pairwise, relation, position, kernel_size, dilation):
+    area, channels = kernel_size ** 2, query.shape[1]
+    if pairwise:
+        width = {'dot': 1, 'concatenation': 2 * channels}.get(relation, channels) + (0 if place is None else 2)
+    else:
+        width = {'star': area, 'clique': area ** 2}.get(relation, channels * (area + 1))
+    return query.new_empty((query.shape[0], width, area if pairwise else 1, query.shape[2] * query.shape[3]))
+
+
+@_aggregate.register_fake
+def _(logits, value, pairwise, kernel_size, dilation):
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
+# The same in ONNX. Sizes that are fixed become constants when the runtime loads the graph.
+
+def _operators() -> Any:
+    return importlib.import_module('onnxscript').opset18
+
+
+def _int(*values: int) -> Any:
+    return _operators().Constant(value_ints=values)
+
+
+def _source(size: Any, pad: int) -> Any:
+    """`geometry.reflection_index` of an axis of `size` (1,): (size + 2 pad,)."""
+    op = _operators()
+    period = op.Max(op.Mul(op.Sub(size, _int(1)), _int(2)), _int(1))
+    last = op.Squeeze(op.Add(size, _int(2 * pad)))
+    place = op.Range(op.Constant(value_int=0), last, op.Constant(value_int=1))
+    place = op.Mod(op.Add(place, op.Mul(op.Sub(period, _int(1)), _int(pad))), period)
+    return op.Min(place, op.Sub(period, place))
+
+
+def _columns(x: Any, kernel_size: int, dilation: int) -> list[Any]:
+    """The footprint of every pixel of x (N, C, H, W), column by column: k of (N, C, k, H, W).
+
+    Runtimes copy rows fast, and gather single numbers, transpose and concatenate slowly.
+    """
+    op = _operators()
+    height = op.Shape(x, start=2, end=3)
+    pad, reach = geometry.padding(kernel_size, dilation), dilation * (kernel_size - 1)
+    steps = op.Constant(value=_tensor(np.arange(kernel_size)[:, None] * dilation))
+    below = op.Range(op.Constant(value_int=0), op.Squeeze(height), op.Constant(value_int=1))
+    rows = op.Gather(_source(height, pad), op.Add(steps, below), axis=0)  # (k, H)
+    padded = op.Gather(op.Gather(x, _source(op.Shape(x, start=3, end=4), pad), axis=3), rows, axis=2)
+    return [op.Slice(padded, _int(b * dilation), _int(b * dilation - reach or _END), _int(4))
+            for b in range(kernel_size)]
+
+
+def _tensor(array: np.ndarray) -> Any:
+    import onnx
+    return onnx.numpy_helper.from_array(np.ascontiguousarray(array, dtype=np.int64))
+
+
+def _footprint(x: Any, channels: int, kernel_size: int, dilation: int) -> Any:
+    """(N, C, k * k, H * W)."""
+    op = _operators()
+    columns = [op.Unsqueeze(column, _int(3)) for column in _columns(x, kernel_size, dilation)]
+    return op.Reshape(op.Concat(*columns, axis=3), _int(0, channels, kernel_size ** 2, -1))
+
+
+def _onnx_relate(query, key, place, pairwise, relation, position, kernel_size, dilation):
+    op = _operators()
+    channels, area = query.shape[1], kernel_size ** 2
+    neighbours = _footprint(key, channels, kernel_size, dilation)
+    centre = op.Reshape(query, _int(0, channels, 1, -1))
+    if not pairwise:
+        if relation == 'concatenation':
+            return op.Concat(centre, op.Reshape(neighbours, _int(0, channels * area, 1, -1)), axis=1)
+        if relation == 'star':
+            return op.Reshape(op.ReduceSum(op.Mul(centre, neighbours), _int(1), keepdims=0), _int(0, area, 1, -1))
+        queries = op.Unsqueeze(_footprint(query, channels, kernel_size, dilation), _int(3))
+        products = op.ReduceSum(op.Mul(queries, op.Unsqueeze(neighbours, _int(2))), _int(1), keepdims=0)
+        return op.Reshape(products, _int(0, area ** 2, 1, -1))
+    if relation == 'concatenation':
+        features = op.Concat(op.Expand(centre, op.Shape(neighbours)), neighbours, axis=1)
+    else:
+        features = {'subtraction': op.Sub, 'summation': op.Add}.get(relation, op.Mul)(centre, neighbours)
+        if relation == 'dot':
+            features = op.ReduceSum(features, _int(1), keepdims=1)
+    if place is None:
+        return features
+    others = _footprint(place, 2, kernel_size, dilation)
+    offset = others if position == 'absolute' else op.Sub(op.Reshape(place, _int(0, 2, 1, -1)), others)
+    offset = op.CastLike(offset, features)
+    shape = op.Concat(op.Shape(features, start=0, end=1), _int(1, 1, 1), axis=0)
+    return op.Concat(features, op.Expand(offset, shape), axis=1)
+
+
+def _onnx_aggregate(logits, value, pairwise, kernel_size, dilation):
+    """k columns instead of k x k neighbours at a time; the softmax is divided in the end."""
+    op = _operators()
+    area, channels = kernel_size ** 2, value.shape[1]
+    weight_channels = logits.shape[1] // (1 if pairwise else area)
+    shares = channels // weight_channels
+    if pairwise:
+        logits = op.Exp(op.Sub(logits, op.ReduceMax(logits, _int(2), keepdims=1)))
+        total = op.Unsqueeze(op.ReduceSum(logits, _int(2), keepdims=0), _int(1))
+    weights = op.Reshape(logits, _int(0, 1, weight_channels, kernel_size, kernel_size, -1))
+    output = None
+    for b, column in enumerate(_columns(value, kernel_size, dilation)):
+        weight = op.Gather(weights, op.Constant(value_int=b), axis=4)
+        column = op.Reshape(column, _int(0, shares, weight_channels, kernel_size, -1))
+        part = op.ReduceSum(op.Mul(column, weight), _int(3), keepdims=0)
+        output = part if output is None else op.Add(output, part)
+    if pairwise:
+        output = op.Div(output, total)
+    return op.Reshape(output, op.Shape(value))
+
+
+def _forward(self: _FootprintAttention, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
+    """What an attention runs while its ONNX graph is made."""
+    logits = self.weight_mlp(_relate(
+        query, key, place, self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation))
+    return _aggregate(logits, value, self.is_pairwise, self.kernel_size, self.dilation)
+
+
+class _Flat(nn.Module):
+    """The model with its outputs as a tuple of tensors."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(images)
+        if isinstance(outputs, Tensor):
+            return (outputs,)
+        return tuple(outputs.values() if isinstance(outputs, Mapping) else outputs)
+
+
+def _names(outputs: Sequence[Tensor], height: int) -> list[str]:
+    """'logits' or 'features' for vectors and scores, features_STRIDE for maps, numbered where strides repeat."""
+    names: list[str] = []
+    for output in outputs:
+        name = 'logits' if output.dim() < 3 else f'features_{2 ** round(math.log2(height / output.shape[-2]))}'
+        count = sum(other == name or other.startswith(name + '_') for other in names)
+        names.append(f'{name}_{count + 1}' if count else name)
+    return names
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's advice on things that it does itself."""
+    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript', 'onnx_ir')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _simplify(model: Any) -> None:
+    """Computes once what blocks have in common, then what is constant, and names every node after its module."""
+    passes = importlib.import_module('onnx_ir.passes.common')
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)  # first, because what follows takes long where there are many nodes
+    importlib.import_module('onnxscript.optimizer').optimize(model)
+    for node in model.graph:
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get('pkg.torch.onnx.name_scopes', ''))
+        module = next((scope for scope in reversed(scopes[:-1]) if scope), '').removeprefix('model').lstrip('.')
+        node.name = f'{module}/{node.name}' if module else node.name
+        node.metadata_props.clear()  # as large as the weights of a small model
+        node.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _verify(model: nn.Module, path: pathlib.Path, sizes: Iterable[tuple[int, ...]], like: Tensor) -> None:
+    try:
+        session = importlib.import_module('onnxruntime').InferenceSession(path, providers=['CPUExecutionProvider'])
+    except ImportError:
+        _logger.info('%s is not compared with torch: onnxruntime is not installed', path)
+        return
+    tolerance = 1e-3 if like.dtype in (torch.float32, torch.float64) else 5e-2
+    for size in sizes:
+        images = torch.rand(size, dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            expected = _Flat(model)(images)
+        for output, given, wanted in zip(session.get_outputs(), session.run(None, {'images': images.cpu().numpy()}),
+                                         expected, strict=True):
+            wanted = wanted.cpu().double()
+            error = float((torch.from_numpy(given).double() - wanted).abs().max())
+            if not error <= tolerance * max(1e-6, float(wanted.abs().max())):
+                raise RuntimeError(f'{path} is wrong: for images {list(size)} onnxruntime computes {output.name} with '
+                                   f'an error of {error:.2g}, values being up to {float(wanted.abs().max()):.2g}')
+
+
+def export_onnx(
+        model: nn.Module,
+        path: str | os.PathLike,
+        image_size: int | tuple[int, int] = 224,
+        batch_size: int = 1,
+        dynamic: bool | str = True,
+        opset: int = 18,
+        verify: bool = True,
+) -> pathlib.Path:
+    """Writes a model as an ONNX file.
+
+    The input is `images`, (N, in_chans, H, W), in the dtype of the model. The output of a classifier is `logits`; maps
+    are `features_STRIDE`, `features_4` for instance, and `features_8`, `features_8_2`, ... where strides repeat.
+
+    Args:
+        model: A SAN, its features_only form, a SANBackbone, or anything around one that maps images to tensors; in eval
+            mode. It stays as it is.
+        path: The file to write.
+        image_size: Side of the images in pixels, or (height, width). Where sizes stay open, those of the example that
+            the graph is made with.
+        batch_size: Images of a batch, alike.
+        dynamic: What stays open: True for batch, height and width, 'batch', 'size' (height and width), or False.
+        opset: Version of the ONNX operators, 18 or later.
+        verify: Compare with torch at the size of the example, if onnxruntime is installed, and at another where sizes
+            are open.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ImportError: onnx or onnxscript are missing; the message says what to install.
+        ValueError: An argument is out of range, the model is in training mode, or it has no SAN attention.
+        RuntimeError: What onnxruntime computes differs from what torch computes.
+    """
+    onnx, _ = _need('onnx', 'onnxscript')
+    if not isinstance(image_size, int) and (not isinstance(image_size, Sequence) or len(image_size) != 2):
+        raise ValueError(f'image_size must be an integer or (height, width), got {image_size!r}')
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    for name, value in dict(height=height, width=width, batch_size=batch_size).items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f'image_size and batch_size must be positive integers, got {name} {value!r}')
+    if dynamic not in (True, False, 'batch', 'size'):
+        raise ValueError(f"dynamic must be True, False, 'batch' or 'size', got {dynamic!r}")
+    if not isinstance(opset, int) or opset < 18:
+        raise ValueError(f'opset must be an integer of at least 18, got {opset!r}')
+    in_training = [name or 'the model itself' for name, module in model.named_modules() if module.training]
+    if in_training:
+        raise ValueError(f'an ONNX file is for inference, and {in_training[0]} is in training mode: call model.eval()')
+    path = pathlib.Path(path)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f'there is no folder {path.absolute().parent} to write {path.name} into')
+
+    original, model = model, _Flat(copy.deepcopy(model)).eval()
+    attentions = [module for module in model.modules() if isinstance(module, _FootprintAttention)]
+    if not attentions:
+        raise ValueError(f'there is no SAN attention in this {type(model.model).__name__}; torch.onnx.export is for '
+                         'other models')
+    for attention in attentions:
+        attention._forward_operators = functools.partial(_forward, attention)
+    like = attentions[0].query.weight
+    channels = next(p.shape[1] for p in model.parameters() if p.dim() == 4)
+    batch_example = batch_size if dynamic in (False, 'size') else max(2, batch_size)  # torch.export fixes sizes of one
+    example = torch.rand(batch_example, channels, height, width, dtype=like.dtype, device=like.device)
+    dims: dict[int, Any] = {}
+    if dynamic in (True, 'batch'):
+        dims[0] = 'batch'
+    if dynamic in (True, 'size'):
+        dims.update({2: 'height', 3: 'width'})
+    ops = torch.ops.san_backbones
+    with torch.no_grad(), _quiet():
+        names = _names(model(example), height)
+        program = torch.onnx.export(
+            model, (example,), dynamo=True, opset_version=opset, input_names=['images'], output_names=names,
+            dynamic_shapes=(dims,) if dims else None, verbose=False, optimize=False,
+            custom_translation_table={ops.onnx_relate.default: _onnx_relate,
+                                      ops.onnx_aggregate.default: _onnx_aggregate})
+        assert program is not None  # torch's own None is that of the exporter before this one
+        _simplify(program.model)
+        program.save(str(path))
+    onnx.checker.check_model(str(path), full_check=True)
+    if verify:
+        more = 32 if 2 in dims else 0
+        sizes = {(batch_size, channels, height, width),
+                 (batch_size + (1 if 0 in dims else 0), channels, height + more, width + more)}
+        _verify(original, path, sizes, like)
+    return path
+
+
+class _Reader:
+    """Images as onnxruntime's calibration wants them."""
+
+    def __init__(self, images: Iterable[Any], session: Any):
+        self.input, self.images, self.count = session.get_inputs()[0], iter(images), 0
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self.images, None)
+        if batch is None:
+            if self.count == 0:
+                raise ValueError('there are no calibration images: give at least one batch')
+            return None
+        batch = np.asarray(batch.detach().cpu() if isinstance(batch, Tensor) else batch)
+        wanted = [n if isinstance(n, int) else None for n in self.input.shape]
+        if batch.dtype != np.float32 or batch.ndim != 4 or any(n not in (None, m) for n, m in zip(
+                wanted, batch.shape, strict=True)):
+            raise ValueError(f'calibration images must be float32 of shape {self.input.shape}, as the model takes '
+                             f'them, got {batch.dtype} {list(batch.shape)}')
+        self.count += 1
+        return {self.input.name: batch}
+
+
+def quantize_onnx(
+        path: str | os.PathLike,
+        out: str | os.PathLike,
+        images: Iterable[Any],
+        keep_float: Sequence[str] = KEEP_FLOAT,
+        method: str = 'minmax',
+        reduce_range: bool = True,
+) -> pathlib.Path:
+    """Quantises a float32 file of `export_onnx` to int8 after training (onnxruntime, static, QDQ form).
+
+    Linear maps (1x1 convolutions, the classifier) take uint8 activations and int8 weights, with one scale per output
+    channel; all between them, softmax and aggregation above all, stays float32.
+
+    Args:
+        path: The float32 file.
+        out: The int8 file to write.
+        images: Batches (N, C, H, W) for calibration, float32, normalised as the model expects; tensors or arrays. Some
+            hundred pictures like those of use serve.
+        keep_float: Linear maps whose names contain one of these stay float32; () quantises all.
+        method: How ranges of activations are taken: 'minmax', 'entropy' or 'percentile'.
+        reduce_range: Weights in 7 bits, so that processors without VNNI do not saturate 16-bit sums.
+
+    Returns:
+        The path of the int8 file.
+
+    Raises:
+        ImportError: onnxruntime is missing; the message says what to install.
+        ValueError: There are no images, or they are not what the model takes; no linear map is left to quantise.
+    """
+    _need('onnx', 'onnxruntime', 'onnxruntime.quantization')
+    import onnx
+    from onnxruntime import InferenceSession
+    from onnxruntime import quantization as q
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    methods = {'minmax': q.CalibrationMethod.MinMax, 'entropy': q.CalibrationMethod.Entropy,
+               'percentile': q.CalibrationMethod.Percentile}
+    if method not in methods:
+        raise ValueError(f'method must be one of {", ".join(map(repr, methods))}, got {method!r}')
+    path, out = pathlib.Path(path), pathlib.Path(out)
+    if not path.is_file():
+        raise ValueError(f'there is no file {path} to quantise: write it with export_onnx first')
+    reader = _Reader(images, InferenceSession(path, providers=['CPUExecutionProvider']))
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        prepared = pathlib.Path(folder) / 'prepared.onnx'
+        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)  # norms go into the maps before them
+        maps = [node.name for node in onnx.load(prepared).graph.node if node.op_type in ('Conv', 'Gemm')]
+        chosen = [name for name in maps if not any(word in name for word in keep_float)]
+        if not chosen:
+            raise ValueError(f'keep_float={tuple(keep_float)!r} leaves none of the {len(maps)} linear maps of {path} '
+                             'to quantise')
+        q.quantize_static(
+            str(prepared), str(out), reader, quant_format=q.QuantFormat.QDQ, per_channel=True,
+            reduce_range=reduce_range, op_types_to_quantize=['Conv', 'Gemm'], nodes_to_quantize=chosen,
+            activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, calibrate_method=methods[method])
+    return out

@@ -1,0 +1,292 @@
+"""Programs and files made of the models: torch.compile, torch.export, ONNX, int8; all against the model itself."""
+import copy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import san_backbones
+from san_backbones import SAN, PairwiseAttention, PatchwiseAttention
+from san_backbones.export import export_onnx, quantize_onnx
+
+FORMS = ('pairwise', 'patchwise')
+
+
+def settle(model, seed=0):
+    """The model in eval mode, its norms and weights away from where they begin."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5),
+                                    (module.running_var, 0.5)):
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                spread = module.weight[0].numel() ** -0.5
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * spread)
+    return model.eval()
+
+
+def small(form, features=False, **kwargs):
+    """Two stages, strides 2 and 4, the second as wide as its footprint reaches."""
+    options = dict(attention=form, depths=(1, 1), widths=(32, 64), kernel_sizes=(3, 5), stem_width=16, num_classes=5)
+    model = settle(SAN(**{**options, **kwargs}))
+    if not features:
+        return model
+    from timm.models import FeatureListNet
+    return FeatureListNet(model, out_indices=(0, 1), flatten_sequential=True).eval()
+
+
+def pictures(*size, seed=1):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def as_list(outputs):
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def assert_equal(actual, expected):
+    actual, expected = as_list(actual), as_list(expected)
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(a), b, rtol=1e-4, atol=1e-5)
+
+
+SIZES = ((1, 3, 16, 16), (3, 3, 13, 22), (2, 3, 31, 9))
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch.compiler.reset()
+
+    @pytest.mark.parametrize('form, features', [('pairwise', True), ('patchwise', False)])
+    def test_sizes_left_open(self, form, features):
+        model = small(form, features, depths=(0, 1))
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend='eager')
+        with torch.no_grad():
+            for size in SIZES:
+                assert_equal(compiled(pictures(*size)), model(pictures(*size)))
+
+    @pytest.mark.parametrize('norms', ['batch', 'frozen'])
+    @pytest.mark.parametrize('form', FORMS)
+    def test_training_steps(self, form, norms):
+        """Two steps, so that what the first wrote counts: weights, and statistics unless these are frozen."""
+        results, fresh = [], small(form, features=True, depths=(0, 1))
+        for compiling in (False, True):
+            model = copy.deepcopy(fresh).train()
+            if norms == 'frozen':
+                for module in model.modules():
+                    if isinstance(module, nn.BatchNorm2d):
+                        module.eval()
+            run = torch.compile(model, fullgraph=True, backend='aot_eager') if compiling else model
+            optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+            losses = []
+            for step in range(2):
+                loss = sum(f.square().mean() for f in run(pictures(2, 3, 16, 20, seed=step)))
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                losses.append(loss.detach())
+            results.append((losses, model.state_dict()))
+        (losses, state), (compiled_losses, compiled_state) = results
+        torch.testing.assert_close(compiled_losses, losses, rtol=1e-4, atol=1e-5)
+        assert losses[0] != losses[1]
+        torch.testing.assert_close(dict(compiled_state), dict(state), rtol=1e-3, atol=1e-4)
+
+    def test_fused_models(self):
+        model = small('patchwise', features=True)
+        fused = san_backbones.fuse_for_inference(copy.deepcopy(model))
+        with torch.no_grad():
+            compiled = torch.compile(fused, fullgraph=True, backend='aot_eager')
+            assert_equal(compiled(pictures(2, 3, 16, 20)), model(pictures(2, 3, 16, 20)))
+
+
+class TestExport:
+    @pytest.mark.parametrize('form, features, kwargs, strict', [
+        ('pairwise', True, dict(position_ref_size=64), False),
+        ('pairwise', False, dict(), True),
+        ('patchwise', True, dict(), False),
+    ])
+    def test_saved_and_loaded_with_open_sizes(self, form, features, kwargs, strict, tmp_path):
+        model = small(form, features, depths=(0, 1), **kwargs)  # torch takes seconds for each block
+        dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+        with torch.no_grad():
+            program = torch.export.export(model, (pictures(2, 3, 20, 24),), dynamic_shapes=(dims,), strict=strict)
+            torch.export.save(program, tmp_path / 'model.pt2')
+            loaded = torch.export.load(tmp_path / 'model.pt2').module()
+            for size in SIZES:
+                assert_equal(loaded(pictures(*size)), model(pictures(*size)))
+            # torch takes an open size to be at least 2, in the last map as elsewhere, and says so
+            with pytest.raises(AssertionError, match='Guard failed: .*8'):
+                loaded(pictures(1, 3, 7, 16))
+
+
+@pytest.fixture(scope='module')
+def onnx_packages():
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+
+
+def session(path):
+    import onnxruntime
+    return onnxruntime.InferenceSession(path)
+
+
+def run(path, images):
+    return session(path).run(None, {'images': images.numpy()})
+
+
+LAYERS = [
+    *(PairwiseAttention(32, relation=relation, position=position, kernel_size=5, dilation=dilation,
+                        position_ref_size=ref)
+      for relation, position, dilation, ref in (
+          ('subtraction', 'relative', 2, None), ('summation', 'none', 1, None), ('hadamard', 'absolute', 1, 8),
+          ('concatenation', 'relative', 1, 8), ('dot', 'relative', 1, None))),
+    *(PatchwiseAttention(32, relation=relation, kernel_size=3, dilation=dilation)
+      for relation, dilation in (('concatenation', 2), ('star', 1), ('clique', 1)))]
+
+
+@pytest.mark.usefixtures('onnx_packages')
+class TestOnnx:
+    @pytest.mark.parametrize('layer', LAYERS, ids=lambda layer: f'{type(layer).__name__}-{layer.relation}')
+    def test_layers_at_any_size(self, layer, tmp_path):
+        """Maps down to a pixel, which the footprint reaches beyond many times."""
+        path = export_onnx(settle(layer), tmp_path / 'layer.onnx', (6, 9), verify=False)
+        with torch.no_grad():
+            for size in ((1, 32, 6, 9), (3, 32, 1, 4), (2, 32, 11, 2), (1, 32, 1, 1)):
+                assert_equal(run(path, pictures(*size)), layer(pictures(*size)))
+
+    def test_classifier(self, tmp_path):
+        import onnx
+        model = small('pairwise')
+        path = export_onnx(model, tmp_path / 'model.onnx', (20, 24))
+        with torch.no_grad():
+            for size in (*SIZES, (1, 3, 4, 4)):
+                assert_equal(run(path, pictures(*size)), model(pictures(*size)))
+        graph = onnx.load(path)
+        assert [(v.name, [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim])
+                for v in (*graph.graph.input, *graph.graph.output)] == [
+            ('images', ['batch', 3, 'height', 'width']), ('logits', ['batch', 5])]
+        assert {i.version for i in graph.opset_import if i.domain == ''} == {18}
+        weights = sum(p.numel() * 4 for p in model.parameters())
+        assert path.stat().st_size < weights + 400_000
+        assert any(node.name.startswith('stages.1.blocks.0.attn.weight_mlp') for node in graph.graph.node)
+
+    def test_features_of_fixed_size(self, tmp_path):
+        model = small('patchwise', features=True)
+        before = {name: module for name, module in model.named_modules()}
+        path = export_onnx(model, str(tmp_path / 'model.onnx'), 16, batch_size=2, dynamic=False, opset=20)
+        assert [(o.name, o.shape) for o in session(path).get_outputs()] == [
+            ('features_2', [2, 32, 8, 8]), ('features_4', [2, 64, 4, 4])]
+        assert_equal(run(path, pictures(2, 3, 16, 16)), model(pictures(2, 3, 16, 16)))
+        assert before == dict(model.named_modules())
+        assert not any('_forward_operators' in vars(module) for module in model.modules())
+
+    def test_what_differs_from_torch_is_an_error(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(san_backbones.export, '_source', lambda size, pad: broken(size, pad))
+
+        def broken(size, pad):  # the edge repeated
+            from onnxscript import opset18 as op
+            place = op.Range(op.Constant(value_int=-pad), op.Squeeze(op.Add(size, op.Constant(value_ints=[pad]))),
+                             op.Constant(value_int=1))
+            return op.Clip(place, op.Constant(value_int=0), op.Squeeze(op.Sub(size, op.Constant(value_ints=[1]))))
+
+        with pytest.raises(RuntimeError, match=r'is wrong: for images \[1, 32, 6, 6\] onnxruntime computes features_1'):
+            export_onnx(settle(PatchwiseAttention(32, kernel_size=3)), tmp_path / 'layer.onnx', 6, dynamic=False)
+
+    @pytest.mark.parametrize('kwargs, message', [
+        (dict(image_size=0), 'positive integers, got height 0'),
+        (dict(image_size=(16, 2.5)), 'positive integers, got width 2.5'),
+        (dict(image_size=(1, 2, 3)), r'got \(1, 2, 3\)'),
+        (dict(image_size=2), 'at least 4 x 4 pixels'),
+        (dict(batch_size=-1), 'got batch_size -1'),
+        (dict(dynamic='height'), "'batch' or 'size', got 'height'"),
+        (dict(opset=11), 'at least 18, got 11'),
+        (dict(path='absent/model.onnx'), 'there is no folder .*absent'),
+    ])
+    def test_bad_arguments(self, kwargs, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            export_onnx(small('patchwise'), **{'path': 'model.onnx', 'image_size': 16, **kwargs})
+
+    def test_models_that_do_not_fit(self, tmp_path):
+        model = small('patchwise')
+        model.stages[0].train()
+        with pytest.raises(ValueError, match=r'stages.0 is in training mode: call model.eval\(\)'):
+            export_onnx(model, tmp_path / 'model.onnx')
+        with pytest.raises(ValueError, match='no SAN attention in this Conv2d'):
+            export_onnx(nn.Conv2d(3, 4, 1).eval(), tmp_path / 'model.onnx')
+
+    @pytest.mark.parametrize('package', ['onnx', 'onnxscript'])
+    def test_missing_packages_are_named(self, package, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=rf"'{package}', which is not .*pip install 'san-backbones\[onnx\]'"):
+            export_onnx(small('patchwise'), tmp_path / 'model.onnx')
+
+    def test_other_norms(self, tmp_path):
+        model = small('pairwise', depths=(0, 1),
+                      norm_layer=lambda channels, **kwargs: nn.GroupNorm(1, channels, **kwargs))
+        path = export_onnx(model, tmp_path / 'model.onnx', 16, dynamic='size')
+        assert_equal(run(path, pictures(1, 3, 9, 14)), model(pictures(1, 3, 9, 14)))
+
+    def test_backbone_of_openmmlab(self, tmp_path):
+        pytest.importorskip('mmengine')
+        pytest.importorskip('mmdet')
+        import san_backbones.mm
+        arch = dict(attention='pairwise', depths=(1, 1), widths=(32, 64), kernel_sizes=(3, 5), stem_width=16)
+        model = settle(san_backbones.mm.SANBackbone(arch, out_indices=(0, 1), norm_cfg=dict(type='BN')))
+        path = export_onnx(model, tmp_path / 'model.onnx', 16, dynamic='batch')
+        assert [output.name for output in session(path).get_outputs()] == ['features_2', 'features_4']
+        assert_equal(run(path, pictures(3, 3, 16, 16)), model(pictures(3, 3, 16, 16)))
+
+
+@pytest.mark.usefixtures('onnx_packages')
+class TestQuantized:
+    @pytest.fixture(scope='class')
+    @staticmethod
+    def model():
+        return small('patchwise')
+
+    @pytest.fixture(scope='class')
+    @staticmethod
+    def file(model, onnx_packages, tmp_path_factory):
+        return export_onnx(model, tmp_path_factory.mktemp('float') / 'model.onnx', 16, dynamic='batch', verify=False)
+
+    def test_int8(self, model, file, tmp_path):
+        import onnx
+        path = quantize_onnx(file, tmp_path / 'int8.onnx', (pictures(4, 3, 16, 16, seed=s) for s in range(8)))
+        graph = onnx.load(path).graph
+        made_by = {output: node for node in graph.node for output in node.output}
+        weights = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+        for node in graph.node:
+            if node.op_type in ('Conv', 'Gemm'):
+                source = made_by.get(node.input[1])
+                quantized = source is not None and source.op_type == 'DequantizeLinear'
+                assert quantized == ('weight_mlp' not in node.name), node.name
+                if quantized:
+                    assert weights[source.input[0]].dtype == np.int8
+                    assert weights[source.input[1]].shape == weights[source.input[0]].shape[:1]  # a scale per channel
+        images = pictures(16, 3, 16, 16, seed=9)
+        with torch.no_grad():
+            expected = model(images)
+        error = (torch.from_numpy(run(path, images)[0]) - expected).norm() / expected.norm()
+        assert 1e-4 < error < 0.2
+
+    def test_bad_arguments(self, file, tmp_path):
+        out = tmp_path / 'int8.onnx'
+        with pytest.raises(ValueError, match=r"float32 of shape \['batch', 3, 16, 16\].*got float32 \[1, 3, 8, 8\]"):
+            quantize_onnx(file, out, [pictures(1, 3, 8, 8)])
+        with pytest.raises(ValueError, match=r'got float64 \[1, 3, 16, 16\]'):
+            quantize_onnx(file, out, [np.zeros((1, 3, 16, 16))])
+        with pytest.raises(ValueError, match='no calibration images'):
+            quantize_onnx(file, out, [])
+        with pytest.raises(ValueError, match="'percentile', got 'best'"):
+            quantize_onnx(file, out, [pictures(1, 3, 16, 16)], method='best')
+        with pytest.raises(ValueError, match=r'leaves none of the \d+ linear maps'):
+            quantize_onnx(file, out, [pictures(1, 3, 16, 16)], keep_float=[''])
+        with pytest.raises(ValueError, match='no file .*absent.onnx'):
+            quantize_onnx(tmp_path / 'absent.onnx', out, [pictures(1, 3, 16, 16)])
+        assert not out.exists()
