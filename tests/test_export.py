@@ -177,7 +177,7 @@ class TestOnnx:
 
     def test_features_of_fixed_size(self, tmp_path):
         model = small('patchwise', features=True)
-        before = {name: module for name, module in model.named_modules()}
+        before = dict(model.named_modules())
         path = export_onnx(model, str(tmp_path / 'model.onnx'), 16, batch_size=2, dynamic=False, opset=20)
         assert [(o.name, o.shape) for o in session(path).get_outputs()] == [
             ('features_2', [2, 32, 8, 8]), ('features_4', [2, 64, 4, 4])]
