@@ -17,7 +17,10 @@ CACHE = ROOT / '.cache'
 def main() -> None:
     built, folder, elsewhere = CACHE / 'package', CACHE / 'venv-package', CACHE / 'nowhere'
     shutil.rmtree(built, ignore_errors=True)
-    subprocess.run([sys.executable, '-m', 'build', '--outdir', built, ROOT], check=True, stdout=subprocess.DEVNULL)
+    build = subprocess.run([sys.executable, '-m', 'build', '--outdir', built, ROOT], text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
+    if build.returncode:
+        sys.exit(build.stdout)
     wheel, = built.glob('*.whl')
     sdist, = built.glob('*.tar.gz')
     venv.create(folder, clear=True, with_pip=True)
