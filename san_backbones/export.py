@@ -29,7 +29,7 @@ from .ops import geometry, reference
 __all__ = ['export_onnx', 'quantize_onnx']
 
 KEEP_FLOAT = ('weight_mlp',)
-"""What int8 models keep in float32: gamma."""
+"""What int8 models keep in float32: gamma, whose 8-bit form takes longer in pairwise models (benchmarks/export.py)."""
 
 _logger = logging.getLogger('san_backbones')
 _END = np.iinfo(np.int64).max
