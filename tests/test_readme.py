@@ -21,9 +21,10 @@ def folder(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('block', [b for b in BLOCKS if b.text.startswith('import timm')], ids=name)
 def test_scripts(block):
-    for module in re.findall(r'^(?:import|from) (segmentation_models_pytorch|transformers|skimage|san_backbones.export)',
-                             block.text, re.M):
-        pytest.importorskip(module.replace('san_backbones.export', 'onnxruntime'), reason='needs the test extra')
+    for word, module in dict(smp='segmentation_models_pytorch', transformers='transformers', visualize='matplotlib',
+                             skimage='skimage', export_onnx='onnxruntime').items():
+        if word in block.text:
+            pytest.importorskip(module, reason='needs the test extra')
     run_python(block, {})
 
 
