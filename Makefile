@@ -53,4 +53,4 @@ $(READY): setup.cfg pyproject.toml setup.py
 	@touch $(READY)
 
 clean:
-	rm -rf .venv .cache work_dirs build dist docs/_build docs/_figures *.egg-info
+	rm -rf .venv .cache work_dirs build dist docs/_build docs/_figures *.egg-info .mypy_cache .ruff_cache .coverage*

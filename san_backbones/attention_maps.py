@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .attention import _FootprintAttention
 from .ops import geometry, reference
@@ -162,8 +161,8 @@ def _is_local(layer: _FootprintAttention) -> bool:
     """Whether the weights of a pixel depend on its footprint only: gamma's norms use fixed statistics."""
     norms = (layer.weight_mlp.get_submodule(name) for name in ('norm1', 'norm2'))
     return layer.gamma_is_plain() and all(
-        isinstance(norm, (nn.Identity, FrozenBatchNorm2d))
-        or not norm.training and getattr(norm, 'running_mean', None) is not None for norm in norms)
+        not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not norm.training and norm.running_mean is not None
+        for norm in norms)
 
 
 def _neighbours(maps: Tensor, pixels: Tensor, kernel_size: int, dilation: int) -> Tensor:

@@ -163,7 +163,8 @@ def make(
     model.to(device, memory_format=torch.channels_last).train(training)
     if fused:
         fuse.fuse_for_inference(model)
-    images = torch.randn(batch_size, 3, *image_size, device=device).to(memory_format=torch.channels_last)
+    channels = model.pretrained_cfg.get('input_size', (3,))[0]
+    images = torch.randn(batch_size, channels, *image_size, device=device).to(memory_format=torch.channels_last)
 
     def call() -> Any:
         if not training:

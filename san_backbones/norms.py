@@ -46,6 +46,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 BATCH_NORM_FORWARDS = (
     nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward, FrozenBatchNorm2d.forward,
     nn.Identity.forward)
+_FROZEN_OF = ('torchvision', 'transformers', 'detectron2')
 _FROZEN_BUFFERS = {'weight', 'bias', 'running_mean', 'running_var'}
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
@@ -57,12 +58,14 @@ def is_plain(module: nn.Module, forwards: tuple) -> bool:
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """Whether the module is torchvision's FrozenBatchNorm2d or a copy of it.
+    """Whether the module is torchvision's FrozenBatchNorm2d or a copy of it in a library that is known.
 
-    Every DETR of transformers, MMDetection and Detectron2 have copies of their own, and put them in the place of batch
-    norms. What tells them is the name and what they hold; some have no `eps` and add 1e-5.
+    Every DETR of transformers and Detectron2 have copies of their own, and put them in the place of batch norms; all
+    compute the same. What tells them is the name and what they hold; some have no `eps` and add 1e-5. Classes of that
+    name from elsewhere may compute anything.
     """
-    return type(module).__name__.endswith('FrozenBatchNorm2d') and not module._parameters \
+    return type(module).__name__.endswith('FrozenBatchNorm2d') \
+        and type(module).__module__.partition('.')[0] in _FROZEN_OF and not module._parameters \
         and not module._modules and _FROZEN_BUFFERS.issubset(module._buffers)
 
 

@@ -99,7 +99,9 @@ def _statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float], boo
     """Mean and standard deviation of the model's images, of channels in [0, 1], and whether they are BGR."""
     preprocessor = getattr(model, 'data_preprocessor', None)  # of OpenMMLab's models, which read pictures as BGR
     if preprocessor is not None and hasattr(preprocessor, 'mean') and hasattr(preprocessor, 'std'):
-        turned = getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False))
+        # MMDetection's and MMSegmentation's, MMEngine's, MMPretrain's
+        turned = next((getattr(preprocessor, name) for name in ('_channel_conversion', 'channel_conversion', 'to_rgb')
+                       if hasattr(preprocessor, name)), False)
         mean, std = ((values.flatten() / 255).tolist() for values in (preprocessor.mean, preprocessor.std))
         return mean, std, not turned
     cfg = _cfg(model)
@@ -142,7 +144,9 @@ def _points(shown: _Shown, pixels: Pixels | None, grid: int | tuple[int, int] | 
                 for row in range(rows) for column in range(columns)]
     points = [(wide // 2, tall // 2)] if pixels is None else list(pixels)
     for point in points:
-        if len(point) != 2 or not -0.5 <= point[0] < wide - 0.5 or not -0.5 <= point[1] < tall - 0.5:
+        if np.shape(point) != (2,):
+            raise ValueError(f'pixels must be a list of (x, y), got {pixels!r}')
+        if not -0.5 <= point[0] < wide - 0.5 or not -0.5 <= point[1] < tall - 0.5:
             raise ValueError(f'pixel (x, y) = {tuple(point)} is not on the picture: x runs from 0 to {wide - 1}, '
                              f'y from 0 to {tall - 1}')
     if not points:
@@ -235,7 +239,7 @@ def _channels(channel: int | Sequence[int] | None, weights: Tensor, count: int) 
     groups = weights.shape[1]
     if channel is None:
         return _varied(weights, count)
-    channels = [channel] if isinstance(channel, int) else list(channel)
+    channels = np.atleast_1d(channel).tolist()
     wrong = [index for index in channels if not isinstance(index, int) or not 0 <= index < groups]
     if wrong or not channels:
         raise ValueError(f'channel must be a weight channel of the block, 0 to {groups - 1}, or several of them, got '

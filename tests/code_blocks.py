@@ -115,7 +115,8 @@ def _check_options(words: list[str], source: str, command: str) -> None:
     for word in words:
         if word.startswith('--'):
             option = word.partition('=')[0]
-            _require(option in source or option.replace('-', '_') in source, command, f'there is no option {option}')
+            known = re.search(rf'{re.escape(option)}(?![\w-])', source.replace('_', '-'))
+            _require(known, command, f'there is no option {option}')
 
 
 def _check_script(words: list[str], command: str) -> None:

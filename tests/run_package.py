@@ -26,13 +26,15 @@ def main() -> None:
     venv.create(folder, clear=True, with_pip=True)
     elsewhere.mkdir(exist_ok=True)  # a folder from which the sources are not found
     python = folder / ('Scripts/python.exe' if sys.platform == 'win32' else 'bin/python')
-    for archive, how in ((wheel, []), (sdist, ['--force-reinstall', '--no-deps'])):
-        subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *how, archive],
-                       check=True)
-        subprocess.run([python, '-m', 'pip', 'check'], check=True, stdout=subprocess.DEVNULL)
-        print(archive.name, end=' ', flush=True)
-        subprocess.run([python, ROOT / 'tests' / 'smoke.py'], check=True, cwd=elsewhere)
-    shutil.rmtree(folder)  # some GB
+    try:
+        for archive, how in ((wheel, []), (sdist, ['--force-reinstall', '--no-deps'])):
+            subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *how, archive],
+                           check=True)
+            subprocess.run([python, '-m', 'pip', 'check'], check=True, stdout=subprocess.DEVNULL)
+            print(archive.name, end=' ', flush=True)
+            subprocess.run([python, ROOT / 'tests' / 'smoke.py'], check=True, cwd=elsewhere)
+    finally:
+        shutil.rmtree(folder)  # some GB
 
 
 if __name__ == '__main__':

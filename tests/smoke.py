@@ -29,11 +29,10 @@ for name in ('test_san_pairwise', 'test_san_patchwise'):
     sum(features.square().mean() for features in network(torch.rand(2, 3, 64, 64))).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
-for extra, line in (('cli', 'san-backbones list'), ('visualize', 'python -c "import san_backbones.visualize as v; '
-                                                    "v.feature_figure(None, None)\"")):
-    command = line.replace('python', sys.executable) if line.startswith('python') else \
-        str(pathlib.Path(sys.executable).with_name('san-backbones')) + ' list'
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+draw = 'import san_backbones.visualize as v; v.feature_figure(None, None)'
+for extra, command in (('cli', [pathlib.Path(sys.executable).with_name('san-backbones'), 'list']),
+                       ('visualize', [sys.executable, '-c', draw])):
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and f'san-backbones[{extra}]' in done.stderr, done.stdout + done.stderr
 print(f'{san_backbones.__version__}: works, the compiled loops ' +
       (f'do not: {native.unavailable()}' if native.unavailable() else 'too'))

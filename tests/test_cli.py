@@ -182,6 +182,14 @@ class TestClassify:
         for result in results:
             assert sum(entry['probability'] for entry in result['classes']) == pytest.approx(1, abs=1e-4)
 
+    @pytest.mark.parametrize(('size', 'batches'), [(2, [2, 1]), (3, [3])])
+    def test_batch_size(self, drawn, size, batches, monkeypatch):
+        calls, forward = [], san_backbones.SAN.forward
+        monkeypatch.setattr(san_backbones.SAN, 'forward',
+                            lambda self, images: calls.append(len(images)) or forward(self, images))
+        run('classify', *sorted((drawn / 'star').iterdir())[:3], '-m', 'test_san_patchwise', '--batch-size', size)
+        assert calls == batches
+
     def test_batches_and_text(self, drawn):
         one = run('classify', drawn / 'star', '-m', 'test_san_patchwise', '--batch-size', 1, '--top', 1).stdout
         assert one == run('classify', drawn / 'star', '-m', 'test_san_patchwise', '--batch-size', 3, '--top', 1).stdout
@@ -310,7 +318,7 @@ def test_usage_errors(arguments, message):
 class TestAttention:
 
     def test_calls(self, monkeypatch, tmp_path):
-        """What `visualize` is asked for; pixels are those of the scaled picture."""
+        """What `visualize` is asked for; pixels are those of the picture as it is."""
         calls = []
 
         class Figure:
@@ -327,15 +335,16 @@ class TestAttention:
         monkeypatch.setattr(san_backbones, 'visualize', module, raising=False)
         noise(tmp_path / 'a.png', 64, 96)
         model = ('attention', 'a.png', '-m', 'test_san_patchwise')
-        assert run(*model, '--pixel', '90,10', '--pixel', '3,60', '--longest', 48, '--block', '-1').stdout \
+        assert run(*model, '--pixel', '90,10', '--pixel', '3,60', '--size', 48, '--block', '-1',
+                   '--channel', 1).stdout \
             == 'a-footprint.png\n'
         run(*model, '--kind', 'rollout', '--grid', 2, '--out', 'b.pdf')
         assert data(*model, '--kind', 'features')['figure'] == 'a-features.png'
         assert calls == [
-            ('footprint', 'SAN', False, (48, 32),
-             dict(block='-1', pixels=[(45., 5.), (1.5, 30.)], grid=None, channel=None)),
-            ('rollout', 'SAN', False, (96, 64), dict(pixels=None, grid=2)),
-            ('feature', 'SAN', False, (96, 64), {})]
+            ('footprint', 'SAN', False, (96, 64),
+             dict(block='-1', pixels=[(90., 10.), (3., 60.)], grid=None, channel=1, size=48)),
+            ('rollout', 'SAN', False, (96, 64), dict(pixels=None, grid=2, size=None)),
+            ('feature', 'SAN', False, (96, 64), dict(size=None))]
         assert all((tmp_path / name).exists() for name in ('a-footprint.png', 'b.pdf', 'a-features.png'))
         assert 'outside of the picture' in run(*model, '--pixel', '96,10', code=2).stderr
 
@@ -361,9 +370,22 @@ class TestBenchmark:
         rows = [(row['model'], row['images_per_second'], row['throughput_to_resnet50']) for row in result['models']]
         assert rows == [
             ('resnet50', 2., 1.), ('test_san_pairwise', 4., 2.), ('test_san_pairwise, fused', 8., 4.)]
+        assert result['rounds'] == 5
         assert json.loads(commands[2][-1]) == dict(name='test_san_pairwise', fused=True, batch_size=4,
                                                    image_size=[32, 64], training=False, device='cpu', threads=None)
         assert re.search(r'test_san_pairwise +1 +4 +2\.00 +5\n', run(*options).stdout)
+
+    def test_rounds_and_threads(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr(measure, 'alternate', lambda cases, rounds, device, report: seen.append(
+            (rounds, torch.get_num_threads())) or dict.fromkeys(cases, 1.))
+        before = torch.get_num_threads()
+        try:
+            data('benchmark', 'test_san_pairwise', '--size', 32, '-b', 1, '--rounds', 3, '--threads', before + 1,
+                 '--no-memory')
+        finally:
+            torch.set_num_threads(before)
+        assert seen == [(3, before + 1)]
 
     @pytest.mark.parametrize('how', ['--fused', '--train'])
     def test_runs(self, how):

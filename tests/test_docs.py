@@ -1,4 +1,5 @@
 """Every code block of the documentation runs, and the pages are complete; see code_blocks for how blocks are run."""
+import contextlib
 from collections import OrderedDict
 
 import pytest
@@ -18,6 +19,9 @@ def fresh_mmengine(monkeypatch):
     Without formatting either: MMEngine formats the whole config for every log and checkpoint, which takes longer than
     training does here.
     """
+    with contextlib.suppress(ModuleNotFoundError):
+        from accelerate.state import AcceleratorState
+        AcceleratorState._reset_state(True)  # a page decides on its device
     try:
         from mmengine.utils import ManagerMixin
     except ModuleNotFoundError:

@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from code_blocks import ROOT, blocks, check_config, link_checkout, run_python
+from code_blocks import ROOT, blocks, check_command, check_config, link_checkout, run_python
 
 BLOCKS = [block for block in blocks(ROOT / 'README.md') if block.language == 'python']
 
@@ -63,6 +63,14 @@ def test_inferencer(folder):
     video.release()
     run_python(block, {})
     assert len(list((folder / 'out' / 'vis').iterdir())) == 3
+
+
+def test_commands():
+    pytest.importorskip('typer', reason='needs the cli extra')
+    commands = re.findall(r'^    ((?:san-backbones|make) .*)', (ROOT / 'README.md').read_text(), re.M)
+    assert len(commands) == 9
+    for command in commands:
+        check_command(command)
 
 
 def test_every_kind_of_block_is_tested():

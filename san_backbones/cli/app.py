@@ -27,7 +27,7 @@ from .weights import class_names, create, load, our_models, whereabouts
 __all__ = ['app']
 
 EXPLAINED = (RuntimeError, OSError, ValueError, ImportError, MemoryError, safetensors.SafetensorError,
-             pickle.UnpicklingError)
+             pickle.UnpicklingError, AssertionError)  # with which timm's own models refuse sizes
 EXIT_CODES = """\b
 Exit codes:
   0  done
@@ -134,6 +134,8 @@ def a_device(text: Any) -> torch.device:
         return text
     try:
         device = torch.device(text or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        if device.type not in ('cpu', 'cuda'):
+            raise RuntimeError('only cpu and cuda are supported here')
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise typer.BadParameter(f'torch cannot use {text!r} here: {str(error).splitlines()[0]}. `san-backbones env` '
@@ -390,6 +392,9 @@ def classify(
     files = _files(paths)
     where = a_device(device)
     network = load(model, weights).to(where)
+    if not network.num_classes:
+        raise RuntimeError(f'{model} has no classifier, so it tells no classes apart: use `san-backbones features`, or '
+                           'weights with a classifier')
     channels, prepare = pictures.transform(network.pretrained_cfg, size)
     classes = names.read().splitlines() if names else class_names(network, network.num_classes)
     if len(classes) != network.num_classes:
@@ -502,14 +507,17 @@ def attention(
             help='footprint: the weights of one block. rollout: what reaches a pixel over all blocks. features: maps.',
         )] = 'footprint',
         block: Annotated[str | None, typer.Option(
-            metavar='NAME', help='For footprint: a block, say stages.3.blocks.4 or -1. [default: the last]')] = None,
+            metavar='NAME', help='For footprint: a block, say stages.3.blocks.4 or -1. [default: the last at '
+            'stride 4]')] = None,
         pixel: Annotated[list[Any] | None, typer.Option(
             metavar='X,Y', parser=a_pixel, help='A pixel of the picture; give it again for more.')] = None,
         grid: Annotated[int | None, typer.Option(min=1, metavar='N', help='N x N pixels instead.')] = None,
         channel: Annotated[int | None, typer.Option(
-            min=0, metavar='K', help='For footprint: one weight channel. [default: their mean]')] = None,
-        longest: Annotated[int, typer.Option(
-            min=32, metavar='N', help='Scale the picture so that its longer side has N pixels at most.')] = 512,
+            min=0, metavar='K', help='For footprint: one weight channel. [default: those that differ '
+            'most; with --grid, their mean]')] = None,
+        size: Annotated[int | None, typer.Option(
+            min=32, metavar='N', help='Scale the picture so that its shorter side has N pixels. [default: what the '
+            'weights take]')] = None,
         out: Annotated[pathlib.Path | None, typer.Option(
             metavar='FILE', callback=an_output(FIGURES), dir_okay=False,
             help='Where the figure goes. [default: PICTURE-KIND.png, in the current folder]')] = None,
@@ -535,23 +543,21 @@ def attention(
         if not (0 <= x < width and 0 <= y < height):
             raise typer.BadParameter(f'--pixel {x:g},{y:g} is outside of the picture, which is {width} pixels wide and '
                                      f'{height} high')
-    scale = min(1., longest / max(width, height))
-    image = image.resize((max(1, round(width * scale)), max(1, round(height * scale)))) if scale < 1 else image
-    pixels = [(x * image.width / width, y * image.height / height) for x, y in pixel] if pixel else None
     network = load(model, weights, random).to(a_device(device))
     if random:
         complain(RANDOM)
     if kind == 'footprint':
-        figure = visualize.footprint_figure(network, image, block=block, pixels=pixels, grid=grid, channel=channel)
+        figure = visualize.footprint_figure(
+            network, image, block=block, pixels=pixel or None, grid=grid, channel=channel, size=size)
     elif kind == 'rollout':
-        figure = visualize.rollout_figure(network, image, pixels=pixels, grid=grid)
+        figure = visualize.rollout_figure(network, image, pixels=pixel or None, grid=grid, size=size)
     else:
-        figure = visualize.feature_figure(network, image)
+        figure = visualize.feature_figure(network, image, size=size)
     out = out or pathlib.Path(f'{picture.stem}-{kind}.png')
     figure.savefig(out)
     if as_json:
-        show_json(dict(file=str(picture), model=model, kind=kind, figure=str(out), drawn_at=list(image.size),
-                       pixels=pixels, block=block))
+        show_json(dict(file=str(picture), model=model, kind=kind, figure=str(out), pixels=pixel or None,
+                       block=block, size=size))
     else:
         typer.echo(out)
 
@@ -591,8 +597,11 @@ def benchmark(
     names = dict.fromkeys([peer, *(models or ['san15_patchwise'])])
     cases: dict[str, Any] = {name: dict(name=name, fused=False) for name in names}
     if fused:
-        ours = [name for name in cases if name.partition('.')[0] in our_models()]
+        ours = [name for name in cases if name.partition('.')[0] in our_models() or ':' in name]
         cases.update({f'{name}, fused': dict(name=name, fused=True) for name in ours})
+        for name in names:
+            if name not in ours and name != peer:
+                complain(f'{name} is no SAN: it is not folded')
     settings: dict[str, Any] = dict(batch_size=batch_size, image_size=size, training=train)
     complain(f'{measure.machine(where)}; {"training step" if train else "inference"}, {_by(size)}, batch {batch_size}, '
              f'{rounds} rounds')

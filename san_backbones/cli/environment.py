@@ -37,7 +37,7 @@ def _version(package: str) -> str | None:
 def _public(text: str) -> str:
     """What may be pasted in public: without the password of an address and the user's name in a path."""
     home = str(pathlib.Path.home())
-    return re.sub(r'//[^/@\s]*@', '//', re.sub(re.escape(home) + r'(?=/|\\|$)', '~', text) if len(home) > 1 else text)
+    return re.sub(r'//[^/\s]*@', '//', re.sub(re.escape(home) + r'(?=/|\\|$)', '~', text) if len(home) > 1 else text)
 
 
 def _paths(device: str) -> dict[str, str | None]:

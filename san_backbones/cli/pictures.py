@@ -19,7 +19,7 @@ SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.
 def find(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
     """The files named, and the pictures in the folders named and below them, each folder's in natural order."""
     def natural(path: pathlib.Path) -> list[Any]:
-        return [(int(part), '') if part.isdigit() else (-1, part) for part in re.split(r'(\d+)', str(path))]
+        return [(int(part), '') if part.isdecimal() else (-1, part) for part in re.split(r'(\d+)', str(path))]
 
     found = []
     for path in paths:
