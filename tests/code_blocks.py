@@ -115,7 +115,7 @@ def _check_options(words: list[str], source: str, command: str) -> None:
     for word in words:
         if word.startswith('--'):
             option = word.partition('=')[0]
-            known = re.search(rf'{re.escape(option)}(?![\w-])', source.replace('_', '-'))
+            known = re.search(rf'{option.replace("_", "-")}(?![\w-])', source.replace('_', '-'))
             _require(known, command, f'there is no option {option}')
 
 
