@@ -2,17 +2,17 @@
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import fused, native, reference
 from .backends import (
     BACKENDS,
     Backend,
     Request,
     available_backends,
     choose_backend,
+    compiled_backend,
     is_exporting,
     make_request,
     serves,
-    serves_compiled,
     symbolic_caller,
     use_backend,
 )
@@ -79,9 +79,9 @@ def footprint_attention(
     """
     if torch.compiler.is_compiling():  # the choice is made while compiling, and stays out of the graph
         statistics = gamma.norm1.batch_statistics or gamma.norm2.batch_statistics
-        native_serves = not is_exporting() and value.device.type == 'cpu' and serves_compiled(
-            str(value.dtype), spec.pairwise, spec.relation, statistics)
-        attend = native.attend if native_serves else reference.attend
+        name = 'reference' if is_exporting() or value.device.type not in ('cpu', 'cuda') else compiled_backend(
+            str(value.device), str(value.dtype), spec.pairwise, spec.relation, statistics)
+        attend = {'native': fused.attend_native, 'triton': fused.attend_triton}.get(name, reference.attend)
     else:
         backend = choose_backend(make_request(query, key, value, place, gamma, spec))
         attend = backend.attend

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, reference, statistics, tiled
+from . import fused, native, reference, statistics, tiled, triton
 from .gamma import Gamma, Spec
 
 __all__ = [
@@ -56,7 +56,7 @@ class Backend(NamedTuple):
     finishes: bool = False
 
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _tiled_refusal(request: Request) -> str | None:
@@ -65,22 +65,33 @@ def _tiled_refusal(request: Request) -> str | None:
     return None
 
 
-def _native_refusal(request: Request) -> str | None:
+def _fused_refusal(request: Request) -> str | None:
     if request.symbolic is not None:
         return f'{request.symbolic} sees the plain definition'
-    if request.device.type != 'cpu':
-        return f'it runs on the CPU, the maps are on {request.device}'
-    if request.dtype not in _NATIVE_DTYPES:
+    if request.dtype not in _FUSED_DTYPES:
         return f'it computes in float32, the maps are {request.dtype}'
     if (request.spec.pairwise, request.spec.relation) not in native.RELATIONS:
         return f'it has no {request.spec.relation} relation'
     if request.batch_statistics and (request.spec.pairwise, request.spec.relation) not in statistics.SUPPORTED:
         return f'it has no batch statistics of the {request.spec.relation} relation'
-    return native.unavailable()
+    return None
+
+
+def _native_refusal(request: Request) -> str | None:
+    if request.device.type != 'cpu':
+        return f'it runs on the CPU, the maps are on {request.device}'
+    return _fused_refusal(request) or native.unavailable()
+
+
+def _triton_refusal(request: Request) -> str | None:
+    if request.needs_grad and request.device.type == 'cuda' and torch.are_deterministic_algorithms_enabled():
+        return 'it sums gradients in an order that varies, and torch.use_deterministic_algorithms(True) was called'
+    return _fused_refusal(request) or triton.unavailable(request.device)
 
 
 BACKENDS = (
-    Backend('native', _native_refusal, native.attend, finishes=True),
+    Backend('native', _native_refusal, fused.attend_native, finishes=True),
+    Backend('triton', _triton_refusal, fused.attend_triton, finishes=True),
     Backend('tiled', _tiled_refusal, tiled.attend),
     Backend('reference', lambda request: None, reference.attend),
 )
@@ -118,7 +129,7 @@ def symbolic_caller(x: Tensor) -> str | None:
 
 def serves(x: Tensor) -> bool:
     """Whether the compiled loops around the attention take x: the same conditions, and no other path asked for."""
-    return x.device.type == 'cpu' and x.dtype in _NATIVE_DTYPES and _wanted()[0] in (AUTO, 'native') \
+    return x.device.type == 'cpu' and x.dtype in _FUSED_DTYPES and _wanted()[0] in (AUTO, 'native') \
         and symbolic_caller(x) is None and native.unavailable() is None
 
 
@@ -128,14 +139,15 @@ def is_exporting() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def serves_compiled(dtype: str, pairwise: bool, relation: str, batch_statistics: bool) -> bool:
-    """Whether a graph that torch.compile makes for the CPU calls the compiled loops; otherwise it gets the definition.
+def compiled_backend(device: str, dtype: str, pairwise: bool, relation: str, batch_statistics: bool) -> str:
+    """The path that a graph of torch.compile calls where that is one of registered operators; otherwise 'reference'.
 
     Decided when the graph is compiled: what `use_backend` says then stays in it.
     """
-    request = Request(Spec(pairwise, relation, 'none', 1, 1), torch.device('cpu'), getattr(torch, dtype[6:]), (), True,
+    request = Request(Spec(pairwise, relation, 'none', 1, 1), torch.device(device), getattr(torch, dtype[6:]), (), True,
                       batch_statistics, None)
-    return choose_backend(request).name == 'native'
+    name = choose_backend(request).name
+    return name if name in fused.PATHS else 'reference'
 
 
 def make_request(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma,

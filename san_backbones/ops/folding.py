@@ -1,0 +1,98 @@
+"""What fused loops are given: gamma folded into six tensors, maps with their channels last, and a few numbers."""
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gamma import Affine, Gamma, Spec
+
+__all__ = ['RELATIONS', 'Shape', 'channels_first', 'channels_last', 'fold_gamma', 'in_loop_order', 'memory_format',
+           'pad', 'round_up', 'row']
+
+RELATIONS = {(True, 'subtraction'): 0, (True, 'summation'): 1, (True, 'hadamard'): 2, (True, 'concatenation'): 3,
+             (True, 'dot'): 4, (False, 'concatenation'): 5, (False, 'star'): 6}
+
+
+class Shape(NamedTuple):
+    """What an attention is, in the numbers that an operator's arguments can be."""
+    relation: int  # of RELATIONS
+    absolute: int  # positions p_j instead of p_i - p_j
+    kernel_size: int
+    dilation: int
+    hidden: int  # width of the middle of gamma, without padding
+    lanes: int  # columns of weight2 for a tap
+    path: int  # whose loops run it: an index of fused.PATHS
+
+    @classmethod
+    def of(cls, spec: Spec, hidden: int, lanes: int, path: int) -> list[int]:
+        return [RELATIONS[spec.pairwise, spec.relation], int(spec.position == 'absolute'), spec.kernel_size,
+                spec.dilation, hidden, lanes, path]
+
+
+def pad(x: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+
+
+def _repeat(x: Tensor, lanes: int) -> Tensor:
+    return x.repeat(*(1,) * (x.dim() - 1), lanes // x.shape[-1])
+
+
+def round_up(size: int, width: int) -> int:
+    return (size + width - 1) // width * width
+
+
+def fold_gamma(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec, width: int,
+               path: int) -> tuple[list[int], list[Tensor]]:
+    """gamma as the loops read it: scale1, shift1, weight1, shift2, weight2, bias2. Differentiable.
+
+    Columns are padded (hidden) or repeated (weight channels) to a multiple of `width`, the vectors of the loops.
+    """
+    area = spec.kernel_size ** 2
+    scale1, shift1 = norm1
+    scale2, shift2 = norm2
+    weight1 = (gamma.weight1.flatten(1).float() * scale2[:, None]).t()  # (inputs, hidden)
+    weight2, bias2 = gamma.weight2.flatten(1).float().t(), gamma.bias2.float()
+    hidden = weight1.shape[1]
+    weight_channels = weight2.shape[1] // (1 if spec.pairwise else area)
+    lanes = math.lcm(weight_channels, width)
+    scale1, shift1, weight1 = (in_loop_order(x, spec) for x in (scale1, shift1, weight1))
+    if not spec.pairwise:
+        weight2 = weight2.view(hidden, weight_channels, area).transpose(1, 2)
+        bias2 = bias2.view(weight_channels, area).t()
+    folded = [scale1, shift1, pad(weight1, round_up(hidden, width)), pad(shift2, round_up(hidden, width)),
+              _repeat(weight2, lanes), _repeat(bias2, lanes)]
+    return Shape.of(spec, hidden, lanes, path), [x.contiguous() for x in folded]
+
+
+def in_loop_order(x: Tensor, spec: Spec) -> Tensor:
+    """Relation channels (the first axis of x): psi's come as c * k^2 + o, the loops write them as o * r + c."""
+    if spec.pairwise or spec.relation != 'concatenation':
+        return x
+    area = spec.kernel_size ** 2
+    rel = x.shape[0] // (area + 1)
+    psi = x[rel:].unflatten(0, (rel, area)).transpose(0, 1).flatten(0, 1)
+    return torch.cat([x[:rel], psi])
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H, W, C), without a copy where that is a slice of the channels of such a map."""
+    x = x.detach().permute(0, 2, 3, 1)
+    _, height, width, _ = x.shape
+    row = x.stride(2)
+    return x if x.stride() == (height * width * row, width * row, row, 1) else x.contiguous()
+
+
+def row(x: Tensor) -> int:
+    """Numbers from one pixel of a map from `channels_last` to the next; the stride of an axis of one is arbitrary."""
+    return x.shape[3] if x.is_contiguous() else x.stride(2)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    last = x.stride(1) == 1 and not x.is_contiguous()  # also for a slice of the channels of a channels_last map
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def channels_first(x: Tensor, like: Tensor) -> Tensor:
+    """(N, H, W, C) as (N, C, H, W) in the dtype and memory format of `like`."""
+    return x.permute(0, 3, 1, 2).to(like.dtype).contiguous(memory_format=memory_format(like))

@@ -1,0 +1,214 @@
+"""Fused footprint attention: the operators, their gradients and batch statistics, whichever loops compute them.
+
+A path is a module with the functions `output`, `gradients`, `sums` and `sums_gradients` on maps with channels last and
+folded gamma, nothing of size k x k being kept by any of them: `native.attention` (C, on the CPU) and `triton.launch`.
+"""
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .folding import Shape, channels_first, channels_last, fold_gamma, in_loop_order, memory_format, pad, round_up
+from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_double_backward
+from .native import library
+from .statistics import relation_statistics
+
+__all__ = ['attend_native', 'attend_triton']
+
+PATHS = ('native', 'triton')
+_MODULES = ('.native.attention', '.triton.launch')
+_DEVICES = ('cpu', 'cuda')
+_Tensors = Sequence[Any]  # tensors, and None in the place of one that there is none of
+
+
+def _loops(shape: list[int]) -> Any:
+    return importlib.import_module(_MODULES[Shape(*shape).path], __package__)
+
+
+def _maps(*maps: Tensor | None) -> list[Tensor | None]:
+    query, key, value, place = (None if x is None else channels_last(x) for x in maps)
+    return [query, key, value, None if place is None else place.float().contiguous()]
+
+
+def _to_inputs(gradients: _Tensors, maps: _Tensors) -> list[Tensor]:
+    """Gradients of the maps (channels last) as those of the maps given, and the others; without those that are None."""
+    firsts = [channels_first(g.sum(0, keepdim=True) if x.shape[0] != g.shape[0] else g, x)
+              for g, x in zip(gradients[:4], maps) if x is not None]
+    return [*firsts, *gradients[4:]]
+
+
+@torch.library.custom_op('san_backbones::attend', mutates_args=(), device_types=_DEVICES)
+def _attend(
+        query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor,
+        weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor, shift: Tensor | None,
+        shape: list[int]) -> Tensor:
+    """The attention, given folded gamma; `shape` is a `Shape`. With `shift`, relu(y + shift); no gradients then."""
+    folded = (scale1, shift1, weight1, shift2, weight2, bias2)
+    return channels_first(_loops(shape).output(Shape(*shape), _maps(query, key, value, place), folded, shift), value)
+
+
+@_attend.register_fake
+def _(query, key, value, *rest):
+    return torch.empty_like(value, memory_format=memory_format(value))
+
+
+@torch.library.custom_op('san_backbones::attend_backward', mutates_args=(), device_types=_DEVICES)
+def _attend_backward(
+        gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, scale1: Tensor,
+        shift1: Tensor, weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor,
+        shape: list[int]) -> list[Tensor]:
+    maps, folded = (query, key, value, place), (scale1, shift1, weight1, shift2, weight2, bias2)
+    gradient = channels_last(gradient).contiguous()
+    return _to_inputs(_loops(shape).gradients(Shape(*shape), _maps(*maps), folded, gradient), maps)
+
+
+@_attend_backward.register_fake
+def _(gradient, query, key, value, place, *rest):
+    maps = [torch.empty_like(x, memory_format=memory_format(x)) for x in (query, key, value, place) if x is not None]
+    return [*maps, *(torch.empty_like(x) for x in rest[:-1])]
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.shape = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _spread(gradients: list[Tensor], has_place: bool, maps: int) -> list[Tensor | None]:
+    """Gradients in the order of the inputs, with None for a place that is not there."""
+    return [*gradients] if has_place else [*gradients[:maps], None, *gradients[maps:]]
+
+
+def _differentiate_attend(ctx, gradient):
+    refuse_double_backward()
+    tensors = ctx.saved_tensors  # once: checkpointing recomputes them when they are asked for
+    *tensors, shift = tensors
+    if shift is not None:
+        raise RuntimeError('the fused attention with its finish fused has no gradients; call it without `shift`')
+    gradients = _attend_backward(gradient, *tensors, ctx.shape)
+    return *_spread(gradients, tensors[3] is not None, 3), None, None
+
+
+_attend.register_autograd(_differentiate_attend, setup_context=_keep)
+
+
+@torch.library.custom_op('san_backbones::hidden_sums', mutates_args=(), device_types=_DEVICES)
+def _hidden_sums(
+        query: Tensor, key: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor, weight1: Tensor,
+        shape: list[int]) -> Tensor:
+    """Sums of u = weight1 relu(norm1(delta)), the input of norm2, and of u * u: (2, hidden) in float64."""
+    folded = (scale1, shift1, weight1, None, None, None)
+    sums = _loops(shape).sums(Shape(*shape), _maps(query, key, None, place), folded)
+    return sums[:, :Shape(*shape).hidden].contiguous()
+
+
+@_hidden_sums.register_fake
+def _(query, key, place, scale1, shift1, weight1, shape):
+    return torch.empty((2, Shape(*shape).hidden), dtype=torch.float64, device=query.device)
+
+
+@torch.library.custom_op('san_backbones::hidden_sums_backward', mutates_args=(), device_types=_DEVICES)
+def _hidden_sums_backward(
+        gradient: Tensor, query: Tensor, key: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor,
+        weight1: Tensor, shape: list[int]) -> list[Tensor]:
+    maps, folded = (query, key, None, place), (scale1, shift1, weight1, None, None, None)
+    slopes = torch.stack([gradient[0], 2 * gradient[1]])  # d u / d u and d u^2 / d u = 2 u
+    slopes = pad(slopes.float(), weight1.shape[1]).contiguous()
+    return _to_inputs(_loops(shape).sums_gradients(Shape(*shape), _maps(*maps), folded, slopes), maps)
+
+
+@_hidden_sums_backward.register_fake
+def _(gradient, query, key, place, scale1, shift1, weight1, shape):
+    maps = [torch.empty_like(x, memory_format=memory_format(x)) for x in (query, key, place) if x is not None]
+    return [*maps, *(torch.empty_like(x) for x in (scale1, shift1, weight1))]
+
+
+def _differentiate_hidden_sums(ctx, gradient):
+    refuse_double_backward()
+    tensors = ctx.saved_tensors  # once: checkpointing recomputes them when they are asked for
+    gradients = _hidden_sums_backward(gradient, *tensors, ctx.shape)
+    return *_spread(gradients, tensors[2] is not None, 2), None
+
+
+_hidden_sums.register_autograd(_differentiate_hidden_sums, setup_context=_keep)
+
+
+def _attend_by(
+        path: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        place: Tensor | None,
+        gamma: Gamma,
+        spec: Spec,
+        shift: Tensor | None,
+) -> Tensor:
+    width = library.width() if path == 0 else 1  # the compiler of Triton chooses vectors by itself
+    with torch.autocast(value.device.type, enabled=False):
+        folded = None if gamma.cache is None else gamma.cache.get(PATHS[path])
+        if folded is None:
+            norm1 = _affine(gamma.norm1, lambda: relation_statistics(query, key, place, spec))
+            norm2 = _affine(gamma.norm2,
+                            lambda: _hidden_statistics(query, key, place, norm1, gamma, spec, width, path))
+            folded = fold_gamma(norm1, norm2, gamma, spec, width, path)
+        if gamma.cache is not None:
+            gamma.cache[PATHS[path]] = folded
+        shape, tensors = folded
+        return _attend(query, key, value, place, *tensors, shift, shape)
+
+
+def attend_native(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        place: Tensor | None,
+        gamma: Gamma,
+        spec: Spec,
+        shift: Tensor | None = None,
+) -> Tensor:
+    """Footprint attention by compiled loops; arguments as `ops.footprint_attention`, `shift` without gradients.
+
+    Computes in float32 whatever the dtype of the maps. The result has the memory format of `value`. Nothing depends on
+    the number of threads.
+    """
+    return _attend_by(0, query, key, value, place, gamma, spec, shift)
+
+
+def attend_triton(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        place: Tensor | None,
+        gamma: Gamma,
+        spec: Spec,
+        shift: Tensor | None = None,
+) -> Tensor:
+    """Footprint attention by Triton kernels; arguments as `ops.footprint_attention`, `shift` without gradients.
+
+    Factors of matrix products have the dtype of the maps (float32: as `torch.backends.cuda.matmul.allow_tf32` says),
+    all else is float32. The result has the memory format of `value`. Gradients of maps are sums by atomic additions,
+    whose order differs from run to run.
+    """
+    return _attend_by(1, query, key, value, place, gamma, spec, shift)
+
+
+def _affine(norm: Norm, statistics: Callable[[], tuple[Tensor, Tensor, int]]) -> Affine:
+    if not norm.batch_statistics:
+        return fold(norm, norm.running_mean, norm.running_var)
+    mean, var, values = statistics()
+    need_several_values(values)
+    return fold_batch(norm, mean, var, torch.full((), float(values), device=mean.device))
+
+
+def _hidden_statistics(query: Tensor, key: Tensor, place: Tensor | None, norm1: Affine, gamma: Gamma,
+                       spec: Spec, width: int, path: int) -> tuple[Tensor, Tensor, int]:
+    weight1 = gamma.weight1.flatten(1).float().t()
+    hidden = weight1.shape[1]
+    scale1, shift1, weight1 = (in_loop_order(x, spec).contiguous() for x in (*norm1, weight1))
+    sums = _hidden_sums(query, key, place, scale1, shift1, pad(weight1, round_up(hidden, width)).contiguous(),
+                        Shape.of(spec, hidden, width, path))
+    vectors = query.shape[0] * query.shape[2] * query.shape[3] * (spec.kernel_size ** 2 if spec.pairwise else 1)
+    mean, square = sums / vectors
+    var = (square - mean * mean).clamp(min=0)  # in float64 the difference keeps float32's digits
+    return mean.float(), var.float(), vectors
