@@ -7,13 +7,16 @@ multiplied). Sizes of channels are constants of a compiled kernel, sizes of imag
 
 Names: q, k, v are phi(x_i), psi(x_j), beta(x_j); x the relation and e its positive part after norm1; u the hidden
 vector before the second ReLU and h behind it; w the weights; g the gradient of the output. Blocks of channels are R
-(a relation's), T (a tap's: R, or 1 for a dot product), H (hidden), C (weight channels) and S (shares), all powers of 2.
+(a relation's), T (a tap's: R, or 1 for a dot product), H (hidden), C (weight channels), S (shares) and B (shares at a
+time), all powers of 2.
 """
 import triton
 import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether these kernels run in Triton's interpreter, on the CPU: decided when they are made."""
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 SUBTRACTION = tl.constexpr(0)
 SUMMATION = tl.constexpr(1)
@@ -40,7 +43,12 @@ def _relu(x):
 def _product(a, b, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b, on tensor cores unless it is too narrow for them."""
     if a.shape[0] >= 16 and a.shape[1] >= 16 and b.shape[1] >= 8:
-        c = tl.dot(a.to(KIND), b.to(KIND), input_precision=PRECISION)
+        a = a.to(KIND)
+        b = b.to(KIND)
+        if _INTERPRETED:  # which multiplies the bits of bfloat16
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        c = tl.dot(a, b, input_precision=PRECISION)
     else:
         c = tl.sum(a[:, :, None] * b[None, :, :], 1)
     return c
@@ -94,8 +102,8 @@ def _share_pointers(base, pixel, ROW: tl.constexpr, CHANNELS: tl.constexpr, S: t
 
 
 @triton.jit
-def _share_mask(live, CHANNELS: tl.constexpr, SHARES: tl.constexpr, S: tl.constexpr, C: tl.constexpr):
-    used = (tl.arange(0, S)[:, None] < SHARES) & (tl.arange(0, C)[None, :] < CHANNELS)
+def _share_mask(live, CHANNELS: tl.constexpr, shares, S: tl.constexpr, C: tl.constexpr):
+    used = (tl.arange(0, S)[:, None] < shares) & (tl.arange(0, C)[None, :] < CHANNELS)
     return live[:, None, None] & used[None, :, :]
 
 
@@ -292,10 +300,24 @@ def pairwise_sums(
 
 
 @triton.jit
-def _scatter_value(d_value, g, w, pixel, live, CHANNELS: tl.constexpr, SHARES: tl.constexpr, S: tl.constexpr,
-                   C: tl.constexpr):
-    at = _share_pointers(d_value, pixel, CHANNELS * SHARES, CHANNELS, S, C)
-    tl.atomic_add(at, g * w[:, None, :], mask=_share_mask(live, CHANNELS, SHARES, S, C), sem='relaxed')
+def _weights_backward(
+        gradient, value, d_value, w, pixel, there, live, CHANNELS: tl.constexpr, SHARES: tl.constexpr,
+        VALUE_ROW: tl.constexpr, B: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
+    """Gradient of the weights of a tap, the sum over shares of g v; g w goes to d_value where that is given.
+
+    B shares at a time: all of them would not stay in registers beside the rest of a backward pass.
+    """
+    d_w = tl.zeros((M, C), tl.float32)
+    for first in range(0, SHARES, B):
+        mask = _share_mask(live, CHANNELS, SHARES - first, B, C)
+        at = _share_pointers(gradient + first * CHANNELS, pixel, CHANNELS * SHARES, CHANNELS, B, C)
+        g = tl.load(at, mask=mask, other=0.).to(tl.float32)
+        at = _share_pointers(value + first * CHANNELS, there, VALUE_ROW, CHANNELS, B, C)
+        d_w += tl.sum(g * tl.load(at, mask=mask, other=0.).to(tl.float32), 1)
+        if d_value is not None:
+            at = _share_pointers(d_value + first * CHANNELS, there, CHANNELS * SHARES, CHANNELS, B, C)
+            tl.atomic_add(at, g * w[:, None, :], mask=mask, sem='relaxed')
+    return d_w
 
 
 @triton.jit
@@ -311,7 +333,7 @@ def attend_pairwise_backward(
         RELATION: tl.constexpr, POSITION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr,
         HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, SHARES: tl.constexpr, QUERY_ROW: tl.constexpr,
         KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, INPUTS: tl.constexpr, TOTAL: tl.constexpr,
-        PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+        PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
         M: tl.constexpr):
     """Gradients of the maps, and of gamma in parameters[program]: scale1, shift1, weight1, shift2, weight2 (TOTAL
     numbers). What goes to neighbours is added atomically. With `slopes` instead of `value`: the gradients of
@@ -358,8 +380,6 @@ def attend_pairwise_backward(
         common = tl.zeros((M, H), tl.float32) + base[None, :]
         common, e_q = _add_centre(common, q, scale1, shift1, weight1, REL, HIDDEN, R, H, RELATION, KIND, PRECISION)
         if value is not None:
-            g = tl.load(_share_pointers(gradient, pixel, CHANNELS * SHARES, CHANNELS, S, C),
-                        mask=_share_mask(live, CHANNELS, SHARES, S, C), other=0.).to(tl.float32)
             log_sum = _read(lse, pixel, CHANNELS, CHANNELS, C)
             dot = tl.where(live[:, None], _read(slope, pixel, CHANNELS, CHANNELS, C), 0.)
         d_q = tl.zeros((M, R), tl.float32)
@@ -382,8 +402,8 @@ def attend_pairwise_backward(
             if value is not None:
                 h = _relu(u)
                 w = tl.exp(_product(h, w2, KIND, PRECISION) + b2[None, :] - log_sum)
-                d_w = tl.sum(g * _read_shares(value, image + there, VALUE_ROW, CHANNELS, SHARES, S, C), 1)
-                _scatter_value(d_value, g, w, image + there, live, CHANNELS, SHARES, S, C)
+                d_w = _weights_backward(gradient, value, d_value, w, pixel, image + there, live, CHANNELS, SHARES,
+                                        VALUE_ROW, B, C, M)
                 d_logits = w * (d_w - dot)
                 d_w2 += _product(tl.trans(h), d_logits, KIND, PRECISION)
                 d_u = tl.where(h > 0, _product(d_logits, tl.trans(w2), KIND, PRECISION), 0.)
@@ -541,7 +561,7 @@ def patchwise_hidden_backward(
         RELATION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr, HIDDEN: tl.constexpr,
         CHANNELS: tl.constexpr, SHARES: tl.constexpr, QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
         VALUE_ROW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
-        C: tl.constexpr, S: tl.constexpr, M: tl.constexpr):
+        C: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
     """h and the gradient of u of every pixel; with `slopes` only the latter, as in `attend_pairwise_backward`."""
     KIND: tl.constexpr = key.dtype.element_ty
     AREA: tl.constexpr = K * K
@@ -551,13 +571,12 @@ def patchwise_hidden_backward(
                       DILATION, REL, HIDDEN, QUERY_ROW, KEY_ROW, RELATION, PRECISION, R, T, H, M)
     mask = live[:, None] & (tl.arange(0, H)[None, :] < HIDDEN)
     if value is not None:
-        g = tl.load(_share_pointers(gradient, pixel, CHANNELS * SHARES, CHANNELS, S, C),
-                    mask=_share_mask(live, CHANNELS, SHARES, S, C), other=0.).to(tl.float32)
         d_h = tl.zeros((M, H), tl.float32)
         for tap in range(AREA):
             there = _neighbour(tap, row, column, height, width, K, DILATION)
             w2 = _read_matrix(weight2 + tap * CHANNELS, AREA * CHANNELS, HIDDEN, CHANNELS, H, C)
-            d_w = tl.sum(g * _read_shares(value, image + there, VALUE_ROW, CHANNELS, SHARES, S, C), 1)
+            d_w = _weights_backward(gradient, value, None, None, pixel, image + there, live, CHANNELS, SHARES,
+                                    VALUE_ROW, B, C, M)
             d_h += _product(d_w, tl.trans(w2), KIND, PRECISION)
         h = _relu(u)
         d_u = tl.where(h > 0, d_h, 0.)
@@ -574,7 +593,7 @@ def attend_patchwise_backward(
         RELATION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr, HIDDEN: tl.constexpr,
         CHANNELS: tl.constexpr, SHARES: tl.constexpr, QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
         VALUE_ROW: tl.constexpr, INPUTS: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr,
-        T: tl.constexpr, H: tl.constexpr, C: tl.constexpr, S: tl.constexpr, M: tl.constexpr):
+        T: tl.constexpr, H: tl.constexpr, C: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
     """Gradients of the maps, and of gamma in parameters[slot]: scale1, shift1, weight1, weight2, bias2.
 
     A program has one tap (program 0 of the first axis; the last of a concatenation is phi(x_i)) and every n-th block,
@@ -628,10 +647,8 @@ def attend_patchwise_backward(
             if not is_centre:
                 h = _read(hidden, pixel, HIDDEN, HIDDEN, H)
                 w = _product(h, w2, KIND, PRECISION) + b2[None, :]
-                g = tl.load(_share_pointers(gradient, pixel, CHANNELS * SHARES, CHANNELS, S, C),
-                            mask=_share_mask(live, CHANNELS, SHARES, S, C), other=0.).to(tl.float32)
-                d_w = tl.sum(g * _read_shares(value, there, VALUE_ROW, CHANNELS, SHARES, S, C), 1)
-                _scatter_value(d_value, g, w, there, live, CHANNELS, SHARES, S, C)
+                d_w = _weights_backward(gradient, value, d_value, w, pixel, there, live, CHANNELS, SHARES, VALUE_ROW, B,
+                                        C, M)
                 d_w2 += _product(tl.trans(h), d_w, KIND, PRECISION)
                 d_b2 += tl.sum(d_w, 0)
     out = parameters + slot.to(tl.int64) * TOTAL
@@ -643,7 +660,7 @@ def attend_patchwise_backward(
     if value is not None:
         if not is_centre:
             out += (2 + HIDDEN) * INPUTS + tap * CHANNELS
-            at, mask = _matrix(out, AREA * CHANNELS, HIDDEN, CHANNELS, H, C)
-            tl.store(at, d_w2, mask=mask)
+            at_w2, mask_w2 = _matrix(out, AREA * CHANNELS, HIDDEN, CHANNELS, H, C)
+            tl.store(at_w2, d_w2, mask=mask_w2)
             channel = tl.arange(0, C)
             tl.store(out + HIDDEN * AREA * CHANNELS + channel, d_b2, mask=channel < CHANNELS)

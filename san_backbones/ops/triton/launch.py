@@ -17,6 +17,9 @@ MAX_GRADIENT_NUMBERS = 1 << 23
 MAX_PROGRAMS = 512
 """Programs among which a backward pass shares the pixels: several for each multiprocessor of the largest GPU."""
 
+SHARED_AT_A_TIME = 64
+"""Channels of the value that a backward pass holds of a neighbour."""
+
 _PAIR_CONCATENATION, _DOT = RELATIONS[True, 'concatenation'], RELATIONS[True, 'dot']
 _PATCH_CONCATENATION, _STAR = RELATIONS[False, 'concatenation'], RELATIONS[False, 'star']
 
@@ -30,28 +33,33 @@ class Configuration(NamedTuple):
     num_stages: int
 
 
-def configuration(width: int) -> Configuration:
-    """The configuration for the widest of a pixel's vectors, in numbers: all of them have to stay in registers.
-
-    One for each width, by the registers and spills that ptxas reports (benchmarks/triton_offline.py), not by timings.
-    It does not depend on the size of the images, so that none is ever compiled for another size.
-    """
-    if kernels.INTERPRETED:
-        return Configuration(64, 4, 1)  # its time goes by the number of programs
-    for bound, chosen in CONFIGURATIONS.items():
-        if width <= bound:
-            return chosen
-    return chosen
-
-
-# widest vector (channels of the value, rounded up): 16 rows are what a tensor core takes, and more pixels than that
-# pay where their vectors are short
+# By the widest vector of a pixel (channels, rounded up), since all of them have to stay in registers. 16 pixels are the
+# rows that a tensor core takes, more of them pay where vectors are short; wide vectors are spread over more warps, and
+# not read ahead of time, which takes shared memory. The pairwise backward pass also holds the gradients of gamma.
 CONFIGURATIONS = {
     32: Configuration(64, 4, 2),
     128: Configuration(16, 4, 2),
     256: Configuration(16, 8, 2),
     1 << 30: Configuration(16, 8, 1),
 }
+BACKWARD_CONFIGURATIONS = {
+    32: Configuration(32, 4, 1),
+    64: Configuration(16, 4, 1),
+    1 << 30: Configuration(16, 8, 1),
+}
+
+
+def configuration(kernel: str, constants: dict[str, Any]) -> Configuration:
+    """How `kernel` is compiled for an attention with these `constants`.
+
+    Chosen by the registers and spills that ptxas reports (benchmarks/triton_offline.py), not by timings, and the same
+    for every size of the images, so that none is ever compiled for another size.
+    """
+    if kernels.INTERPRETED:
+        return Configuration(64, 4, 1)  # its time goes by the number of programs
+    table = BACKWARD_CONFIGURATIONS if kernel == 'attend_pairwise_backward' else CONFIGURATIONS
+    width = max(constants['R'], constants['H'], constants['S'] * constants['C'])
+    return next(chosen for bound, chosen in table.items() if width <= bound)
 
 
 def _power_of_2(n: int) -> int:
@@ -87,7 +95,8 @@ def constants(shape: Shape, maps: _Tensors) -> dict[str, Any]:
         DILATION=shape.dilation, REL=rel, HIDDEN=shape.hidden, CHANNELS=channels, SHARES=shares,
         QUERY_ROW=row(query), KEY_ROW=row(key), VALUE_ROW=1 if value is None else row(value), INPUTS=inputs,
         TOTAL=total, PRECISION='tf32' if _allows_tf32() else 'ieee', R=_power_of_2(rel), T=_power_of_2(tap),
-        H=_power_of_2(shape.hidden), C=_power_of_2(channels), S=_power_of_2(shares))
+        H=_power_of_2(shape.hidden), C=_power_of_2(channels), S=_power_of_2(shares),
+        B=min(_power_of_2(shares), max(1, SHARED_AT_A_TIME // _power_of_2(channels))))
 
 
 def _allows_tf32() -> bool:
@@ -105,18 +114,16 @@ class _Launcher:
         if self.sizes[0] > 1 << 30:
             raise ValueError(f'a batch may have {1 << 30} pixels, got {batch} x {height} x {width}: use smaller batches')
         self.constants = constants(shape, maps)
-        c = self.constants
-        self.configuration = configuration(max(c['R'], c['H'], c['S'] * c['C']))
         self.device = query.device
 
-    @property
-    def blocks(self) -> int:
-        return triton.cdiv(self.sizes[0], self.configuration.pixels)
+    def blocks(self, kernel: Any) -> int:
+        return triton.cdiv(self.sizes[0], configuration(kernel.__name__, self.constants).pixels)
 
-    def run(self, kernel: Any, grid: tuple[int, ...], *tensors: Tensor | None) -> None:
+    def run(self, kernel: Any, grid: tuple[int, ...] | None, *tensors: Tensor | None) -> None:
         if not self.sizes[0]:
             return
-        pixels, num_warps, num_stages = self.configuration
+        grid = grid or (self.blocks(kernel),)
+        pixels, num_warps, num_stages = configuration(kernel.__name__, self.constants)
         named = {name: self.constants[name] for name in kernel.arg_names if name in self.constants}
         there = torch.cuda.device(self.device) if self.device.type == 'cuda' else contextlib.nullcontext()
         with there:
@@ -129,9 +136,9 @@ def output(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None)
     value = maps[2]
     result = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     if _is_pairwise(shape):
-        launcher.run(kernels.attend_pairwise, (launcher.blocks,), *maps, *folded, shift, None, result, None, None)
+        launcher.run(kernels.attend_pairwise, None, *maps, *folded, shift, None, result, None, None)
     else:
-        launcher.run(kernels.attend_patchwise, (launcher.blocks,), *maps[:3], *folded, shift, result)
+        launcher.run(kernels.attend_patchwise, None, *maps[:3], *folded, shift, result)
     return result
 
 
@@ -139,12 +146,11 @@ def sums(shape: Shape, maps: _Tensors, folded: _Tensors) -> Tensor:
     """As `native.attention.sums`."""
     launcher = _Launcher(shape, maps)
     query, key, _, place = maps
-    slots = max(1, min(launcher.blocks, MAX_PROGRAMS))
+    kernel, given = (kernels.pairwise_sums, (query, key, place)) if _is_pairwise(shape) \
+        else (kernels.patchwise_sums, (query, key))
+    slots = max(1, min(launcher.blocks(kernel), MAX_PROGRAMS))
     parts = torch.zeros((slots, 2, shape.hidden), dtype=torch.float64, device=query.device)
-    if _is_pairwise(shape):
-        launcher.run(kernels.pairwise_sums, (slots,), query, key, place, *folded[:3], parts)
-    else:
-        launcher.run(kernels.patchwise_sums, (slots,), query, key, *folded[:3], parts)
+    launcher.run(kernel, (slots,), *given, *folded[:3], parts)
     return parts.sum(0)
 
 
@@ -175,12 +181,13 @@ def _gradients(shape: Shape, maps: _Tensors, folded: _Tensors, gradient: Tensor 
     firsts = [inputs, inputs, inputs * hidden]
     d_shift2 = d_bias2 = None
     if _is_pairwise(shape):
-        slots = max(1, min(launcher.blocks, MAX_PROGRAMS, MAX_GRADIENT_NUMBERS // total))
+        slots = max(1, min(launcher.blocks(kernels.attend_pairwise_backward), MAX_PROGRAMS,
+                           MAX_GRADIENT_NUMBERS // total))
         parameters = zeros(slots, total)
         lse = slope = None
         if value is not None:
             lse, slope = (zeros(pixels, launcher.constants['CHANNELS']) for _ in range(2))
-            launcher.run(kernels.attend_pairwise, (launcher.blocks,), *maps, *folded, None, gradient, None, lse, slope)
+            launcher.run(kernels.attend_pairwise, None, *maps, *folded, None, gradient, None, lse, slope)
         launcher.run(kernels.attend_pairwise_backward, (slots,), *maps, *folded, gradient, lse, slope, slopes, d_query,
                      d_key, d_value, d_place, parameters)
         d_scale1, d_shift1, d_weight1, d_shift2, d_weight2 = parameters.sum(0).split(
@@ -189,10 +196,11 @@ def _gradients(shape: Shape, maps: _Tensors, folded: _Tensors, gradient: Tensor 
             d_bias2 = torch.zeros_like(bias2)  # what all neighbours share does not change a softmax
     else:
         taps = shape.kernel_size ** 2 + (shape.relation == _PATCH_CONCATENATION)
-        slots = max(1, min(launcher.blocks, triton.cdiv(8 * MAX_PROGRAMS, taps), MAX_GRADIENT_NUMBERS // total))
+        slots = max(1, min(launcher.blocks(kernels.attend_patchwise_backward), triton.cdiv(8 * MAX_PROGRAMS, taps),
+                           MAX_GRADIENT_NUMBERS // total))
         parameters = zeros(slots, total)
         h, d_hidden = (None if value is None else zeros(pixels, hidden)), zeros(pixels, hidden)
-        launcher.run(kernels.patchwise_hidden_backward, (launcher.blocks,), *maps[:3], scale1, shift1, weight1, shift2,
+        launcher.run(kernels.patchwise_hidden_backward, None, *maps[:3], scale1, shift1, weight1, shift2,
                      weight2, gradient, slopes, h, d_hidden)
         launcher.run(kernels.attend_patchwise_backward, (taps, slots), *maps[:3], scale1, shift1, weight1, weight2,
                      bias2, gradient, h, d_hidden, d_query, d_key, d_value, parameters)
