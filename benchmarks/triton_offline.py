@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be there, and reports what ptxas made of them.
 
-    python benchmarks/triton_offline.py                       every layer of SAN15, float32 and bfloat16, sm_80 and sm_90
+    python benchmarks/triton_offline.py                       every layer of SAN15; fp32, bf16; sm_80, sm_90
     python benchmarks/triton_offline.py --widths 256 --arch 90 --dtypes bf16 --kernels attend_pairwise
 
 One line for each kernel: registers of a thread, bytes of stack (what did not fit into registers is spilled there),
@@ -41,7 +41,8 @@ def report(name: str, width: int, dtype: str = 'fp32', arch: int = 80, relation:
     hidden, channels = (r, m // 8) if pairwise else (m // 8, m // 8)
     maps = [torch.empty(1, 1, 1, c, dtype=DTYPES[dtype]) for c in (r, r, m)]
     place = torch.empty(1, 1, 1, 2) if pairwise else None
-    shape = Shape(RELATIONS[pairwise, relation if pairwise else 'concatenation'], 0, kernel_size, 1, hidden, channels, 1)
+    number = RELATIONS[pairwise, relation if pairwise else 'concatenation']
+    shape = Shape(number, 0, kernel_size, 1, hidden, channels, 1)
     c = launch.constants(shape, [*maps, place])
     c['PRECISION'] = precision
     chosen = configuration or launch.configuration(name, c)

@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from . import fused, native, reference
+from . import fused, native, reference, triton
 from .backends import (
     BACKENDS,
     Backend,
@@ -14,6 +14,7 @@ from .backends import (
     make_request,
     serves,
     symbolic_caller,
+    tap_matrices,
     use_backend,
 )
 from .gamma import Gamma, Norm, Spec, fold
@@ -37,6 +38,7 @@ __all__ = [
     'fold',
     'footprint',
     'footprint_attention',
+    'native',
     'padding',
     'reflect_pad',
     'reflection_index',
@@ -44,6 +46,7 @@ __all__ = [
     'serves',
     'stem',
     'symbolic_caller',
+    'triton',
     'use_backend',
 ]
 
@@ -80,7 +83,8 @@ def footprint_attention(
     if torch.compiler.is_compiling():  # the choice is made while compiling, and stays out of the graph
         statistics = gamma.norm1.batch_statistics or gamma.norm2.batch_statistics
         name = 'reference' if is_exporting() or value.device.type not in ('cpu', 'cuda') else compiled_backend(
-            str(value.device), str(value.dtype), spec.pairwise, spec.relation, statistics)
+            str(value.device), str(value.dtype), spec.pairwise, spec.relation, statistics,
+            tap_matrices(query, gamma, spec))
         attend = {'native': fused.attend_native, 'triton': fused.attend_triton}.get(name, reference.attend)
     else:
         backend = choose_backend(make_request(query, key, value, place, gamma, spec))

@@ -44,6 +44,7 @@ class Request(NamedTuple):
     needs_grad: bool
     batch_statistics: bool
     symbolic: str | None  # who is looking at the program rather than running it, e.g. 'torch.export'
+    matrices: int = 0  # numbers in gamma's two matrices for one tap
 
 
 class Backend(NamedTuple):
@@ -86,7 +87,8 @@ def _native_refusal(request: Request) -> str | None:
 def _triton_refusal(request: Request) -> str | None:
     if request.needs_grad and request.device.type == 'cuda' and torch.are_deterministic_algorithms_enabled():
         return 'it sums gradients in an order that varies, and torch.use_deterministic_algorithms(True) was called'
-    return _fused_refusal(request) or triton.unavailable(request.device)
+    return _fused_refusal(request) or triton.unavailable(request.device) \
+        or triton.too_wide(request.device, request.matrices, request.needs_grad)
 
 
 BACKENDS = (
@@ -139,13 +141,14 @@ def is_exporting() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def compiled_backend(device: str, dtype: str, pairwise: bool, relation: str, batch_statistics: bool) -> str:
+def compiled_backend(device: str, dtype: str, pairwise: bool, relation: str, batch_statistics: bool,
+                     matrices: int) -> str:
     """The path that a graph of torch.compile calls where that is one of registered operators; otherwise 'reference'.
 
     Decided when the graph is compiled: what `use_backend` says then stays in it.
     """
     request = Request(Spec(pairwise, relation, 'none', 1, 1), torch.device(device), getattr(torch, dtype[6:]), (), True,
-                      batch_statistics, None)
+                      batch_statistics, None, matrices)
     name = choose_backend(request).name
     return name if name in fused.PATHS else 'reference'
 
@@ -157,7 +160,16 @@ def make_request(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     batch_statistics = gamma.norm1.batch_statistics or gamma.norm2.batch_statistics
     return Request(spec, value.device, value.dtype, tuple(value.shape), needs_grad, batch_statistics,
-                   symbolic_caller(value))
+                   symbolic_caller(value), tap_matrices(query, gamma, spec))
+
+
+def tap_matrices(query: Tensor, gamma: Gamma, spec: Spec) -> int:
+    """Numbers in the parts of weight1 and weight2 that belong to one tap, sizes rounded up to powers of 2."""
+    taps = 1 if spec.pairwise else spec.kernel_size ** 2
+    channels, hidden = gamma.weight2.shape[:2]
+    relation = 1 if spec.relation in ('dot', 'star') else query.shape[1]
+    relation, hidden, channels = (1 << (n - 1).bit_length() for n in (relation, hidden, channels // taps))
+    return hidden * (relation + channels)
 
 
 def choose_backend(request: Request) -> Backend:

@@ -1,4 +1,4 @@
-"""The Triton kernels, against the float64 definition: in Triton's interpreter on the CPU, and on a GPU where there is one.
+"""The Triton kernels, against the float64 definition: in Triton's interpreter, and on a GPU where there is one.
 
 Triton decides when it is imported whether it interprets, and timm imports it: hence `test_in_the_interpreter`, which
 runs this file again with TRITON_INTERPRET=1. Compilation needs no GPU: `test_compilation`.
@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from san_backbones import PairwiseAttention, PatchwiseAttention, ops
-from san_backbones.ops import native, statistics, triton
+from san_backbones.ops import backends, native, statistics, triton
 
 INTERPRETING = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = torch.device('cuda' if torch.cuda.is_available() and not INTERPRETING else 'cpu')
@@ -94,6 +95,12 @@ def test_definition_with_positions(relation, position, ref):
 def test_definition_with_odd_widths(cls, options):
     layer = _layer(cls, **options, kernel_size=3)
     assert _error(layer, _random(2, layer.dim, 2, 1)) < 2e-6  # a map narrower than the footprint reaches
+
+
+@runs
+def test_gradients_of_wide_layers():
+    """Weights that are not kept while the taps go by."""
+    _check_training(_layer(PairwiseAttention, kernel_size=3, rel_planes=100), _random(1, 64, 2, 2), False)
 
 
 @runs
@@ -339,6 +346,21 @@ def test_refusals_say_why(monkeypatch):
     assert 'not installed' in triton.unavailable(torch.device('cuda'))
 
 
+@pytest.mark.parametrize('kibibytes, expected', [(99, ('triton', 'tiled')), (163, ('triton', 'triton'))])
+def test_wide_layers_need_shared_memory(kibibytes, expected, monkeypatch):
+    """Of SAN's layers, the widest pairwise one does not train on a GPU of 99 KiB; it runs there."""
+    monkeypatch.setattr(triton, 'unavailable', lambda device: None)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties',
+                        lambda device: SimpleNamespace(shared_memory_per_block_optin=kibibytes << 10))
+    layer = PairwiseAttention(2048, device='meta')
+    query = torch.empty(1, layer.rel_planes, 7, 7, device='meta')
+    spec = layer.spec()
+    request = ops.Request(spec, torch.device('cuda'), torch.float32, (1, 512, 7, 7), False, False, None,
+                          backends.tap_matrices(query, layer.gamma(), spec))
+    names = tuple(ops.choose_backend(request._replace(needs_grad=grad)).name for grad in (False, True))
+    assert names == expected
+
+
 def test_deterministic_algorithms_are_respected(monkeypatch):
     request = ops.Request(ops.Spec(True, 'subtraction', 'relative', 7, 1), torch.device('cuda'), torch.float32,
                           (1, 64, 8, 8), True, False, None)
@@ -365,7 +387,7 @@ def _offline():
 @pytest.mark.parametrize('name', ['attend_pairwise', 'pairwise_sums', 'attend_pairwise_backward', 'attend_patchwise',
                                   'patchwise_sums', 'patchwise_hidden_backward', 'attend_patchwise_backward'])
 def test_compilation(name):
-    """ptxas takes the kernels, their registers suffice but for a little, and they fit into the default shared memory."""
+    """ptxas takes the kernels, their registers suffice but for a little, and so does the usual shared memory."""
     offline = _offline()
     for arch, dtype, of_sums in ((80, 'fp32', False), (90, 'bf16', True)):
         if of_sums and not name.endswith('backward') and name != 'attend_pairwise':

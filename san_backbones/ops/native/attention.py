@@ -37,7 +37,8 @@ class _Arguments:
     """struct task, and the tensors it points to."""
 
     def __init__(self, shape: Shape, maps: _Tensors, folded: _Tensors, out: int):
-        query, key, value, place = (None if x is None else x.float() for x in maps)
+        floats: _Tensors = [None if x is None else x.float() for x in maps]
+        query, key, value, place = floats
         batch, height, width, rel = query.shape
         reach = geometry.padding(shape.kernel_size, shape.dilation)
         scale1, shift1, *rest = folded

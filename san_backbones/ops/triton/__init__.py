@@ -5,7 +5,7 @@ import os
 
 import torch
 
-__all__ = ['unavailable']
+__all__ = ['too_wide', 'unavailable']
 
 
 @functools.cache
@@ -28,3 +28,17 @@ def unavailable(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f'it needs compute capability 8.0 or newer, {torch.cuda.get_device_name(device)} has an older one'
     return None
+
+
+def too_wide(device: torch.device, numbers: int, needs_grad: bool) -> str | None:
+    """Why matrices of `numbers` numbers do not stay in the shared memory of `device`; None if they do.
+
+    Bytes for a number are what float32 kernels of the pairwise form were seen to take, rounded up.
+    """
+    need = numbers * 5 if needs_grad else numbers * 7 // 2
+    if device.type != 'cuda' or need <= 48 << 10:  # which every GPU has
+        return None
+    there = getattr(torch.cuda.get_device_properties(device), 'shared_memory_per_block_optin', 0)
+    if need <= there:
+        return None
+    return f'its programs would need about {need >> 10} KiB of shared memory, {device} has {there >> 10} KiB'

@@ -138,6 +138,14 @@ def _read_matrix(base, ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
+def _again(base, tap, K: tl.constexpr):
+    """`base`, in a way that the compiler cannot know: what is read from there is not kept while the taps go by. Two
+    matrices of wide layers would not stay in shared memory together, with 99 KiB of it as on compute capability 8.6.
+    """
+    return base + tap // (K * K)
+
+
+@triton.jit
 def _relate(q, k, RELATION: tl.constexpr):
     """The channels that one tap adds to the relation: (M, T)."""
     if RELATION == SUBTRACTION:
@@ -146,7 +154,7 @@ def _relate(q, k, RELATION: tl.constexpr):
         x = q + k
     elif RELATION == HADAMARD:
         x = q * k
-    elif RELATION == DOT or RELATION == STAR:
+    elif RELATION == DOT or RELATION == STAR:  # noqa: SIM109
         x = tl.sum(q * k, 1)[:, None]
     else:
         x = k
@@ -162,7 +170,7 @@ def _relate_backward(d_x, q, k, d_q, RELATION: tl.constexpr):
     elif RELATION == SUMMATION:
         d_q += d_x
         d_k = d_x
-    elif RELATION == HADAMARD or RELATION == DOT or RELATION == STAR:
+    elif RELATION == HADAMARD or RELATION == DOT or RELATION == STAR:  # noqa: SIM109
         d_q += d_x * k
         d_k = d_x * q
     else:
@@ -195,7 +203,7 @@ def _add_centre(u, q, scale, shift, weight, REL: tl.constexpr, HIDDEN: tl.conste
                 RELATION: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """Adds what phi(x_i) contributes to the hidden vectors of concatenations, and its positive part."""
     e = q
-    if RELATION == PAIR_CONCATENATION or RELATION == PATCH_CONCATENATION:
+    if RELATION == PAIR_CONCATENATION or RELATION == PATCH_CONCATENATION:  # noqa: SIM109
         e = _relu(q * _read_vector(scale, REL, R)[None, :] + _read_vector(shift, REL, R)[None, :])
         u += _product(e, _read_matrix(weight, HIDDEN, REL, HIDDEN, R, H), KIND, PRECISION)
     return u, e
@@ -208,7 +216,8 @@ def attend_pairwise(
         RELATION: tl.constexpr, POSITION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr,
         HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, SHARES: tl.constexpr, QUERY_ROW: tl.constexpr,
         KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-        H: tl.constexpr, C: tl.constexpr, S: tl.constexpr, M: tl.constexpr):
+        H: tl.constexpr, C: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+        WIDE: tl.constexpr):
     """The output, relu(output + shift) where shift is given; or, given the output's gradient, what
     `attend_pairwise_backward` needs of every pixel: log sum exp of the logits, and sum_o w_o dw_o, which is the sum
     over shares of y dy.
@@ -223,8 +232,9 @@ def attend_pairwise(
     q = _read(query, pixel, QUERY_ROW, REL, R)
     s1 = _read_vector(scale1 + FIRST, TAP, T)
     t1 = _read_vector(shift1 + FIRST, TAP, T)
-    w1 = _read_matrix(weight1 + FIRST * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
-    w2 = _read_matrix(weight2, CHANNELS, HIDDEN, CHANNELS, H, C)
+    if not WIDE:
+        w1 = _read_matrix(weight1 + FIRST * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
+        w2 = _read_matrix(weight2, CHANNELS, HIDDEN, CHANNELS, H, C)
     b2 = _read_vector(bias2, CHANNELS, C)
     common = tl.zeros((M, H), tl.float32) + _read_vector(shift2, HIDDEN, H)[None, :]
     common, _ = _add_centre(common, q, scale1, shift1, weight1, REL, HIDDEN, R, H, RELATION, KIND, PRECISION)
@@ -235,9 +245,13 @@ def attend_pairwise(
         there = _neighbour(tap, row, column, height, width, K, DILATION)
         k = _read(key, image + there, KEY_ROW, REL, R)
         e = _relu(_relate(q, k, RELATION) * s1[None, :] + t1[None, :])
+        if WIDE:
+            w1 = _read_matrix(_again(weight1 + FIRST * HIDDEN, tap, K), HIDDEN, TAP, HIDDEN, T, H)
         u = common + _product(e, w1, KIND, PRECISION)
         u = _add_positions(u, place, spot, there, scale1 + LAST, shift1 + LAST, weight1 + LAST * HIDDEN, HIDDEN, H,
                            POSITION)
+        if WIDE:
+            w2 = _read_matrix(_again(weight2, tap, K), CHANNELS, HIDDEN, CHANNELS, H, C)
         logits = _product(_relu(u), w2, KIND, PRECISION) + b2[None, :]
         new = tl.maximum(top, logits)
         old = tl.exp(top - new)

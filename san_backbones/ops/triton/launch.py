@@ -20,6 +20,9 @@ MAX_PROGRAMS = 512
 SHARED_AT_A_TIME = 64
 """Channels of the value that a backward pass holds of a neighbour."""
 
+WIDEST_KEPT = 1 << 13
+"""Numbers of weight1 that `attend_pairwise` keeps while it goes through the taps; wider ones are read for every tap."""
+
 _PAIR_CONCATENATION, _DOT = RELATIONS[True, 'concatenation'], RELATIONS[True, 'dot']
 _PATCH_CONCATENATION, _STAR = RELATIONS[False, 'concatenation'], RELATIONS[False, 'star']
 
@@ -96,7 +99,8 @@ def constants(shape: Shape, maps: _Tensors) -> dict[str, Any]:
         QUERY_ROW=row(query), KEY_ROW=row(key), VALUE_ROW=1 if value is None else row(value), INPUTS=inputs,
         TOTAL=total, PRECISION='tf32' if _allows_tf32() else 'ieee', R=_power_of_2(rel), T=_power_of_2(tap),
         H=_power_of_2(shape.hidden), C=_power_of_2(channels), S=_power_of_2(shares),
-        B=min(_power_of_2(shares), max(1, SHARED_AT_A_TIME // _power_of_2(channels))))
+        B=min(_power_of_2(shares), max(1, SHARED_AT_A_TIME // _power_of_2(channels))),
+        WIDE=_power_of_2(tap) * _power_of_2(shape.hidden) > WIDEST_KEPT)
 
 
 def _allows_tf32() -> bool:
@@ -112,7 +116,8 @@ class _Launcher:
         batch, height, width, _ = query.shape
         self.sizes = (batch * height * width, height, width)
         if self.sizes[0] > 1 << 30:
-            raise ValueError(f'a batch may have {1 << 30} pixels, got {batch} x {height} x {width}: use smaller batches')
+            raise ValueError(f'a batch may have {1 << 30} pixels, got {batch} x {height} x {width}: '
+                             'use smaller batches')
         self.constants = constants(shape, maps)
         self.device = query.device
 
