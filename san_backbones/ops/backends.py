@@ -159,8 +159,10 @@ def make_request(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None
     tensors = (query, key, value, place, *gamma.norm1[:2], gamma.weight1, *gamma.norm2[:2], gamma.weight2, gamma.bias2)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     batch_statistics = gamma.norm1.batch_statistics or gamma.norm2.batch_statistics
-    return Request(spec, value.device, value.dtype, tuple(value.shape), needs_grad, batch_statistics,
-                   symbolic_caller(value), tap_matrices(query, gamma, spec))
+    symbolic = symbolic_caller(value)
+    matrices = tap_matrices(query, gamma, spec) if symbolic is None else 0  # sizes may be no numbers while tracing
+    return Request(spec, value.device, value.dtype, tuple(value.shape), needs_grad, batch_statistics, symbolic,
+                   matrices)
 
 
 def tap_matrices(query: Tensor, gamma: Gamma, spec: Spec) -> int:

@@ -182,7 +182,7 @@ def test_gradients_of_many_shares(cls):
 
 
 @runs
-@pytest.mark.parametrize('cls, dtype', zip(BOTH, [torch.bfloat16, torch.float16]))
+@pytest.mark.parametrize('cls, dtype', list(zip(BOTH, [torch.bfloat16, torch.float16])))
 def test_gradients_under_autocast(cls, dtype):
     """No further from float32 than the definition under autocast."""
     layer = _layer(cls, 256, kernel_size=3).train()
