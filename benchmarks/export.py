@@ -199,7 +199,7 @@ def accuracy(options):
 
 
 def main():
-    options = harness.parser(__doc__.splitlines()[0])
+    options = harness.parser(__doc__.splitlines()[0], precisions=False)
     options.add_argument('question', choices=['speed', 'accuracy'])
     options.add_argument('--models', nargs='+', help='timm names (default: both SAN15 for speed, san10_patchwise else)')
     options.add_argument('--size', type=int, help='side of the pictures (default: 224 for speed, 96 for accuracy)')

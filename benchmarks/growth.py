@@ -19,16 +19,17 @@ def main():
     parser.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='inference on this size only')
     options = parser.parse_args()
     if options.memory:
-        case, setting = json.loads(options.memory)
-        print(harness.measure_peak(lambda: make(case, setting)))
+        case, setting, precision = json.loads(options.memory)
+        dtype = harness.set_precision(precision)
+        print(harness.measure_peak(lambda: make(case, setting, dtype)))
         return
-    rows, machine = [], harness.machine()
+    rows, machine, dtype = [], harness.machine(), harness.set_precision(options.precision)
     for training in (False,) if options.size else (False, True):
         for height, width in [options.size] if options.size else [(side, side) for side in SIDES]:
             setting = (1, height, width, training)
-            medians = harness.alternate({case: make(case, setting) for case in CASES}, options.rounds)
+            medians = harness.alternate({case: make(case, setting, dtype) for case in CASES}, options.rounds)
             for case in CASES:
-                peak = harness.peak_memory((case, setting))
+                peak = harness.peak_memory((case, setting, options.precision))
                 megapixels = height * width / 1e6
                 rows.append(dict(
                     what='training step' if training else 'inference', model=case,
@@ -39,7 +40,7 @@ def main():
                     megabytes_per_megapixel=harness.figure(peak and peak / 1e6 / megapixels), machine=machine))
                 harness.show(rows[-1])
     name = 'growth' if not options.size else 'size-{}x{}'.format(*options.size)
-    harness.write(options.results / f'{name}-{harness.DEVICE.type}.csv', rows)
+    harness.write(options.results / f'{name}-{harness.suffix(options.precision)}.csv', rows)
 
 
 if __name__ == '__main__':

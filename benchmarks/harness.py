@@ -20,10 +20,17 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
-def parser(description):
-    """Options that every benchmark has."""
+PRECISIONS = {
+    'fp32': 'float32', 'tf32': 'float32, matrix products in tf32', 'bf16': 'bfloat16 autocast', 'fp16': 'float16 autocast'}
+
+
+def parser(description, precisions=True):
+    """Options that every benchmark has, and those with a choice of precisions have."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument('--rounds', type=int, default=7, help='times that every case runs')
+    if precisions:
+        options.add_argument('--precision', choices=PRECISIONS, default='fp32', help='; '.join(
+            f'{name}: {meaning}' for name, meaning in PRECISIONS.items()))
     options.add_argument('--results', type=pathlib.Path, default=RESULTS, help='folder for the CSV')
     options.add_argument('--no-compile', action='store_true', help='leave out torch.compile, which takes minutes')
     options.add_argument('--memory', help=argparse.SUPPRESS)  # a child measures this case, given as JSON
@@ -33,6 +40,22 @@ def parser(description):
 def machine():
     """The device, in words."""
     return measure.machine(DEVICE)
+
+
+def set_precision(precision):
+    """Makes one of PRECISIONS hold from here on; returns the dtype of maps, for `autocast`."""
+    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+    torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+    return {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision, torch.float32)
+
+
+def autocast(dtype):
+    return torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
+
+
+def suffix(precision):
+    """What a result's file is called after its device and precision."""
+    return DEVICE.type if precision == 'fp32' else f'{DEVICE.type}-{precision}'
 
 
 def seconds(function):
@@ -55,10 +78,10 @@ def ratio(value, other, digits=2):
     return '' if value is None or other is None else figure(value / other, digits)
 
 
-def rates():
-    """What this machine can do: float32 operations and bytes a second (matrix product; copy, read plus write)."""
+def rates(dtype=torch.float32):
+    """What this machine can do: operations and bytes a second (matrix product in dtype; copy, read plus write)."""
     size = 2048 if DEVICE.type == 'cpu' else 8192
-    a, b = torch.randn(2, size, size, device=DEVICE)
+    a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
     source = torch.randn(2 ** 26 if DEVICE.type == 'cpu' else 2 ** 28, device=DEVICE)
     target = torch.empty_like(source)
     multiply = min(seconds(lambda: torch.mm(a, b)) for _ in range(7))

@@ -24,6 +24,11 @@ SETTINGS = {  # name: batch, height, width, training
     '800x1344 inference, batch 1': (1, 800, 1344, False),
     '800x1344 training step, frozen norms, batch 1': (1, 800, 1344, True),
 }
+LARGE_BATCHES = {  # for GPUs
+    '224 inference, batch 64': (64, 224, 224, False),
+    '224 training step, batch 64': (64, 224, 224, True),
+    '800x1344 training step, frozen norms, batch 4': (4, 800, 1344, True),
+}
 OURS = ('san15_pairwise', 'san15_patchwise')
 PEERS = ('resnet50', 'convnext_tiny', 'swin_tiny_patch4_window7_224')
 BASELINE = 'resnet50'
@@ -58,7 +63,7 @@ def build(case, setting, device):
     return model
 
 
-def make(case, setting):
+def make(case, setting, dtype):
     """A function that runs the case once."""
     batch, height, width, training = setting
     model = build(case, setting, harness.DEVICE)
@@ -68,7 +73,7 @@ def make(case, setting):
     path = 'reference' if way in ('reference', 'compiled') else 'auto'
 
     def call():
-        with san_backbones.ops.use_backend(path):
+        with san_backbones.ops.use_backend(path), harness.autocast(dtype):
             if not training:
                 with torch.inference_mode():
                     called(images)
@@ -98,22 +103,24 @@ def main():
     options.add_argument('--without', nargs='*', default=[], help='leave out cases whose name contains one of these')
     options = options.parse_args()
     if options.memory:
-        case, setting = json.loads(options.memory)
-        print(harness.measure_peak(lambda: make(case, setting)))
+        case, setting, precision = json.loads(options.memory)
+        dtype = harness.set_precision(precision)
+        print(harness.measure_peak(lambda: make(case, setting, dtype)))
         return
-    rows, machine = [], harness.machine()
+    rows, machine, dtype = [], harness.machine(), harness.set_precision(options.precision)
     print(machine)
-    for title, setting in SETTINGS.items():
+    settings = SETTINGS if harness.DEVICE.type == 'cpu' else {**SETTINGS, **LARGE_BATCHES}
+    for title, setting in settings.items():
         if not title.startswith(options.only):
             continue
         print(f'\n{title}', flush=True)
-        matrix_rate, _ = harness.rates()
+        matrix_rate, _ = harness.rates(dtype)
         cases = [case for case in names(setting[3], not options.no_compile and not is_large(setting) and setting[0] > 1)
                  if not any(word in case for word in options.without)]
         # a CPU process would show the compiler's memory too
         peaks = {case: None if case.endswith(' compiled') and harness.DEVICE.type == 'cpu' else
-                 harness.peak_memory((case, setting)) for case in cases}
-        functions = {case: make(case, setting) for case in cases}
+                 harness.peak_memory((case, setting, options.precision)) for case in cases}
+        functions = {case: make(case, setting, dtype) for case in cases}
         medians = harness.alternate(functions, options.rounds)
         for case in cases:
             floor = operations(case, setting) / matrix_rate
@@ -128,7 +135,7 @@ def main():
             rows.append(row)
             harness.show(row)
         del functions
-    harness.write(options.results / f'models-{harness.DEVICE.type}.csv', rows)
+    harness.write(options.results / f'models-{harness.suffix(options.precision)}.csv', rows)
 
 
 if __name__ == '__main__':

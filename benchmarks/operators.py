@@ -2,7 +2,7 @@
 
     python benchmarks/operators.py
 
-At 224 x 224, batch 8 (--size, --batch). Forward, and forward with backward of all maps and parameters, norms frozen or
+At 224 x 224, batch 8 (--size, one number or height and width; --batch). Forward, and forward with backward of all maps and parameters, norms frozen or
 in eval mode. A row's floor is the larger of its operations over the measured matrix rate and of its bytes (maps in and
 out, once) over the measured copy rate. The last rows add up all fifteen layers of the network.
 """
@@ -16,21 +16,21 @@ from san_backbones import PairwiseAttention, PatchwiseAttention, ops
 STAGES = ((64, 2, 3, 3), (256, 4, 7, 2), (512, 8, 7, 3), (1024, 16, 7, 5), (2048, 32, 7, 2))  # dim, stride, k, depth
 
 
-def work(layer, batch, side, training):
+def work(layer, batch, size, training, dtype):
     """Operations and bytes that the attention cannot do without."""
     r, m, cw, area = layer.rel_planes, layer.out_planes, layer.out_planes // layer.share_planes, layer.kernel_size ** 2
     if layer.pairwise:
         per_pixel = area * ((r + 2) * r + r * cw + m)
     else:
         per_pixel = r * (area + 1) * cw + cw * area * cw + area * m
-    pixels, maps = batch * side ** 2, 2 * r + 2 * m
-    return 2 * pixels * per_pixel * (3 if training else 1), 4 * pixels * maps * (3 if training else 1)
+    pixels, maps = batch * math.prod(size), 2 * r + 2 * m
+    return 2 * pixels * per_pixel * (3 if training else 1), dtype.itemsize * pixels * maps * (3 if training else 1)
 
 
-def make(layer, batch, side, training, path):
+def make(layer, batch, size, training, path, dtype):
     """A function that runs the attention of `layer` once by `path`."""
     def map_of(channels):
-        x = torch.randn(batch, channels, side, side, device=harness.DEVICE).to(memory_format=torch.channels_last)
+        x = torch.randn(batch, channels, *size, device=harness.DEVICE).to(dtype, memory_format=torch.channels_last)
         return x.requires_grad_(training)
 
     query, key, value = map_of(layer.rel_planes), map_of(layer.rel_planes), map_of(layer.out_planes)
@@ -43,7 +43,7 @@ def make(layer, batch, side, training, path):
     backend = 'auto' if path == 'ours' else 'reference'
 
     def call():
-        with ops.use_backend(backend), torch.set_grad_enabled(training):
+        with ops.use_backend(backend), torch.set_grad_enabled(training), harness.autocast(dtype):
             y = called(query, key, value)
             if training:
                 torch.autograd.grad(y, (query, key, value, *parameters), gradient)
@@ -53,10 +53,11 @@ def make(layer, batch, side, training, path):
 
 def main():
     options = harness.parser(__doc__.splitlines()[0])
-    options.add_argument('--size', type=int, default=224)
+    options.add_argument('--size', type=int, nargs='+', default=[224])
     options.add_argument('--batch', type=int, default=8)
     options = options.parse_args()
-    matrix_rate, copy_rate = harness.rates()
+    dtype = harness.set_precision(options.precision)
+    matrix_rate, copy_rate = harness.rates(dtype)
     machine = harness.machine()
     print(f'{machine}; {matrix_rate / 1e9:.0f} GFLOP/s, {copy_rate / 1e9:.1f} GB/s')
     paths = ['ours', 'reference'] + ([] if options.no_compile else ['compiled'])
@@ -69,17 +70,18 @@ def main():
             for dim, stride, kernel_size, depth in STAGES:
                 torch.manual_seed(0)
                 layer = cls(dim, kernel_size=kernel_size, device=harness.DEVICE).eval()
-                side = options.size // stride
+                size = [length // stride for length in (options.size * 2)[:2]]
                 medians = harness.alternate(
-                    {path: make(layer, options.batch, side, training, path) for path in paths}, options.rounds)
-                operations, moved = work(layer, options.batch, side, training)
+                    {path: make(layer, options.batch, size, training, path, dtype) for path in paths}, options.rounds)
+                operations, moved = work(layer, options.batch, size, training, dtype)
                 medians['floor'] = max(operations / matrix_rate, moved / copy_rate)
                 for name, value in medians.items():
                     total[name] += depth * value
-                rows.append(row(form, what, f'{dim} channels, {side} x {side}, k = {kernel_size}', medians, machine))
+                rows.append(row(form, what, f'{dim} channels, {size[0]} x {size[1]}, k = {kernel_size}', medians, machine))
                 torch.compiler.reset()
             rows.append(row(form, what, 'SAN15, 15 layers', total, machine))
-    harness.write(options.results / f'operators-{options.size}-{harness.DEVICE.type}.csv', rows)
+    size = 'x'.join(map(str, options.size))
+    harness.write(options.results / f'operators-{size}-{harness.suffix(options.precision)}.csv', rows)
 
 
 def row(form, what, layer, t, machine):

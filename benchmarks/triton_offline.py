@@ -3,18 +3,18 @@
     python benchmarks/triton_offline.py                       every layer of SAN15; fp32, bf16; sm_80, sm_90
     python benchmarks/triton_offline.py --widths 256 --arch 90 --dtypes bf16 --kernels attend_pairwise
 
-One line for each kernel: registers of a thread, bytes of stack (what did not fit into registers is spilled there),
-bytes of shared memory, seconds to compile. Neither tells how fast a kernel is.
+One line for each kernel and each configuration that it is tuned over: registers of a thread, bytes of stack (what did
+not fit into registers is spilled there), bytes of shared memory, seconds to compile. None tells how fast a kernel is.
 """
 import argparse
-import csv
+import itertools
 import pathlib
 import re
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
+from typing import Any
 
 import torch
 import triton
@@ -30,12 +30,9 @@ DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 MAPS = {'query', 'key', 'value', 'gradient', 'output'}
 
 
-def report(name: str, width: int, dtype: str = 'fp32', arch: int = 80, relation: str = 'subtraction',
-           kernel_size: int = 7, of_sums: bool = False, configuration: launch.Configuration | None = None,
-           precision: str = 'ieee') -> dict[str, int | float]:
-    """Compiles kernel `name` for an attention in `width` channels; `of_sums`: the variant of a backward kernel that
-    differentiates the batch statistics, and of `attend_pairwise` the one that prepares the backward pass.
-    """
+def constants(name: str, width: int, dtype: str = 'fp32', relation: str = 'subtraction', kernel_size: int = 7,
+              precision: str = 'ieee') -> dict[str, Any]:
+    """Those of kernel `name` for an attention in `width` channels."""
     pairwise = name in PAIRWISE
     r, m = max(1, width // 16), width // 4
     hidden, channels = (r, m // 8) if pairwise else (m // 8, m // 8)
@@ -43,10 +40,15 @@ def report(name: str, width: int, dtype: str = 'fp32', arch: int = 80, relation:
     place = torch.empty(1, 1, 1, 2) if pairwise else None
     number = RELATIONS[pairwise, relation if pairwise else 'concatenation']
     shape = Shape(number, 0, kernel_size, 1, hidden, channels, 1)
-    c = launch.constants(shape, [*maps, place])
-    c['PRECISION'] = precision
-    chosen = configuration or launch.configuration(name, c)
-    c['M'] = chosen.pixels
+    return {**launch.constants(shape, [*maps, place]), 'PRECISION': precision}
+
+
+def report(name: str, c: dict[str, Any], configuration: launch.Configuration, dtype: str = 'fp32', arch: int = 80,
+           of_sums: bool = False) -> dict[str, int | float]:
+    """Compiles kernel `name`; `of_sums`: the variant of a backward kernel that differentiates the batch statistics, and
+    of `attend_pairwise` the one that prepares the backward pass.
+    """
+    c = {**c, 'M': configuration.pixels}
     kernel = getattr(kernels, name)
     absent = {'shift'}
     if name.endswith('backward'):
@@ -65,7 +67,7 @@ def report(name: str, width: int, dtype: str = 'fp32', arch: int = 80, relation:
             attributes[index,] = [['tt.divisibility', 16]]
     start = time.perf_counter()
     compiled = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=GPUTarget('cuda', arch, 32),
-                              options=dict(num_warps=chosen.num_warps, num_stages=chosen.num_stages))
+                              options=dict(num_warps=configuration.num_warps, num_stages=configuration.num_stages))
     seconds = time.perf_counter() - start
     tool = pathlib.Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
@@ -77,6 +79,7 @@ def report(name: str, width: int, dtype: str = 'fp32', arch: int = 80, relation:
 
 
 def main() -> None:
+    import harness  # not where a test calls `report`
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--widths', type=int, nargs='+', default=[64, 256, 512, 1024, 2048])
     parser.add_argument('--dtypes', nargs='+', choices=DTYPES, default=['fp32', 'bf16'])
@@ -85,22 +88,20 @@ def main() -> None:
     parser.add_argument('--precision', choices=['ieee', 'tf32'], default='ieee', help='of float32 products')
     parser.add_argument('--configuration', type=int, nargs=3, metavar=('PIXELS', 'WARPS', 'STAGES'),
                         help='instead of the one that the package would choose')
+    parser.add_argument('--results', type=pathlib.Path, default=harness.RESULTS, help='folder for the CSV')
     args = parser.parse_args()
     warnings.filterwarnings('ignore', message='TRITON_DEFAULT_FP_FUSION')
-    configuration = args.configuration and launch.Configuration(*args.configuration)
-    fields = ['kernel', 'width', 'kernel_size', 'dtype', 'arch', 'registers', 'stack', 'shared', 'seconds']
-    writer = csv.DictWriter(sys.stdout, fields)
-    writer.writeheader()
-    for name in args.kernels:
-        for width in args.widths:
-            for dtype in args.dtypes:
-                for arch in args.arch:
-                    kernel_size = 3 if width == 64 else 7
-                    row = report(name, width, dtype, arch, kernel_size=kernel_size, configuration=configuration,
-                                 precision=args.precision)
-                    writer.writerow(dict(kernel=name, width=width, kernel_size=kernel_size, dtype=dtype, arch=arch,
-                                         **row))
-                    sys.stdout.flush()
+    chosen = args.configuration and [launch.Configuration(*args.configuration)]
+    rows = []
+    for name, width, dtype, arch in itertools.product(args.kernels, args.widths, args.dtypes, args.arch):
+        kernel_size = 3 if width == 64 else 7
+        c = constants(name, width, dtype, kernel_size=kernel_size, precision=args.precision)
+        for configuration in chosen or launch.configurations(name, c):
+            rows.append(dict(kernel=name, width=width, kernel_size=kernel_size, dtype=dtype, arch=arch,
+                             **configuration._asdict(), **report(name, c, configuration, dtype, arch),
+                             triton=triton.__version__))
+            harness.show(rows[-1])
+    harness.write(args.results / 'triton-offline.csv', rows)
 
 
 if __name__ == '__main__':

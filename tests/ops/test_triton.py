@@ -19,10 +19,14 @@ from torch import nn
 from san_backbones import PairwiseAttention, PatchwiseAttention, ops
 from san_backbones.ops import backends, native, statistics, triton
 
+if triton.installed():
+    from san_backbones.ops.triton import kernels, launch
+
 INTERPRETING = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = torch.device('cuda' if torch.cuda.is_available() and not INTERPRETING else 'cpu')
 UNAVAILABLE = triton.unavailable(DEVICE)
 runs = pytest.mark.skipif(UNAVAILABLE is not None, reason=f'no Triton kernels here: {UNAVAILABLE}')
+on_a_gpu = pytest.mark.skipif(DEVICE.type != 'cuda' or UNAVAILABLE is not None, reason='needs an NVIDIA GPU')
 
 FORMS = [(cls, relation) for cls in (PairwiseAttention, PatchwiseAttention) for relation in cls.relations
          if (cls.pairwise, relation) in native.RELATIONS]
@@ -30,7 +34,7 @@ BOTH = [PairwiseAttention, PatchwiseAttention]
 
 
 @pytest.mark.skipif(INTERPRETING, reason='this is the interpreter')
-@pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is not installed')
+@pytest.mark.skipif(not triton.installed(), reason='Triton is not installed')
 @pytest.mark.parametrize('part', ['definition', 'gradients', 'not definition and not gradients'])
 def test_in_the_interpreter(part):
     result = subprocess.run(
@@ -330,6 +334,188 @@ def test_synchronised_statistics(cls, tmp_path):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+@runs
+@pytest.mark.parametrize('cls', BOTH)
+def test_more_than_2_to_the_31_numbers(cls):
+    """A few channels of a map so wide that the last pixels lie beyond; the rest of its memory is never touched."""
+    layer = _layer(cls, 32, kernel_size=3)
+    wide = torch.empty(1, 4, 5, 2 ** 27, dtype=torch.float16, device=DEVICE).permute(0, 3, 1, 2)
+    assert wide.numel() > 2 ** 31
+    slices = [x.copy_(torch.randn_like(x)) for x in wide[:, :12].split((2, 2, 8), 1)]
+    place = layer.place(slices[2])
+
+    def run(backend, maps):
+        leaves = [x.detach().requires_grad_() for x in maps]
+        with ops.use_backend(backend):
+            output = layer._forward_operators(*leaves, place)
+        return output, *torch.autograd.grad(output.square().sum(), leaves)
+    for expected, actual in zip(run('reference', [x.float() for x in slices]), run('triton', slices)):
+        torch.testing.assert_close(actual.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@on_a_gpu
+@pytest.mark.parametrize('cls', BOTH)
+def test_maps_of_more_than_2_to_the_31_numbers(cls):
+    layer = _layer(cls, 2048, kernel_size=3).half()
+    x = torch.empty(1, 512, 2100, 2050, dtype=torch.float16, device=DEVICE, memory_format=torch.channels_last)
+    x.normal_()
+    assert x.numel() > 2 ** 31
+    query, key = (x[:, :layer.rel_planes] for _ in range(2))
+    with torch.no_grad():
+        place = layer.place(x)
+        with ops.use_backend('triton'):
+            actual = layer._forward_operators(query, key, x, place)[..., -9:, -9:]
+        corner = [m[..., -10:, -10:].double() for m in (query, key, x, place)]
+        with ops.use_backend('reference'):
+            expected = layer.double()._forward_operators(*corner)[..., 1:, 1:]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+@on_a_gpu
+def test_streams():
+    """Work goes to the current stream, behind what is there."""
+    layer, x = _layer(PairwiseAttention, kernel_size=3), _random(1, 64, 64, 64)
+    with torch.no_grad(), ops.use_backend('triton'):
+        expected = layer(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            late = torch.zeros_like(x)
+            torch.cuda._sleep(10_000_000)
+            late += x
+            actual = layer(late)
+        stream.synchronize()
+    torch.testing.assert_close(actual, expected)
+
+
+@on_a_gpu
+@pytest.mark.parametrize('cls', BOTH)
+def test_cuda_graphs(cls):
+    """A training step, captured and replayed on other numbers."""
+    layer = _layer(cls, kernel_size=3)
+    x = _random(2, 64, 12, 12).requires_grad_()
+    with ops.use_backend('triton'):
+        captured = torch.cuda.make_graphed_callables(copy.deepcopy(layer), (x,))
+        other = _random(2, 64, 12, 12).requires_grad_()
+        expected, = torch.autograd.grad(layer(other).square().sum(), other)
+        actual, = torch.autograd.grad(captured(other).square().sum(), other)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@on_a_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_the_other_gpu():
+    """While the first is the current one."""
+    layer, x = _layer(PairwiseAttention, kernel_size=3), _random(1, 64, 9, 9)
+    with torch.no_grad(), ops.use_backend('triton'):
+        expected = layer(x)
+        actual = layer.to('cuda:1')(x.to('cuda:1'))
+    torch.testing.assert_close(actual.to(DEVICE), expected)
+
+
+@on_a_gpu
+@pytest.mark.parametrize('cls', BOTH)
+def test_inductor(cls):
+    """torch.compile as people call it, with gradients."""
+    layer = _layer(cls, 256, kernel_size=3)
+    x = _random(2, 256, 10, 9).to(memory_format=torch.channels_last).requires_grad_()
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True)
+    expected, = torch.autograd.grad(layer(x).square().sum(), x)
+    actual, = torch.autograd.grad(compiled(x).square().sum(), x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@on_a_gpu
+def test_no_size_makes_a_new_kernel():
+    layer = _layer(PairwiseAttention, kernel_size=3)
+    with torch.no_grad(), ops.use_backend('triton'):
+        def compiled():
+            return sum(len(cache[0]) for cache in kernels.attend_pairwise.device_caches.values())
+        layer(_random(1, 64, 16, 16))
+        before = compiled()
+        for size in ((1, 17, 33), (3, 16, 1), (1, 1, 1), (2, 64, 48)):
+            layer(_random(size[0], 64, *size[1:]))
+        assert compiled() == before
+
+
+@pytest.mark.skipif(INTERPRETING or not triton.installed(), reason='asks the compiler of Triton')
+def test_sizes_of_images_are_no_constants():
+    names = [name for name in kernels.__dict__ if name.startswith(('attend', 'pairwise', 'patchwise'))]
+    assert len(names) == 7
+    for name in names:
+        free = {p.name for p in getattr(kernels, name).params if p.do_not_specialize}
+        assert free == {'pixels', 'height', 'width'}, name
+    shape = ops.folding.Shape(0, 0, 7, 1, 16, 8, 1)
+    maps = [[torch.empty(n, h, w, c) for c in (16, 16, 64)] + [torch.empty(1, h, w, 2)]
+            for n, h, w in ((1, 1, 1), (2, 200, 336))]
+    assert launch.constants(shape, maps[0]) == launch.constants(shape, maps[1])
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    """Two configurations, timed as a test likes: seconds by pixels of a program."""
+    seconds, timed = {32: 2., 64: 1.}, []
+
+    def milliseconds(call):
+        call()
+        call()  # results that are added to are wrong now
+        timed.append(True)
+        found = seconds[chosen[-1].pixels]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    chosen = []
+    tune = launch._tune
+    monkeypatch.setattr(launch, '_tune', lambda candidates, call: tune(
+        candidates, lambda candidate: chosen.append(candidate) or call(candidate)))
+    monkeypatch.setattr(launch, '_milliseconds', milliseconds)
+    monkeypatch.setattr(launch, '_may_tune', lambda device: True)
+    monkeypatch.setattr(launch, '_quickest', {})
+    monkeypatch.setattr(launch, 'configurations', lambda *_: tuple(
+        launch.Configuration(pixels, 4, 1) for pixels in (32, 64)))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
+    return SimpleNamespace(seconds=seconds, timed=timed, chosen=launch._quickest)
+
+
+@runs
+@pytest.mark.parametrize('cls', BOTH)
+def test_gradients_after_tuning(cls, tuning):
+    layer, x = _layer(cls, 32, kernel_size=1), _random(1, 32, 4, 5)
+    _check_training(layer, x, False)
+    assert {chosen.pixels for chosen in tuning.chosen.values()} == {64}
+    count = len(tuning.timed)
+    _check_training(layer.float(), _random(1, 32, 5, 4), False)
+    assert len(tuning.timed) == count  # each kernel once
+    _check_training(layer.float(), _random(1, 32, 1, 3), False)
+    assert len(tuning.timed) > count  # for far smaller maps, anew
+
+
+@runs
+def test_a_configuration_without_room_is_left_out(tuning):
+    layer, x = _layer(PairwiseAttention, 32, kernel_size=1), _random(1, 32, 2, 2)
+    tuning.seconds[64] = launch.OutOfResources(200, 100, 'shared memory')
+    with torch.no_grad(), ops.use_backend('triton'):
+        layer(x)
+        assert [chosen.pixels for chosen in tuning.chosen.values()] == [32]
+        tuning.chosen.clear()
+        tuning.seconds[32] = tuning.seconds[64]
+        with pytest.raises(RuntimeError, match=r"no room.*use_backend\('tiled'\)"):
+            layer(x)
+
+
+@pytest.mark.skipif(not triton.installed(), reason='Triton is not installed')
+def test_when_kernels_are_tuned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    gpu = torch.device('cuda')
+    assert launch._may_tune(gpu) and not launch._may_tune(torch.device('cpu'))
+    monkeypatch.setenv(triton.TUNE_VARIABLE, '0')
+    assert not launch._may_tune(gpu)
+    monkeypatch.delenv(triton.TUNE_VARIABLE)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    assert not launch._may_tune(gpu)
+
+
 def test_refusals_say_why(monkeypatch):
     layer = _layer(PatchwiseAttention, 32, kernel_size=3)
     with pytest.raises(RuntimeError, match="'triton'.*float64"), ops.use_backend('triton'):
@@ -342,7 +528,9 @@ def test_refusals_say_why(monkeypatch):
         star(_random(2, 32, 3, 3))
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     assert 'the maps are on cpu' in triton.unavailable(torch.device('cpu'))
-    monkeypatch.setattr(triton, '_installed', lambda: False)
+    monkeypatch.setattr(triton, '_version', lambda: '3.1.0')
+    assert 'needs Triton 3.2 or newer, 3.1.0 is installed' in triton.unavailable(torch.device('cuda'))
+    monkeypatch.setattr(triton, 'installed', lambda: False)
     assert 'not installed' in triton.unavailable(torch.device('cuda'))
 
 
@@ -382,7 +570,7 @@ def _offline():
     return module
 
 
-@pytest.mark.skipif(INTERPRETING or importlib.util.find_spec('triton') is None, reason='needs the compiler of Triton')
+@pytest.mark.skipif(INTERPRETING or not triton.installed(), reason='needs the compiler of Triton')
 @pytest.mark.filterwarnings('ignore:TRITON_DEFAULT_FP_FUSION')
 @pytest.mark.parametrize('name', ['attend_pairwise', 'pairwise_sums', 'attend_pairwise_backward', 'attend_patchwise',
                                   'patchwise_sums', 'patchwise_hidden_backward', 'attend_patchwise_backward'])
@@ -392,5 +580,7 @@ def test_compilation(name):
     for arch, dtype, of_sums in ((80, 'fp32', False), (90, 'bf16', True)):
         if of_sums and not name.endswith('backward') and name != 'attend_pairwise':
             continue  # that variant is a kernel of its own
-        report = offline.report(name, 256, dtype, arch, of_sums=of_sums)
-        assert report['stack'] <= 512 and report['shared'] <= 48 * 1024, report
+        constants = offline.constants(name, 256, dtype)
+        for configuration in launch.configurations(name, constants):
+            report = offline.report(name, constants, configuration, dtype, arch, of_sums=of_sums)
+            assert report['stack'] <= 512 and report['shared'] <= 48 * 1024, (configuration, report)

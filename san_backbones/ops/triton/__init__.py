@@ -5,12 +5,24 @@ import os
 
 import torch
 
-__all__ = ['too_wide', 'unavailable']
+__all__ = ['TUNE_VARIABLE', 'installed', 'too_wide', 'unavailable']
+
+TUNE_VARIABLE = 'SAN_BACKBONES_TRITON_TUNE'
+
+
+OLDEST = (3, 2)
+"""The first Triton that compiles the kernels; it came with torch 2.6."""
 
 
 @functools.cache
-def _installed() -> bool:
+def installed() -> bool:
     return importlib.util.find_spec('triton') is not None
+
+
+@functools.cache
+def _version() -> str:
+    import triton
+    return triton.__version__
 
 
 def _interpreting() -> bool:
@@ -19,13 +31,14 @@ def _interpreting() -> bool:
 
 def unavailable(device: torch.device) -> str | None:
     """None if the kernels run on `device`, else the reason."""
-    if not _installed():
+    if not installed():
         return 'Triton is not installed'
-    if device.type == 'cpu' and _interpreting():
-        return None  # Triton's interpreter, for tests: far slower than anything else
-    if device.type != 'cuda' or torch.version.hip is not None:
+    interpreted = device.type == 'cpu' and _interpreting()  # for tests: far slower than anything else
+    if not interpreted and (device.type != 'cuda' or torch.version.hip is not None):
         return f'it runs on NVIDIA GPUs, the maps are on {device}'
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if tuple(map(int, _version().split('.')[:2])) < OLDEST:
+        return f'it needs Triton {".".join(map(str, OLDEST))} or newer, {_version()} is installed'
+    if not interpreted and torch.cuda.get_device_capability(device) < (8, 0):
         return f'it needs compute capability 8.0 or newer, {torch.cuda.get_device_name(device)} has an older one'
     return None
 

@@ -13,11 +13,6 @@ time), all powers of 2.
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
-"""Whether these kernels run in Triton's interpreter, on the CPU: decided when they are made."""
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
 SUBTRACTION = tl.constexpr(0)
 SUMMATION = tl.constexpr(1)
 HADAMARD = tl.constexpr(2)
@@ -37,6 +32,12 @@ IMAGE_SIZES = ['pixels', 'height', 'width']
 @triton.jit
 def _relu(x):
     return tl.maximum(x, 0., propagate_nan=tl.PropagateNan.ALL)
+
+
+INTERPRETED = not isinstance(_relu, triton.JITFunction)
+"""Whether these kernels run in Triton's interpreter, on the CPU: decided when they are made."""
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit

@@ -1,16 +1,25 @@
-"""Launches the kernels: `output`, `gradients`, `sums` and `sums_gradients` as `fused` asks for them."""
+"""Launches the kernels: `output`, `gradients`, `sums` and `sums_gradients` as `fused` asks for them.
+
+Kernels are tuned: of the few `Configuration`s that fit the widths of an attention, the first call times each on its own
+tensors and keeps the quickest for this process. SAN_BACKBONES_TRITON_TUNE=0 takes the first without timing.
+"""
 import contextlib
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..folding import RELATIONS, Shape, row
-from . import kernels
+from . import TUNE_VARIABLE, kernels
 
-__all__ = ['Configuration', 'configuration', 'constants', 'gradients', 'output', 'sums', 'sums_gradients']
+__all__ = ['Configuration', 'configurations', 'constants', 'gradients', 'output', 'sums', 'sums_gradients']
+
+_logger = logging.getLogger(__name__)
 
 MAX_GRADIENT_NUMBERS = 1 << 23
 """Bound on the partial sums of parameter gradients that a backward pass keeps (float32 numbers)."""
@@ -38,31 +47,70 @@ class Configuration(NamedTuple):
 
 # By the widest vector of a pixel (channels, rounded up), since all of them have to stay in registers. 16 pixels are the
 # rows that a tensor core takes, more of them pay where vectors are short; wide vectors are spread over more warps, and
-# not read ahead of time, which takes shared memory. The pairwise backward pass also holds the gradients of gamma.
+# not read ahead of time, which takes shared memory. The pairwise backward pass also holds the gradients of gamma. Those
+# in front have the fewest registers and spills (benchmarks/triton_offline.py); those behind them:
 CONFIGURATIONS = {
-    32: Configuration(64, 4, 2),
-    128: Configuration(16, 4, 2),
-    256: Configuration(16, 8, 2),
-    1 << 30: Configuration(16, 8, 1),
+    32: (Configuration(64, 4, 2), Configuration(32, 4, 2)),  # more programs, for maps that do not fill a GPU
+    128: (Configuration(16, 4, 2), Configuration(32, 4, 2)),  # gamma's matrices are read once for twice the pixels
+    256: (Configuration(16, 8, 2), Configuration(16, 4, 1)),  # two programs in the place of one hide each other's waits
+    1 << 30: (Configuration(16, 8, 1), Configuration(16, 16, 1)),  # half the numbers for a thread
 }
 BACKWARD_CONFIGURATIONS = {
-    32: Configuration(32, 4, 1),
-    64: Configuration(16, 4, 1),
-    1 << 30: Configuration(16, 8, 1),
+    32: (Configuration(32, 4, 1), Configuration(16, 4, 1)),  # half the numbers for a thread
+    64: (Configuration(16, 4, 1), Configuration(16, 8, 1)),  # the same
+    1 << 30: (Configuration(16, 8, 1), Configuration(16, 16, 1)),  # the same
 }
 
 
-def configuration(kernel: str, constants: dict[str, Any]) -> Configuration:
-    """How `kernel` is compiled for an attention with these `constants`.
+def configurations(kernel: str, constants: dict[str, Any]) -> tuple[Configuration, ...]:
+    """What `kernel` may be compiled with for an attention with these `constants`, best guess first.
 
-    Chosen by the registers and spills that ptxas reports (benchmarks/triton_offline.py), not by timings, and the same
-    for every size of the images, so that none is ever compiled for another size.
+    The same for every size of the images, so that none is ever compiled for another size.
     """
     if kernels.INTERPRETED:
-        return Configuration(64, 4, 1)  # its time goes by the number of programs
+        return Configuration(64, 4, 1),  # its time goes by the number of programs
     table = BACKWARD_CONFIGURATIONS if kernel == 'attend_pairwise_backward' else CONFIGURATIONS
     width = max(constants['R'], constants['H'], constants['S'] * constants['C'])
     return next(chosen for bound, chosen in table.items() if width <= bound)
+
+
+# Not triton.autotune: it keeps a call's arguments in itself, where calls of other threads find them, takes what is best
+# on one GPU for best on all, and cannot be told not to measure while a CUDA graph is captured.
+_quickest: dict[tuple, Configuration] = {}
+RUNS = 5
+"""Times that a configuration runs while it is tuned; the quickest counts."""
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    call()
+    times = []
+    for _ in range(RUNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times)
+
+
+def _tune(candidates: Sequence[Configuration], call: Callable[[Configuration], Any]) -> Configuration:
+    """The candidate whose call is quickest; those that the GPU has no room for are left out."""
+    times, refusal = {}, None
+    for candidate in candidates:
+        try:
+            times[candidate] = _milliseconds(lambda candidate=candidate: call(candidate))
+        except (OutOfResources, PTXASError) as error:
+            refusal = error
+    if not times:
+        raise RuntimeError(f"this GPU has no room for a program of footprint attention ({refusal}); run it under "
+                           "san_backbones.ops.use_backend('tiled')") from refusal
+    return min(times, key=times.__getitem__)
+
+
+def _may_tune(device: torch.device) -> bool:
+    return device.type == 'cuda' and os.environ.get(TUNE_VARIABLE, '1') != '0' \
+        and not torch.cuda.is_current_stream_capturing()
 
 
 def _power_of_2(n: int) -> int:
@@ -105,7 +153,10 @@ def constants(shape: Shape, maps: _Tensors) -> dict[str, Any]:
 
 def _allows_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision == 'tf32' if hasattr(matmul, 'fp32_precision') else matmul.allow_tf32
+    if not hasattr(matmul, 'fp32_precision'):
+        return matmul.allow_tf32
+    precision = matmul.fp32_precision
+    return (torch.backends.fp32_precision if precision == 'none' else precision) == 'tf32'
 
 
 class _Launcher:
@@ -122,17 +173,45 @@ class _Launcher:
         self.device = query.device
 
     def blocks(self, kernel: Any) -> int:
-        return triton.cdiv(self.sizes[0], configuration(kernel.__name__, self.constants).pixels)
+        """Programs that have something to do, at most."""
+        pixels = min(candidate.pixels for candidate in configurations(kernel.__name__, self.constants))
+        return triton.cdiv(self.sizes[0], pixels)
 
-    def run(self, kernel: Any, grid: tuple[int, ...] | None, *tensors: Tensor | None) -> None:
+    def _configuration(self, kernel: Any, call: Callable[[Configuration], Any], tensors: _Tensors,
+                       added_to: Sequence[Tensor | None]) -> Configuration:
+        candidates = configurations(kernel.__name__, self.constants)
+        if len(candidates) == 1 or not _may_tune(self.device):
+            return candidates[0]
+        # maps of about the same size, within a factor of 16
+        key = (kernel.__name__, torch.cuda.get_device_name(self.device), self.sizes[0].bit_length() // 4,
+               tuple(self.constants.values()), tuple(None if x is None else x.dtype for x in tensors))
+        if key not in _quickest:
+            _quickest[key] = _tune(candidates, call)
+            for tensor in added_to:
+                if tensor is not None:
+                    tensor.zero_()
+            _logger.debug('%s: %s', kernel.__name__, _quickest[key])
+        return _quickest[key]
+
+    def run(self, kernel: Any, programs: Sequence[int], *tensors: Tensor | None,
+            added_to: Sequence[Tensor | None] = ()) -> None:
+        """Runs `kernel` on a grid of `programs`, or on one program for every block of pixels where that is empty.
+
+        Args:
+            added_to: Those of the tensors, of zeros, that the kernel adds to.
+        """
         if not self.sizes[0]:
             return
-        grid = grid or (self.blocks(kernel),)
-        pixels, num_warps, num_stages = configuration(kernel.__name__, self.constants)
         named = {name: self.constants[name] for name in kernel.arg_names if name in self.constants}
+
+        def call(chosen: Configuration) -> None:
+            grid = tuple(programs) or (triton.cdiv(self.sizes[0], chosen.pixels),)
+            kernel[grid](*tensors, *self.sizes, **named, M=chosen.pixels, num_warps=chosen.num_warps,
+                         num_stages=chosen.num_stages)
+
         there = torch.cuda.device(self.device) if self.device.type == 'cuda' else contextlib.nullcontext()
         with there:
-            kernel[grid](*tensors, *self.sizes, **named, M=pixels, num_warps=num_warps, num_stages=num_stages)
+            call(self._configuration(kernel, call, tensors, added_to))
 
 
 def output(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None) -> Tensor:
@@ -141,9 +220,9 @@ def output(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None)
     value = maps[2]
     result = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     if _is_pairwise(shape):
-        launcher.run(kernels.attend_pairwise, None, *maps, *folded, shift, None, result, None, None)
+        launcher.run(kernels.attend_pairwise, (), *maps, *folded, shift, None, result, None, None)
     else:
-        launcher.run(kernels.attend_patchwise, None, *maps[:3], *folded, shift, result)
+        launcher.run(kernels.attend_patchwise, (), *maps[:3], *folded, shift, result)
     return result
 
 
@@ -192,9 +271,9 @@ def _gradients(shape: Shape, maps: _Tensors, folded: _Tensors, gradient: Tensor 
         lse = slope = None
         if value is not None:
             lse, slope = (zeros(pixels, launcher.constants['CHANNELS']) for _ in range(2))
-            launcher.run(kernels.attend_pairwise, None, *maps, *folded, None, gradient, None, lse, slope)
+            launcher.run(kernels.attend_pairwise, (), *maps, *folded, None, gradient, None, lse, slope)
         launcher.run(kernels.attend_pairwise_backward, (slots,), *maps, *folded, gradient, lse, slope, slopes, d_query,
-                     d_key, d_value, d_place, parameters)
+                     d_key, d_value, d_place, parameters, added_to=(d_key, d_value, d_place))
         d_scale1, d_shift1, d_weight1, d_shift2, d_weight2 = parameters.sum(0).split(
             [*firsts, hidden, total - sum(firsts) - hidden])
         if value is not None:
@@ -205,10 +284,11 @@ def _gradients(shape: Shape, maps: _Tensors, folded: _Tensors, gradient: Tensor 
                            MAX_GRADIENT_NUMBERS // total))
         parameters = zeros(slots, total)
         h, d_hidden = (None if value is None else zeros(pixels, hidden)), zeros(pixels, hidden)
-        launcher.run(kernels.patchwise_hidden_backward, None, *maps[:3], scale1, shift1, weight1, shift2,
+        launcher.run(kernels.patchwise_hidden_backward, (), *maps[:3], scale1, shift1, weight1, shift2,
                      weight2, gradient, slopes, h, d_hidden)
         launcher.run(kernels.attend_patchwise_backward, (taps, slots), *maps[:3], scale1, shift1, weight1, weight2,
-                     bias2, gradient, h, d_hidden, d_query, d_key, d_value, parameters)
+                     bias2, gradient, h, d_hidden, d_query, d_key, d_value, parameters,
+                     added_to=(d_query, d_key, d_value))
         columns = 0 if bias2 is None else bias2.numel()
         d_scale1, d_shift1, d_weight1, d_weight2, d_bias2 = parameters.sum(0).split(
             [*firsts, total - sum(firsts) - columns, columns])
