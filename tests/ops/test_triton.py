@@ -528,8 +528,8 @@ def test_refusals_say_why(monkeypatch):
         star(_random(2, 32, 3, 3))
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     assert 'the maps are on cpu' in triton.unavailable(torch.device('cpu'))
-    monkeypatch.setattr(triton, '_version', lambda: '3.1.0')
-    assert 'needs Triton 3.2 or newer, 3.1.0 is installed' in triton.unavailable(torch.device('cuda'))
+    monkeypatch.setattr(triton, '_version', lambda: '3.3.1')
+    assert 'needs Triton 3.4 or newer, 3.3.1 is installed' in triton.unavailable(torch.device('cuda'))
     monkeypatch.setattr(triton, 'installed', lambda: False)
     assert 'not installed' in triton.unavailable(torch.device('cuda'))
 

@@ -10,8 +10,8 @@ __all__ = ['TUNE_VARIABLE', 'installed', 'too_wide', 'unavailable']
 TUNE_VARIABLE = 'SAN_BACKBONES_TRITON_TUNE'
 
 
-OLDEST = (3, 2)
-"""The first Triton that compiles the kernels; it came with torch 2.6."""
+OLDEST = (3, 4)
+"""The first Triton that compiles the kernels; it came with torch 2.8."""
 
 
 @functools.cache

@@ -38,12 +38,13 @@ INTERPRETED = not isinstance(_relu, triton.JITFunction)
 """Whether these kernels run in Triton's interpreter, on the CPU: decided when they are made."""
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_NARROWEST = tl.constexpr(16 if triton.__version__.startswith('3.4.') else 8)  # columns of a product in tl.dot
 
 
 @triton.jit
 def _product(a, b, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b, on tensor cores unless it is too narrow for them."""
-    if a.shape[0] >= 16 and a.shape[1] >= 16 and b.shape[1] >= 8:
+    if a.shape[0] >= 16 and a.shape[1] >= 16 and b.shape[1] >= _NARROWEST:
         a = a.to(KIND)
         b = b.to(KIND)
         if _INTERPRETED:  # which multiplies the bits of bfloat16

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources, PTXASError
+from triton.runtime.errors import OutOfResources
 
 from ..folding import RELATIONS, Shape, row
 from . import TUNE_VARIABLE, kernels
@@ -100,7 +100,7 @@ def _tune(candidates: Sequence[Configuration], call: Callable[[Configuration], A
     for candidate in candidates:
         try:
             times[candidate] = _milliseconds(lambda candidate=candidate: call(candidate))
-        except (OutOfResources, PTXASError) as error:
+        except OutOfResources as error:
             refusal = error
     if not times:
         raise RuntimeError(f"this GPU has no room for a program of footprint attention ({refusal}); run it under "
