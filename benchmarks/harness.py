@@ -21,7 +21,8 @@ DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 PRECISIONS = {
-    'fp32': 'float32', 'tf32': 'float32, matrix products in tf32', 'bf16': 'bfloat16 autocast', 'fp16': 'float16 autocast'}
+    'fp32': 'float32', 'tf32': 'float32, matrix products in tf32', 'bf16': 'bfloat16 autocast',
+    'fp16': 'float16 autocast'}
 
 
 def parser(description, precisions=True):

@@ -2,9 +2,10 @@
 
     python benchmarks/operators.py
 
-At 224 x 224, batch 8 (--size, one number or height and width; --batch). Forward, and forward with backward of all maps and parameters, norms frozen or
-in eval mode. A row's floor is the larger of its operations over the measured matrix rate and of its bytes (maps in and
-out, once) over the measured copy rate. The last rows add up all fifteen layers of the network.
+At 224 x 224, batch 8 (--size, one number or height and width; --batch). Forward, and forward with backward of all maps
+and parameters, norms frozen or in eval mode. A row's floor is the larger of its operations over the measured matrix rate
+and of its bytes (maps in and out, once) over the measured copy rate. The last rows add up all fifteen layers of the
+network.
 """
 import math
 
@@ -77,7 +78,8 @@ def main():
                 medians['floor'] = max(operations / matrix_rate, moved / copy_rate)
                 for name, value in medians.items():
                     total[name] += depth * value
-                rows.append(row(form, what, f'{dim} channels, {size[0]} x {size[1]}, k = {kernel_size}', medians, machine))
+                name = f'{dim} channels, {size[0]} x {size[1]}, k = {kernel_size}'
+                rows.append(row(form, what, name, medians, machine))
                 torch.compiler.reset()
             rows.append(row(form, what, 'SAN15, 15 layers', total, machine))
     size = 'x'.join(map(str, options.size))

@@ -21,7 +21,8 @@ PACKAGES = (
     'mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'mmpretrain', 'transformers',
     'segmentation_models_pytorch', 'accelerate', 'lightning', 'onnx', 'onnxscript', 'onnxruntime', 'matplotlib')
 VARIABLES = (
-    ENVIRONMENT_VARIABLE, ops.triton.TUNE_VARIABLE, hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, 'HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE',
+    ENVIRONMENT_VARIABLE, ops.triton.TUNE_VARIABLE,
+    hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, 'HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE',
     'HF_HUB_OFFLINE', 'HF_TOKEN', 'ATEN_CPU_CAPABILITY', 'CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY')
 
 

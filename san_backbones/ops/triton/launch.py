@@ -4,6 +4,7 @@ Kernels are tuned: of the few `Configuration`s that fit the widths of an attenti
 tensors and keeps the quickest for this process. SAN_BACKBONES_TRITON_TUNE=0 takes the first without timing.
 """
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -99,7 +100,7 @@ def _tune(candidates: Sequence[Configuration], call: Callable[[Configuration], A
     times, refusal = {}, None
     for candidate in candidates:
         try:
-            times[candidate] = _milliseconds(lambda candidate=candidate: call(candidate))
+            times[candidate] = _milliseconds(functools.partial(call, candidate))
         except OutOfResources as error:
             refusal = error
     if not times:
@@ -153,10 +154,10 @@ def constants(shape: Shape, maps: _Tensors) -> dict[str, Any]:
 
 def _allows_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, 'fp32_precision'):
-        return matmul.allow_tf32
-    precision = matmul.fp32_precision
-    return (torch.backends.fp32_precision if precision == 'none' else precision) == 'tf32'
+    precision = getattr(matmul, 'fp32_precision', None)  # since torch 2.9
+    if precision == 'none':
+        precision = getattr(torch.backends, 'fp32_precision', 'none')
+    return matmul.allow_tf32 if precision is None else precision == 'tf32'
 
 
 class _Launcher:
