@@ -1,0 +1,189 @@
+"""Plants small faults in a copy of the checkout, one at a time, and says which test noticed each.
+
+    python tests/run_mutants.py [--list] [--only TEXT]
+
+The faults are in mutants.py. A fault that no test notices, and one whose place is not found any more, are errors. A run
+of all of them writes its table into tests/mutants.md. The compiled loops are built for the least instruction set, which
+takes a few seconds for each fault in C; tests run in forks of this process, which has imported torch already.
+"""
+import argparse
+import datetime
+import multiprocessing
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import timm
+import torch
+
+from mutants import MUTANTS, Mutant
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TABLE = ROOT / 'tests' / 'mutants.md'
+LIMIT = 300  # seconds for the tests of one fault
+FAILED = re.compile(r'^(?:FAILED|ERROR) (.+?)(?: - .*)?$', re.M)
+
+
+class Result(NamedTuple):
+    caught: bool
+    by: str  # the first test that failed, or what happened instead
+    seconds: float
+
+
+def copy_checkout(to: pathlib.Path) -> None:
+    """What git knows of or would; without the compiled loops, which `build` makes."""
+    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, check=True,
+                            capture_output=True, text=True).stdout
+    for name in filter(None, listed.split('\0')):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    setup = to / 'setup.py'
+    setup.write_text(replaced(setup.read_text(), "if platform.machine().lower() in ('x86_64', 'amd64'):", 'if False:'))
+
+
+def build(folder: pathlib.Path) -> None:
+    done = subprocess.run([sys.executable, 'setup.py', '-q', 'build_ext', '--inplace', '--force'], cwd=folder,
+                          capture_output=True, text=True)
+    if done.returncode or not list(folder.glob('san_backbones/ops/native/_*')):
+        sys.exit(f'the compiled loops cannot be built:\n{done.stdout}{done.stderr}')
+
+
+def replaced(text: str, old: str, new: str) -> str:
+    if text.count(old) != 1:
+        sys.exit(f'expected this text once, found it {text.count(old)} times:\n{old}')
+    return text.replace(old, new)
+
+
+def place(folder: pathlib.Path, mutant: Mutant) -> pathlib.Path:
+    """The file that the fault goes into."""
+    files = [path for path in sorted(folder.glob(mutant.where)) if path.is_file()]
+    counts = {path: path.read_text().count(mutant.old) for path in files}
+    if sum(counts.values()) != 1:
+        found = ', '.join(f'{count} times in {path.relative_to(folder)}' for path, count in counts.items() if count)
+        sys.exit(f'{mutant.name}: expected its text once in {mutant.where}, found it {found or "nowhere"}. Mend the '
+                 f'entry in tests/mutants.py:\n{mutant.old}')
+    return max(counts, key=lambda path: counts[path])
+
+
+def _run_tests(folder: pathlib.Path, arguments: Sequence[str], output: pathlib.Path) -> None:
+    """In a process of its own, forked before anything of the package was imported."""
+    os.setpgrp()
+    with open(output, 'wb') as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(folder)
+    os.environ.update(PYTHONPATH=str(folder), OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
+    sys.dont_write_bytecode = True
+    sys.path[0] = str(folder)
+    torch.set_num_threads(1)
+    code = pytest.main(['-q', '-rfE', '--no-header', '--tb=no', '-p', 'no:cacheprovider', *arguments])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def run_tests(folder: pathlib.Path, arguments: Sequence[str], limit: float | None = None) -> tuple[int | None, str]:
+    """pytest's exit code, None for one that did not end in time, and what it printed."""
+    output = folder / 'pytest-output'
+    process = multiprocessing.get_context('fork').Process(target=_run_tests, args=(folder, arguments, output))
+    process.start()
+    process.join(limit)
+    code = process.exitcode
+    if code is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    return code, output.read_text(errors='replace')
+
+
+def judge(folder: pathlib.Path, mutant: Mutant) -> Result:
+    """Plants the fault, runs its tests, takes it out again."""
+    path = place(folder, mutant)
+    sound, start = path.read_text(), time.monotonic()
+    path.write_text(replaced(sound, mutant.old, mutant.new))
+    libraries = {library: library.read_bytes() for library in folder.glob('san_backbones/ops/native/_*.so')}
+    try:
+        if mutant.compiled:
+            build(folder)
+        code, output = run_tests(folder, ['-x', *mutant.tests], LIMIT)
+    finally:
+        path.write_text(sound)
+        for library, content in libraries.items():
+            library.write_bytes(content)
+    seconds, failed = time.monotonic() - start, FAILED.search(output)
+    if code is None:
+        return Result(True, f'no end within {LIMIT} s', seconds)
+    if code < 0:
+        return Result(True, f'signal {-code}', seconds)
+    if code in (1, 2) and failed:
+        return Result(True, failed[1], seconds)
+    if code:
+        sys.exit(f'{mutant.name}: pytest did not run its tests:\n{output}')
+    return Result(False, output.strip().splitlines()[-1], seconds)
+
+
+def confirmed(folder: pathlib.Path, results: Sequence[tuple[Mutant, Result]]) -> list[tuple[Mutant, Result]]:
+    """Takes back what a test noticed that fails without any fault."""
+    tests = sorted({result.by for _, result in results if result.caught and result.by.startswith('tests/')})
+    failed = set(FAILED.findall(run_tests(folder, tests)[1])) if tests else set()
+    return [(mutant, result._replace(caught=False, by=f'{result.by} fails anyway') if result.by in failed else result)
+            for mutant, result in results]
+
+
+def write_table(results: Sequence[tuple[Mutant, Result]]) -> None:
+    python = '.'.join(map(str, sys.version_info[:2]))
+    lines = ['# Planted faults', '',
+             'What `make test-mutants` printed last: faults planted one at a time, and the first test that noticed each.',
+             f'{sum(result.caught for _, result in results)} of {len(results)} were noticed. '
+             f'{datetime.date.today().isoformat()}, Python {python}, torch {torch.__version__}, timm {timm.__version__}.', '',
+             '| fault | in | noticed by | s |', '| --- | --- | --- | ---: |']
+    for mutant, result in results:
+        by = f'`{result.by}`'.replace('|', '\\|') if result.caught else '**nothing**'
+        lines.append(f'| {mutant.name} | `{mutant.where}` | {by} | {result.seconds:.0f} |')
+    TABLE.write_text('\n'.join(lines) + '\n')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--list', action='store_true', help='list the faults and stop')
+    parser.add_argument('--only', metavar='TEXT', help='those whose names contain TEXT; the table is not written')
+    options = parser.parse_args()
+    mutants = [mutant for mutant in MUTANTS if not options.only or options.only in mutant.name]
+    if not mutants:
+        parser.error(f'no fault is called {options.only!r}; --list names them')
+    for mutant in mutants:
+        place(ROOT, mutant)
+        if options.list:
+            print(f'{mutant.name} ({mutant.where}): {", ".join(mutant.tests)}')
+    if options.list:
+        return 0
+    results = []
+    with tempfile.TemporaryDirectory(prefix='mutants-') as name:
+        folder = pathlib.Path(name)
+        copy_checkout(folder)
+        build(folder)
+        for mutant in mutants:
+            result = judge(folder, mutant)
+            results.append((mutant, result))
+            print(f'{"caught  " if result.caught else "SURVIVED"} {result.seconds:4.0f} s  {mutant.name}: {result.by}',
+                  flush=True)
+        results = confirmed(folder, results)
+    if not options.only:
+        write_table(results)
+    survived = [mutant.name for mutant, result in results if not result.caught]
+    print(f'{len(results) - len(survived)} of {len(results)} faults were noticed')
+    if survived:
+        print('nothing noticed: ' + '; '.join(survived))
+    return bool(survived)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

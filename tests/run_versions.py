@@ -1,0 +1,122 @@
+"""Installs the package with the oldest and the newest of what it needs, and runs the tests of its core.
+
+    python tests/run_versions.py [--only NAME]
+
+Each corner of the range that setup.cfg gives has a fresh environment in .cache (several GB, while it runs), with packages
+from the registry and the package installed from this checkout, as a user would. The results go into
+docs/reference/versions.md; with --only, into one row of its table.
+"""
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = ROOT / 'docs' / 'reference' / 'versions.md'
+SHOWN = ('torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors', 'numpy')
+# what needs torch and timm only, and the Hub with its client; others skip what is not there
+TESTS = ('tests/ops', 'tests/test_models.py', 'tests/test_fuse.py', 'tests/test_weights.py', 'tests/test_hub_server.py')
+TIME_LIMIT = 3600  # seconds for the tests of a corner
+
+
+class Corner(NamedTuple):
+    name: str
+    python: str
+    pins: tuple[str, ...] = ()
+
+
+OLDEST = ('torch==2.6.0', 'torchvision==0.21.0', 'timm==1.0.31')
+CORNERS = (
+    Corner('oldest', '3.10', (*OLDEST, 'huggingface_hub==1.0.1')),
+    Corner('oldest, newest Python', '3.13', (*OLDEST, 'huggingface_hub<2')),
+    Corner('in between', '3.12', ('torch==2.10.*', 'huggingface_hub==2.0.0')),
+    Corner('newest, oldest Python', '3.10'),
+    Corner('newest', '3.13'),
+)
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of that version: of the path, or of pyenv."""
+    pyenv = pathlib.Path(os.environ.get('PYENV_ROOT', pathlib.Path.home() / '.pyenv')) / 'versions'
+    for name in (sys.executable, shutil.which(f'python{version}'), *sorted(pyenv.glob(f'{version}.*/bin/python'))):
+        if name is None:
+            continue
+        found = subprocess.run([name, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])'], capture_output=True,
+                               text=True)
+        if found.stdout.strip() == version:
+            return str(name)
+    return None
+
+
+def try_corner(corner: Corner) -> tuple[list[str], str]:
+    """Versions of `SHOWN`, and what came of it."""
+    python = interpreter(corner.python)
+    if python is None:
+        return ['-'] * len(SHOWN), f'not tried: no Python {corner.python} here'
+    folder = ROOT / '.cache' / 'venv-versions'
+    own = folder / ('Scripts' if os.name == 'nt' else 'bin')
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'} | {'OMP_NUM_THREADS': '1'}
+    try:
+        subprocess.run([python, '-m', 'venv', '--clear', folder], check=True)
+        installed = subprocess.run(
+            [own / 'python', '-m', 'pip', 'install', '--quiet', '--no-cache-dir', '--disable-pip-version-check', ROOT,
+             *corner.pins, 'pytest', 'pytest-timeout'], env=environment, capture_output=True, text=True)
+        if installed.returncode:
+            print(installed.stderr, file=sys.stderr)
+            return ['-'] * len(SHOWN), 'cannot be installed'
+        code = f'import json; from importlib.metadata import version; print(json.dumps([*map(version, {SHOWN})]))'
+        shown = subprocess.run([own / 'python', '-c', code], env=environment, capture_output=True, text=True, check=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            report = pathlib.Path(temporary) / 'report.xml'
+            # not `python -m pytest`, which would find the package in this folder rather than the installed one
+            done = subprocess.run(
+                [own / 'pytest', '-q', '--tb=short', '-p', 'no:cacheprovider', f'--junitxml={report}', *TESTS],
+                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+            print(done.stdout[-8000:], flush=True)
+            if not report.is_file():
+                return json.loads(shown.stdout), 'no test ran'
+            counts = xml.etree.ElementTree.parse(report).getroot().find('testsuite').attrib
+        failed, skipped = int(counts['failures']) + int(counts['errors']), int(counts['skipped'])
+        passed = int(counts['tests']) - failed - skipped
+        return json.loads(shown.stdout), f'{passed} passed, {failed} failed, {skipped} skipped'
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write(rows: dict[str, str]) -> None:
+    """Replaces rows of the page's table, and puts them all into the order of `CORNERS`."""
+    before = PAGE.read_text()
+    present = {line.split('|')[1].strip(): line for line in before.splitlines() if line.startswith('| ')}
+    heading = re.search(r'^\| corner .*\n\|[ |:-]*\n', before, re.M)
+    known = {**present, **rows}
+    table = ''.join(f'{known[corner.name]}\n' for corner in CORNERS if corner.name in known)
+    rest = before[heading.end():].partition('\n\n')[2] if '\n\n' in before[heading.end():] else ''
+    PAGE.write_text(before[:heading.end()] + table + (f'\n{rest}' if rest else ''))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--only', metavar='NAME', choices=[corner.name for corner in CORNERS])
+    options = parser.parse_args()
+    bad = 0
+    for corner in CORNERS:
+        if options.only in (None, corner.name):
+            versions, result = try_corner(corner)
+            today = datetime.date.today().isoformat()
+            write({corner.name: f'| {corner.name} | {corner.python} | {" | ".join(versions)} | {result} | {today} |'})
+            print(f'{corner.name}: Python {corner.python}, {", ".join(map(" ".join, zip(SHOWN, versions)))}: {result}',
+                  flush=True)
+            bad += ' 0 failed' not in result and not result.startswith('not tried')
+    return bool(bad)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
