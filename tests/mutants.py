@@ -20,11 +20,17 @@ class Mutant(NamedTuple):
 ANY = 'san_backbones/ops/**/*.py'  # code that may move between these files
 OPS, C = 'san_backbones/ops', 'san_backbones/ops/native'
 GEOMETRY, BACKENDS = 'tests/ops/test_geometry.py', 'tests/ops/test_backends.py'
-NATIVE, POINTWISE, STATISTICS = 'tests/ops/test_native.py', 'tests/ops/test_pointwise.py', 'tests/ops/test_statistics.py'
+NATIVE, POINTWISE, STATISTICS = (f'tests/ops/test_{name}.py' for name in ('native', 'pointwise', 'statistics'))
 NETWORK, MODELS, FUSE, WEIGHTS = (f'tests/test_{name}.py' for name in ('network', 'models', 'fuse', 'weights'))
 EXPORT, CLI, VISUALIZE = 'tests/test_export.py', 'tests/test_cli.py', 'tests/test_visualize.py'
 CONVERT, BACKBONE = 'tests/weights/test_convert.py', 'tests/mm/test_backbone.py'
-LAYER, DEFINITION, GRADIENTS = f'{NETWORK}::test_layer', f'{NATIVE}::test_definition', f'{NATIVE}::test_gradients'
+DEFINITION, GRADIENTS = f'{NATIVE}::test_definition', f'{NATIVE}::test_gradients'
+
+
+def layer(form: str, backend: str = 'reference') -> tuple[str]:
+    return (f'{NETWORK}::test_layer[{backend}-{form}-3-1-6x7-train]',)
+
+
 
 MUTANTS = tuple(Mutant(*fields) for fields in (
     # --- geometry
@@ -37,7 +43,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('footprint: columns not dilated', f'{OPS}/geometry.py', 'unfold(2, height, dilation).unfold(3, width, dilation)',
      'unfold(2, height, dilation).unfold(3, width, 1)', (GEOMETRY,)),
     ('compiled footprint: rows not dilated', f'{OPS}/geometry.py', 'down // height * dilation + down % height',
-     'down // height + down % height', (f'{EXPORT}::TestCompile', f'{EXPORT}::TestExport')),
+     'down // height + down % height', (GEOMETRY,)),
     ('coordinates: vertical first', f'{OPS}/geometry.py',
      '[horizontal[None, :].expand(height, width), vertical[:, None].expand(height, width)]',
      '[vertical[:, None].expand(height, width), horizontal[None, :].expand(height, width)]', (GEOMETRY,)),
@@ -49,7 +55,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('eps dropped', f'{OPS}/gamma.py', 'torch.rsqrt(_wide(var) + norm.eps)', 'torch.rsqrt(_wide(var))',
      (f'{BACKENDS}::test_norm_options_are_batch_norms',)),
     ('mean not subtracted', f'{OPS}/gamma.py', 'shift = -_wide(mean) * scale', 'shift = torch.zeros_like(scale)',
-     (LAYER,)),
+     layer('pairwise-subtraction-relative', 'tiled')),
     ('running variance is biased', f'{OPS}/gamma.py', 'unbiased = var * (count / (count - 1).clamp(min=1))',
      'unbiased = var', (f'{BACKENDS}::test_norm_options_are_batch_norms',)),
     ('momentum of the mean swapped', f'{OPS}/gamma.py', 'mean.to(norm.running_mean.dtype), norm.momentum)',
@@ -65,23 +71,26 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('second derivatives not refused', f'{OPS}/gamma.py', 'if torch.is_grad_enabled():\n        raise RuntimeError',
      'if False:\n        raise RuntimeError', (f'{BACKENDS}::test_second_derivatives',)),
     # --- the definition
-    ('softmax over channels', f'{OPS}/reference.py', 'logits.softmax(2)', 'logits.softmax(1)', (LAYER,)),
+    ('softmax over channels', f'{OPS}/reference.py', 'logits.softmax(2)', 'logits.softmax(1)',
+     layer('pairwise-subtraction-relative')),
     ('patchwise weights: k^2 before channels', f'{OPS}/reference.py',
-     '.unflatten(1, [logits.shape[1] // area, area])', '.unflatten(1, [area, -1]).transpose(1, 2)', (LAYER,)),
+     '.unflatten(1, [logits.shape[1] // area, area])', '.unflatten(1, [area, -1]).transpose(1, 2)',
+     layer('patchwise-star-none')),
     ('patchwise relation: k^2 before channels', f'{OPS}/reference.py', 'neighbours.flatten(1, 3)], 1)',
-     'neighbours.permute(0, 2, 3, 1, 4, 5).flatten(1, 3)], 1)', (LAYER,)),
+     'neighbours.permute(0, 2, 3, 1, 4, 5).flatten(1, 3)], 1)', layer('patchwise-concatenation-none')),
     ('patchwise relation: psi before phi', f'{OPS}/reference.py', '[query, neighbours.flatten(1, 3)]',
-     '[neighbours.flatten(1, 3), query]', (LAYER,)),
+     '[neighbours.flatten(1, 3), query]', layer('patchwise-concatenation-none')),
     ('neighbouring channels share a weight', f'{OPS}/reference.py', '.unflatten(1, [shares, weight_channels])',
-     '.unflatten(1, [weight_channels, shares]).transpose(1, 2)', (LAYER,)),
+     '.unflatten(1, [weight_channels, shares]).transpose(1, 2)', layer('pairwise-subtraction-relative')),
     ('offset reversed', f'{OPS}/reference.py', 'place[:, :, None, None] - others', 'others - place[:, :, None, None]',
-     (LAYER,)),
+     layer('pairwise-subtraction-relative')),
     ('absolute position of the centre', f'{OPS}/reference.py', "if position == 'relative' else others",
-     "if position == 'relative' else place[:, :, None, None].expand_as(others)", (LAYER,)),
+     "if position == 'relative' else place[:, :, None, None].expand_as(others)",
+     layer('pairwise-subtraction-absolute')),
     ('pairwise concatenation swapped', f'{OPS}/reference.py', '[centre.expand_as(neighbours), neighbours]',
-     '[neighbours, centre.expand_as(neighbours)]', (LAYER,)),
+     '[neighbours, centre.expand_as(neighbours)]', layer('pairwise-concatenation-relative')),
     ('clique transposed', f'{OPS}/reference.py', 'queries[:, :, :, None] * neighbours.flatten(2, 3)[:, :, None]',
-     'queries[:, :, None] * neighbours.flatten(2, 3)[:, :, :, None]', (LAYER,)),
+     'queries[:, :, None] * neighbours.flatten(2, 3)[:, :, :, None]', layer('patchwise-clique-none')),
     # --- statistics in closed form
     ('box without its last row', f'{OPS}/statistics.py', 'range(0, reach + 1, spec.dilation)',
      'range(0, max(reach, 1), spec.dilation)', (STATISTICS,)),
@@ -118,7 +127,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      (f'{NATIVE}::test_layouts', f'{NETWORK}::test_channels_last_network')),
     ('strided maps taken as they lie', ANY,
      'return x if x.stride() == (height * width * row, width * row, row, 1) else',
-     'return x if x.stride(3) == 1 else', (f'{NATIVE}::test_layouts', GRADIENTS)),
+     'return x if x.stride(3) == 1 else', (f'{NATIVE}::test_layouts',)),
     # --- folding for the fused loops
     ('norm2 not folded in', ANY, '* scale2[:, None]).t()', ').t()', (DEFINITION,)),
     ('folded weights: k^2 before channels', ANY, 'weight2.view(hidden, weight_channels, area).transpose(1, 2)',
@@ -126,7 +135,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('folded bias: k^2 before channels', ANY, 'bias2.view(weight_channels, area).t()',
      'bias2.view(area, weight_channels)', (DEFINITION,)),
     ('loop order of psi', ANY, '.unflatten(0, (rel, area)).transpose(0, 1).flatten(0, 1)', '', (DEFINITION,)),
-    ('hidden variance without its mean', ANY, 'var = (square - mean * mean)', 'var = (square - 0 * mean)', (GRADIENTS,)),
+    ('hidden variance without its mean', ANY, 'var = (square - mean * mean)', 'var = (square - 0 * mean)',
+     (GRADIENTS,)),
     ('hidden vectors not counted by pairs', ANY,
      'query.shape[3] * (spec.kernel_size ** 2 if spec.pairwise else 1)', 'query.shape[3]', (GRADIENTS,)),
     # --- the compiled loops
@@ -188,7 +198,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('step of the reference map not dilated', 'san_backbones/attention.py', '2. / (position_ref_size - 1) / dilation',
      '2. / (position_ref_size - 1)', (f'{NETWORK}::test_layer_with_positions_of_a_reference_map',)),
     ('mapping of coordinates transposed', 'san_backbones/attention.py',
-     'weight[:, 0] * xy[0] + weight[:, 1] * xy[1]', 'weight[:, 0] * xy[1] + weight[:, 1] * xy[0]', (LAYER,)),
+     'weight[:, 0] * xy[0] + weight[:, 1] * xy[1]', 'weight[:, 0] * xy[1] + weight[:, 1] * xy[0]',
+     layer('pairwise-subtraction-relative')),
     ('ReLU before the norm', 'san_backbones/san.py', 'x = self.act2(self.norm2(x))', 'x = self.norm2(self.act2(x))',
      (f'{NETWORK}::test_any_size',)),
     ('pooling behind the convolution', 'san_backbones/san.py', 'x = self.conv(self.pool(x))',
@@ -197,7 +208,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      (f'{NETWORK}::test_output_stride',)),
     ('reference map of the stage before', 'san_backbones/san.py', 'position_ref_size // 2 ** (i + 1)',
      'position_ref_size // 2 ** i', (f'{NETWORK}::test_position_ref_size',)),
-    ('share_planes ignored', 'san_backbones/san.py', 'share_planes=share_planes, kernel_size', 'share_planes=8, kernel_size',
+    ('share_planes ignored', 'san_backbones/san.py', 'share_planes=share_planes, kernel_size',
+     'share_planes=8, kernel_size',
      (f'{MODELS}::test_options_reach_the_layers',)),
     ('drop path ignored', 'san_backbones/san.py', 'drop_path=drop_path_rates[i] if drop_path_rates else 0.',
      'drop_path=0.', (f'{MODELS}::test_options_reach_the_layers',)),
@@ -268,7 +280,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      'if i + 1 in self.out_indices:\n                outputs', (f'{BACKBONE}::test_out_indices',)),
     ('frozen_stages off by one', 'san_backbones/mm/backbone.py', '*self.stages[:self.frozen_stages])',
      '*self.stages[:max(self.frozen_stages - 1, 0)])', (f'{BACKBONE}::test_frozen_stages_survive_train',)),
-    ('frozen norms keep counting', 'san_backbones/mm/backbone.py', '            module.eval()\n            for parameter',
+    ('frozen norms keep counting', 'san_backbones/mm/backbone.py',
+     '            module.eval()\n            for parameter',
      '            for parameter', (f'{BACKBONE}::test_frozen_stages_survive_train',)),
     ('norm_eval ignored', 'san_backbones/mm/backbone.py', 'if mode and self.norm_eval:', 'if False:',
      (f'{BACKBONE}::test_norm_eval_keeps_statistics_and_learns',)),

@@ -2,8 +2,8 @@
 
     python tests/run_mutants.py [--list] [--only TEXT]
 
-The faults are in mutants.py. A fault that no test notices, and one whose place is not found any more, are errors. A run
-of all of them writes its table into tests/mutants.md. The compiled loops are built for the least instruction set, which
+The faults are in mutants.py. A fault that no test notices, and one whose place is not found any more, are errors. The
+results go into the table tests/mutants.md. The compiled loops are built for the least instruction set, which
 takes a few seconds for each fault in C; tests run in forks of this process, which has imported torch already.
 """
 import argparse
@@ -24,7 +24,6 @@ from typing import NamedTuple
 import pytest
 import timm
 import torch
-
 from mutants import MUTANTS, Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -139,22 +138,28 @@ def confirmed(folder: pathlib.Path, results: Sequence[tuple[Mutant, Result]]) ->
 
 
 def write_table(results: Sequence[tuple[Mutant, Result]]) -> None:
-    python = '.'.join(map(str, sys.version_info[:2]))
-    lines = ['# Planted faults', '',
-             'What `make test-mutants` printed last: faults planted one at a time, and the first test that noticed each.',
-             f'{sum(result.caught for _, result in results)} of {len(results)} were noticed. '
-             f'{datetime.date.today().isoformat()}, Python {python}, torch {torch.__version__}, timm {timm.__version__}.', '',
-             '| fault | in | noticed by | s |', '| --- | --- | --- | ---: |']
+    """Replaces the rows of these faults; those of faults that are no more go."""
+    rows = {}
+    for line in TABLE.read_text().splitlines() if TABLE.exists() else ():
+        cells = line.split(' | ')
+        rows[cells[0].removeprefix('| ')] = line
     for mutant, result in results:
-        by = f'`{result.by}`'.replace('|', '\\|') if result.caught else '**nothing**'
-        lines.append(f'| {mutant.name} | `{mutant.where}` | {by} | {result.seconds:.0f} |')
-    TABLE.write_text('\n'.join(lines) + '\n')
+        by = f'`{result.by}`'.replace('|', '\\|') if result.caught else f'**nothing**: {result.by}'
+        rows[mutant.name] = f'| {mutant.name} | `{mutant.where}` | {by} | {result.seconds:.0f} |'
+    kept = [rows[mutant.name] for mutant in MUTANTS if mutant.name in rows]
+    versions = f'Python {sys.version_info[0]}.{sys.version_info[1]}, torch {torch.__version__}, timm {timm.__version__}'
+    TABLE.write_text('\n'.join([
+        '# Planted faults', '',
+        'Faults that `make test-mutants` plants one at a time, and the first test that noticed each.',
+        f'{sum("**nothing**" not in row for row in kept)} of {len(MUTANTS)} were noticed. Last run: '
+        f'{datetime.date.today().isoformat()}, {versions}.', '',
+        '| fault | in | noticed by | s |', '| --- | --- | --- | ---: |', *kept]) + '\n')
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--list', action='store_true', help='list the faults and stop')
-    parser.add_argument('--only', metavar='TEXT', help='those whose names contain TEXT; the table is not written')
+    parser.add_argument('--only', metavar='TEXT', help='those whose names contain TEXT')
     options = parser.parse_args()
     mutants = [mutant for mutant in MUTANTS if not options.only or options.only in mutant.name]
     if not mutants:
@@ -176,8 +181,7 @@ def main() -> int:
             print(f'{"caught  " if result.caught else "SURVIVED"} {result.seconds:4.0f} s  {mutant.name}: {result.by}',
                   flush=True)
         results = confirmed(folder, results)
-    if not options.only:
-        write_table(results)
+    write_table(results)
     survived = [mutant.name for mutant, result in results if not result.caught]
     print(f'{len(results) - len(survived)} of {len(results)} faults were noticed')
     if survived:

@@ -2,8 +2,8 @@
 
     python tests/run_versions.py [--only NAME]
 
-Each corner of the range that setup.cfg gives has a fresh environment in .cache (several GB, while it runs), with packages
-from the registry and the package installed from this checkout, as a user would. The results go into
+Each corner of the range that setup.cfg gives has a fresh environment in .cache (several GB, while it runs), with
+packages from the registry and the package installed from this checkout, as a user would. The results go into
 docs/reference/versions.md; with --only, into one row of its table.
 """
 import argparse
@@ -67,13 +67,15 @@ def try_corner(corner: Corner) -> tuple[list[str], str]:
     try:
         subprocess.run([python, '-m', 'venv', '--clear', folder], check=True)
         installed = subprocess.run(
-            [own / 'python', '-m', 'pip', 'install', '--quiet', '--no-cache-dir', '--disable-pip-version-check', ROOT,
-             *corner.pins, 'pytest', 'pytest-timeout'], env=environment, capture_output=True, text=True)
+            [own / 'python', '-m', 'pip', 'install', '--quiet', '--no-cache-dir', '--no-compile',
+             '--disable-pip-version-check', ROOT, *corner.pins, 'pytest', 'pytest-timeout'],
+            env=environment, capture_output=True, text=True)
         if installed.returncode:
             print(installed.stderr, file=sys.stderr)
             return ['-'] * len(SHOWN), 'cannot be installed'
         code = f'import json; from importlib.metadata import version; print(json.dumps([*map(version, {SHOWN})]))'
-        shown = subprocess.run([own / 'python', '-c', code], env=environment, capture_output=True, text=True, check=True)
+        shown = subprocess.run([own / 'python', '-c', code], env=environment, capture_output=True, text=True,
+                               check=True)
         with tempfile.TemporaryDirectory() as temporary:
             report = pathlib.Path(temporary) / 'report.xml'
             # not `python -m pytest`, which would find the package in this folder rather than the installed one
@@ -112,8 +114,8 @@ def main() -> int:
             versions, result = try_corner(corner)
             today = datetime.date.today().isoformat()
             write({corner.name: f'| {corner.name} | {corner.python} | {" | ".join(versions)} | {result} | {today} |'})
-            print(f'{corner.name}: Python {corner.python}, {", ".join(map(" ".join, zip(SHOWN, versions)))}: {result}',
-                  flush=True)
+            shown = ', '.join(f'{name} {version}' for name, version in zip(SHOWN, versions, strict=True))
+            print(f'{corner.name}: Python {corner.python}, {shown}: {result}', flush=True)
             bad += ' 0 failed' not in result and not result.startswith('not tried')
     return bool(bad)
 

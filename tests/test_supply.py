@@ -130,7 +130,7 @@ runpy.run_path('setup.py', run_name='__main__')
 
 @pytest.mark.skipif(os.name == 'nt', reason='stands in for a Unix compiler')
 def test_an_installation_runs_the_compiler_and_nothing_else(tmp_path):
-    """An sdist's build: every process and connection is seen. The compiler, a stand-in, fails, and the wheel is made."""
+    """Every process and connection of a build is seen. The compiler, a stand-in, fails, and the wheel is made."""
     source = tmp_path / 'source'
     kept = ('setup.py', 'setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE', 'MANIFEST.in', 'model-index.yml',
             'san_backbones', 'mm_configs', 'weights')
@@ -195,8 +195,9 @@ def by_backbone(path, tmp_path):
 
 def by_mmengine(path, tmp_path):
     pytest.importorskip('mmengine', reason='needs the mm extra')
-    import san_backbones.mm  # noqa: F401
     from mmengine.runner import load_checkpoint
+
+    import san_backbones.mm  # noqa: F401
     load_checkpoint(timm.create_model('test_san_patchwise'), str(path), map_location='cpu')
 
 
@@ -214,6 +215,6 @@ def test_nothing_of_a_checkpoint_is_run(load, old_format, tmp_path, monkeypatch)
 
 
 def test_the_package_alone_allows_no_more_classes():
-    code = 'import torch; before = torch.serialization.get_safe_globals(); import san_backbones\n' \
+    code = 'import timm, torch; before = torch.serialization.get_safe_globals(); import san_backbones\n' \
            'assert torch.serialization.get_safe_globals() == before'
     subprocess.run([sys.executable, '-c', code], check=True, cwd=pathlib.Path(san_backbones.__file__).parent.parent)

@@ -1,5 +1,6 @@
 """Pretrained weights: local folders, shipped weights, and the Hub, by the real client and a server on this machine."""
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -223,6 +224,22 @@ def _error_of_folder(source):
 def test_no_safetensors_file(server, content):
     server.put(REPOSITORY, hub.FILENAME, content)
     assert 'is not a safetensors file' in _error()
+
+
+def test_a_file_without_tensors(server):
+    server.put(REPOSITORY, hub.FILENAME, save({}))
+    assert 'holds no tensors' in _error()
+
+
+def test_what_was_damaged_in_the_cache_is_fetched_anew(server, monkeypatch):
+    content = _content(2.)
+    server.add_repo('san-backbones/model.tag')
+    server.put('san-backbones/model.tag', hub.FILENAME, content)
+    monkeypatch.setattr(hub, 'manifest', lambda: {'model.tag': {'sha256': hashlib.sha256(content).hexdigest()}})
+    path = pathlib.Path(hub.weights('san-backbones/model.tag'))
+    path.resolve().write_bytes(content[:-1] + b'?')
+    assert 'SHA-256' in _error('san-backbones/model.tag')
+    assert pathlib.Path(hub.weights('san-backbones/model.tag')).read_bytes() == content
 
 
 def test_a_pickle_is_not_read(server):

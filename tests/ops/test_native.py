@@ -87,6 +87,9 @@ def test_layouts(cls):
         strided = [torch.stack([t, t], -1)[..., 0] for t in (query, key, value)]
         assert not strided[0].is_contiguous()
         assert torch.equal(layer._forward_operators(*strided, place), plain)
+        cut_out = [nn.functional.pad(t, (2, 1, 1, 3)).to(memory_format=torch.channels_last)[:, :, 1:-3, 2:-1]
+                   for t in (query, key, value)]
+        assert torch.equal(layer._forward_operators(*cut_out, place), plain)
         expanded = [t[:1].expand(3, -1, -1, -1) for t in (query, key, value)]
         torch.testing.assert_close(layer._forward_operators(*expanded, place)[2], plain[0])
     assert plain.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
