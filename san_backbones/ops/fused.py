@@ -4,6 +4,7 @@ A path is a module with the functions `output`, `gradients`, `sums` and `sums_gr
 folded gamma, nothing of size k x k being kept by any of them: `native.attention` (C, on the CPU) and `triton.launch`.
 """
 import importlib
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ __all__ = ['attend_native', 'attend_triton']
 PATHS = ('native', 'triton')
 _MODULES = ('.native.attention', '.triton.launch')
 _DEVICES = ('cpu', 'cuda')
+# torch 2.6 takes no list[int] in operators
+_Ints = typing.List[int]  # noqa: UP006
+_Outputs = typing.List[Tensor]  # noqa: UP006
 _Tensors = Sequence[Any]  # tensors, and None in the place of one that there is none of
 
 
@@ -43,7 +47,7 @@ def _to_inputs(gradients: _Tensors, maps: _Tensors) -> list[Tensor]:
 def _attend(
         query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor,
         weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor, shift: Tensor | None,
-        shape: list[int]) -> Tensor:
+        shape: _Ints) -> Tensor:
     """The attention, given folded gamma; `shape` is a `Shape`. With `shift`, relu(y + shift); no gradients then."""
     folded = (scale1, shift1, weight1, shift2, weight2, bias2)
     return channels_first(_loops(shape).output(Shape(*shape), _maps(query, key, value, place), folded, shift), value)
@@ -58,7 +62,7 @@ def _(query, key, value, *rest):
 def _attend_backward(
         gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, scale1: Tensor,
         shift1: Tensor, weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor,
-        shape: list[int]) -> list[Tensor]:
+        shape: _Ints) -> _Outputs:
     maps, folded = (query, key, value, place), (scale1, shift1, weight1, shift2, weight2, bias2)
     gradient = channels_last(gradient).contiguous()
     return _to_inputs(_loops(shape).gradients(Shape(*shape), _maps(*maps), folded, gradient), maps)
@@ -96,7 +100,7 @@ _attend.register_autograd(_differentiate_attend, setup_context=_keep)
 @torch.library.custom_op('san_backbones::hidden_sums', mutates_args=(), device_types=_DEVICES)
 def _hidden_sums(
         query: Tensor, key: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor, weight1: Tensor,
-        shape: list[int]) -> Tensor:
+        shape: _Ints) -> Tensor:
     """Sums of u = weight1 relu(norm1(delta)), the input of norm2, and of u * u: (2, hidden) in float64."""
     folded = (scale1, shift1, weight1, None, None, None)
     sums = _loops(shape).sums(Shape(*shape), _maps(query, key, None, place), folded)
@@ -111,7 +115,7 @@ def _(query, key, place, scale1, shift1, weight1, shape):
 @torch.library.custom_op('san_backbones::hidden_sums_backward', mutates_args=(), device_types=_DEVICES)
 def _hidden_sums_backward(
         gradient: Tensor, query: Tensor, key: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor,
-        weight1: Tensor, shape: list[int]) -> list[Tensor]:
+        weight1: Tensor, shape: _Ints) -> _Outputs:
     maps, folded = (query, key, None, place), (scale1, shift1, weight1, None, None, None)
     slopes = torch.stack([gradient[0], 2 * gradient[1]])  # d u / d u and d u^2 / d u = 2 u
     slopes = pad(slopes.float(), weight1.shape[1]).contiguous()

@@ -60,7 +60,7 @@ def test_positions(relation, position, ref):
 
 @pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
 @pytest.mark.parametrize('options', [dict(rel_planes=5), dict(out_planes=24, share_planes=3), dict(share_planes=1),
-                                     dict(out_planes=20, share_planes=4)])
+                                     dict(out_planes=20, share_planes=4), dict(out_planes=14, share_planes=7)])
 def test_odd_widths(cls, options):
     assert _error(_layer(cls, **options), torch.randn(2, 64, 7, 8)) < 1e-5
 
@@ -126,6 +126,24 @@ def test_softmax_does_not_overflow():
     with torch.no_grad():
         assert torch.isfinite(layer(x)).all()
     assert _error(layer, x) < 0.05  # logits of 1e4 and more carry an absolute error of float32's 1e-7 times that
+
+
+def test_softmax_keeps_small_weights():
+    layer = _layer(PairwiseAttention)
+    with torch.no_grad():
+        layer.weight_mlp.fc2.weight.mul_(30)
+    x = 3 * torch.randn(2, 64, 9, 9)
+    assert _error(layer, x) < 2e-5
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_nan_of_the_relation_alone_is_not_hidden(cls):
+    layer = _layer(cls, kernel_size=3)
+    query, key, value, place = projected(layer, torch.empty(1, 64, 8, 8))
+    key[0, :, 4, 4] = float('nan')
+    with torch.no_grad(), ops.use_backend('native'):
+        y = layer._forward_operators(query, key, value, place)[0].isnan().all(0)
+    assert y[3:6, 3:6].all() and y.sum() == 9
 
 
 def test_nan_is_not_hidden():

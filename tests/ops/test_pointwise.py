@@ -93,6 +93,17 @@ def test_layouts_and_types():
 
 
 @needs_loops
+def test_of_equal_pixels_the_first_gets_the_gradient():
+    stem = _stem().eval()
+    image = torch.randn(1, 3, 4, 5).repeat_interleave(2, 2).repeat_interleave(2, 3).requires_grad_()
+    _, expected_image, expected = _definition(stem, image)
+    stem(image).sum().backward()
+    expected.sum().backward()
+    _close(image.grad, expected_image.grad)
+    assert image.grad[..., ::2, ::2].any() and not image.grad[..., 1::2, :].any()
+
+
+@needs_loops
 def test_a_norm_fused_into_the_convolution():
     stem = _stem().eval()
     image = torch.randn(2, 3, 8, 9)

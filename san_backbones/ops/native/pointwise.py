@@ -1,5 +1,6 @@
 """The stem and relu(s x + t) by the compiled loops of pointwise.c."""
 import ctypes
+import typing
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from . import library
 
 SLOTS = 64
 """Partial sums of parameter gradients, each of a fixed share of the rows: results depend on no number of threads."""
+
+
+_Outputs = typing.List[Tensor]  # noqa: UP006, torch 2.6 takes no list[Tensor] in operators
 
 
 def _task(image: Tensor, weight: Tensor, bias: Tensor):
@@ -44,7 +48,7 @@ def _(image, weight, bias):
 
 
 @torch.library.custom_op('san_backbones::stem_backward', mutates_args=(), device_types='cpu')
-def _stem_backward(gradient: Tensor, image: Tensor, weight: Tensor, bias: Tensor, of_image: bool) -> list[Tensor]:
+def _stem_backward(gradient: Tensor, image: Tensor, weight: Tensor, bias: Tensor, of_image: bool) -> _Outputs:
     """Gradients of weight and bias, and of the image if asked for."""
     out, inputs = weight.shape
     task, _tensors = _task(image, weight, bias)
