@@ -187,7 +187,12 @@ def test_an_interrupted_download_goes_on(server):
     content = _content(size=4_000_000)  # the client keeps what has come in steps of 10 MiB
     server.put(REPOSITORY, hub.FILENAME, content)
     server.fault(f'*/{hub.FILENAME}', method='GET', cut_after=(10 << 20) + 1000)
-    assert pathlib.Path(hub.weights(REPOSITORY)).read_bytes() == content
+    try:
+        path = hub.weights(REPOSITORY)
+    except WeightsError as error:  # the client of version 1.0 goes on in the next call
+        assert 'run again' in str(error) and huggingface_hub.__version__.startswith('1.0.')
+        path = hub.weights(REPOSITORY)
+    assert pathlib.Path(path).read_bytes() == content
     assert [request.range for request in server.seen(method='GET') if request.range] == [f'bytes={10 << 20}-']
 
 
