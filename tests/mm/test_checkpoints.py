@@ -5,6 +5,7 @@ import pytest
 
 pytest.importorskip('mmengine', reason='needs the mm extra')
 
+import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
@@ -91,8 +92,9 @@ class _Evil:
 @pytest.mark.parametrize('evil', [
     _Evil(print, 'code of the file ran'),
     _Evil(getattr, nn.Linear, 'forward'),
+    _Evil(getattr, np.ndarray, 'tofile'),
     _Evil(getattr, HistoryBuffer, '__init__'),
-], ids=['function', 'attribute', 'private method'])
+], ids=['function', 'attribute', 'attribute of an allowed class', 'private method'])
 def test_other_classes_stay_refused(evil, tmp_path, capsys):
     torch.save({'state_dict': {}, 'meta': evil}, tmp_path / 'evil.pth')
     with pytest.raises(UnpicklingError):
