@@ -47,7 +47,7 @@ class FoldedBlock(NamedTuple):
         attention, flat = self.attention, x.view(-1, x.shape[-1])
         projected = F.linear(ops.scale_shift_relu(flat, self.scale, self.shift), self.weight, self.bias)
         widths = (attention.rel_planes, attention.rel_planes, attention.out_planes)
-        query, key, value = projected.view(*x.shape[:3], -1).permute(0, 3, 1, 2).split(widths, 1)
+        query, key, value = projected.view(*x.shape[:3], sum(widths)).permute(0, 3, 1, 2).split(widths, 1)
         y = ops.footprint_attention(
             query, key, value, self._place(value), self.gamma, attention.spec(), self.out_shift)
         flat.addmm_(y.permute(0, 2, 3, 1).reshape(-1, attention.out_planes), self.out_weight)
