@@ -62,7 +62,7 @@ def fold_gamma(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec, width: in
         bias2 = bias2.view(weight_channels, area).t()
     folded = [scale1, shift1, pad(weight1, round_up(hidden, width)), pad(shift2, round_up(hidden, width)),
               _repeat(weight2, lanes), _repeat(bias2, lanes)]
-    return Shape.of(spec, hidden, lanes, path), [x.contiguous() for x in folded]
+    return Shape.of(spec, hidden, lanes, path), [x.float().contiguous() for x in folded]  # norms may be float64
 
 
 def in_loop_order(x: Tensor, spec: Spec) -> Tensor:
