@@ -206,6 +206,13 @@ class Stage(nn.Module):
 
 
 def _check_image(x: torch.Tensor, in_chans: int, min_size: int) -> None:
+    if not torch.jit.is_scripting():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f'expected a tensor of images of shape (N, {in_chans}, H, W), got a {type(x).__name__}: '
+                            'convert it, as with torch.from_numpy')
+    if not x.is_floating_point():
+        raise ValueError(f'expected images of a floating dtype, normalised, got {x.dtype}: convert them, as in '
+                         'images.float() / 255')
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f'expected images of shape (N, {in_chans}, H, W), got {list(x.shape)}')
     if x.shape[2] < min_size or x.shape[3] < min_size:
