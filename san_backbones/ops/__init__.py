@@ -17,6 +17,7 @@ from .backends import (
     tap_matrices,
     use_backend,
 )
+from .checks import check_attention
 from .gamma import Gamma, Norm, Spec, fold
 from .geometry import coordinates, footprint, padding, reflect_pad, reflection_index
 from .pointwise import scale_shift_relu, stem
@@ -71,15 +72,18 @@ def footprint_attention(
             (cw * k * k, hidden, 1, 1), channel order c * k^2 + o. Running buffers of its norms are updated in place
             where they use batch statistics.
         spec: Form, relation, position mode, kernel size and dilation.
-        shift: (m,), float32: the output is relu(y + shift) instead of y; None for y.
+        shift: (m,): the output is relu(y + shift) instead of y; None for y.
 
     Returns:
         (N, m, H, W) in value's dtype.
 
     Raises:
-        ValueError: Batch statistics of a single value, or an unknown backend was asked for.
+        ValueError: Maps, gamma and spec do not fit one another (shapes, dtypes, devices), batch statistics of a single
+            value, or an unknown backend was asked for.
         RuntimeError: The backend asked for cannot run this call.
     """
+    if not torch.jit.is_tracing():  # where sizes are tensors
+        check_attention(query, key, value, place, gamma, spec, shift)
     if torch.compiler.is_compiling():  # the choice is made while compiling, and stays out of the graph
         statistics = gamma.norm1.batch_statistics or gamma.norm2.batch_statistics
         name = 'reference' if is_exporting() or value.device.type not in ('cpu', 'cuda') else compiled_backend(
@@ -90,6 +94,6 @@ def footprint_attention(
         backend = choose_backend(make_request(query, key, value, place, gamma, spec))
         attend = backend.attend
         if shift is not None and backend.finishes and not torch.is_grad_enabled():
-            return attend(query, key, value, place, gamma, spec, shift)
+            return attend(query, key, value, place, gamma, spec, shift.float().contiguous())
     output = attend(query, key, value, place, gamma, spec)
     return output if shift is None else torch.relu(output + shift.to(output.dtype)[:, None, None])
