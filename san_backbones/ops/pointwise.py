@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import native
 from .backends import serves
+from .checks import check_channels
 from .gamma import Norm, fold, fold_batch, need_several_values
 
 __all__ = ['scale_shift_relu', 'stem']
@@ -37,8 +38,17 @@ def stem(image: Tensor, weight: Tensor, norm: Norm) -> Tensor:
         format.
 
     Raises:
-        ValueError: Batch statistics of a single value.
+        ValueError: Image, weight and norm do not fit one another, or batch statistics of a single value.
     """
+    if weight.dim() != 2 or image.dim() != 4 or image.shape[1] != weight.shape[1] \
+            or weight.device != image.device:
+        raise ValueError('expected an image (N, C, H, W) and a weight (D, C) on one device, got '
+                         f'{list(image.shape)} on {image.device} and {list(weight.shape)} on {weight.device}')
+    if not serves(image):
+        raise ValueError(f'no compiled loop serves this image ({image.dtype}, {image.device}): see `serves`')
+    for name, x in zip(norm._fields, norm[:4]):
+        if x is not None:
+            check_channels(f'{name} of the norm', x, len(weight), image)
     kind = image.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
     with torch.autocast(kind, enabled=False):
@@ -47,20 +57,27 @@ def stem(image: Tensor, weight: Tensor, norm: Norm) -> Tensor:
             affine = fold_batch(norm, mean, var, torch.tensor(float(count)))
         else:
             affine = fold(norm, norm.running_mean, norm.running_var)
-        return native.stem(image.to(dtype), weight.float() * affine.scale[:, None], affine.shift)
+        return native.stem(image.to(dtype), (weight.float() * affine.scale[:, None]).float(), affine.shift.float())
 
 
 def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """relu(scale x + shift), for inference: no gradients where a compiled loop serves.
 
     Args:
-        x: (..., C), contiguous, any floating dtype.
+        x: (..., C), C at least 1, any floating dtype.
         scale: (C,), float32.
         shift: (C,), float32.
 
     Returns:
         Like x.
+
+    Raises:
+        ValueError: scale or shift is not one number for each channel.
     """
-    if x.dtype == torch.float32 and not torch.is_grad_enabled() and serves(x):
-        return native.scale_shift_relu(x, scale, shift)
+    if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise ValueError(f'x must be (..., C) with C at least 1, of a floating dtype, got {list(x.shape)}, {x.dtype}')
+    check_channels('scale', scale, x.shape[-1], x)
+    check_channels('shift', shift, x.shape[-1], x)
+    if x.dtype == torch.float32 and x.is_contiguous() and not torch.is_grad_enabled() and serves(x):
+        return native.scale_shift_relu(x, scale.float().contiguous(), shift.float().contiguous())
     return torch.addcmul(shift, x, scale).relu_().to(x.dtype)
