@@ -77,15 +77,21 @@ INLINE void relu_backward(int64_t rows, int64_t columns, const float *after, flo
 INLINE void statistics(const struct backward *b, int64_t rows, struct scratch *s) {
     const int64_t hidden = b->task.hidden;
     for (int64_t h = 0; h < hidden; h += WIDTH) {
+        /* of differences from one of the vectors: float32 has no digits for the variance beside a large mean */
+        const vec centre = *(vec *)(s->middle + h);
         vec sum = {0}, squares = {0};
         for (int64_t m = 0; m < rows; m++) {
-            const vec u = *(vec *)(s->middle + m * hidden + h);
-            if (b->mode == STATISTICS) sum += u, squares += u * u;
+            const vec u = *(vec *)(s->middle + m * hidden + h), v = u - centre;
+            if (b->mode == STATISTICS) sum += v, squares += v * v;
             else *(vec *)(s->d_middle + m * hidden + h) =
                      *(const vec *)(b->gradient + h) + *(const vec *)(b->gradient + hidden + h) * u;
         }
         if (b->mode == STATISTICS)
-            for (int64_t l = 0; l < WIDTH; l++) s->sums[h + l] += sum[l], s->sums[hidden + h + l] += squares[l];
+            for (int64_t l = 0; l < WIDTH; l++) {
+                const double c = centre[l];
+                s->sums[h + l] += rows * c + sum[l];
+                s->sums[hidden + h + l] += rows * c * c + 2 * c * sum[l] + squares[l];
+            }
     }
 }
 
