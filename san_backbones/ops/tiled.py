@@ -1,6 +1,6 @@
-"""Footprint attention in tiles: a few rows at a time, recomputed in the backward pass.
+"""Footprint attention in tiles: a few rows, or a part of one, at a time, recomputed in the backward pass.
 
-The definition of `reference`, applied to strips of the padded maps, so that the k x k axis exists for one tile only:
+The definition of `reference`, applied to parts of the padded maps, so that the k x k axis exists for one tile only:
 memory is the maps themselves plus O(tile), in training too. Norms come as an affine map; where they use batch
 statistics, a pass over the tiles gathers mean and variance first, and gradients flow through them exactly.
 """
@@ -19,29 +19,33 @@ __all__ = ['TILE_ELEMENTS', 'attend']
 TILE_ELEMENTS = 1 << 20
 """Numbers in the widest k x k tensor of one tile; beyond the last-level cache larger tiles gain nothing on a CPU."""
 
-ROWS, HALO, WHOLE = 'rows', 'halo', 'whole'  # how an input is cut: its own rows; rows and their border; not at all
+OWN, HALO, WHOLE = 'own', 'halo', 'whole'  # how an input is cut: its own pixels; those and their border; not at all
 
 
 class Tile(NamedTuple):
     images: slice
     rows: slice
-    reach: int  # rows that a halo input has beyond `rows`
+    columns: slice
+    reach: int  # pixels that a halo input has beyond `rows` and `columns`
 
     def cut(self, x: Tensor, kind: str) -> Tensor:
         if kind == WHOLE:
             return x
         images = self.images if x.shape[0] > 1 else slice(None)  # coordinates are shared by the images of a batch
-        stop = self.rows.stop + (self.reach if kind == HALO else 0)
-        return x[images, :, self.rows.start:stop]
+        more = self.reach if kind == HALO else 0
+        return x[images, :, self.rows.start:self.rows.stop + more, self.columns.start:self.columns.stop + more]
 
 
 def tiles(batch: int, height: int, width: int, depth: int, reach: int) -> Iterator[Tile]:
     """Cuts N x H x W pixels of `depth` numbers each into tiles of about TILE_ELEMENTS numbers."""
-    rows = min(height, max(1, TILE_ELEMENTS // (depth * width)))
+    columns = min(width, max(1, TILE_ELEMENTS // depth))
+    rows = min(height, max(1, TILE_ELEMENTS // (depth * columns)))
     images = max(1, TILE_ELEMENTS // (depth * width * height)) if rows == height else 1
     for image in range(0, max(batch, 1), images):  # an empty batch is one empty tile
         for row in range(0, height, rows):
-            yield Tile(slice(image, min(image + images, batch)), slice(row, min(row + rows, height)), reach)
+            for column in range(0, width, columns):
+                yield Tile(slice(image, min(image + images, batch)), slice(row, min(row + rows, height)),
+                           slice(column, min(column + columns, width)), reach)
 
 
 class Plan(NamedTuple):
@@ -95,7 +99,7 @@ def _backward_by_tiles(
 
 
 class _Map(torch.autograd.Function):
-    """Rows of output from rows of input."""
+    """Pixels of output from pixels of input."""
 
     @staticmethod
     def forward(ctx, plan: Plan, *inputs: Tensor) -> Tensor:
@@ -106,8 +110,8 @@ class _Map(torch.autograd.Function):
             part = plan.function(*map(tile.cut, inputs, plan.kinds))
             if output is None:
                 last = plan.tiles[-1]
-                output = part.new_empty((last.images.stop, part.shape[1], last.rows.stop, part.shape[3]))
-            output[tile.images, :, tile.rows] = part
+                output = part.new_empty((last.images.stop, part.shape[1], last.rows.stop, last.columns.stop))
+            output[tile.images, :, tile.rows, tile.columns] = part
         return output
 
     @staticmethod
@@ -115,7 +119,7 @@ class _Map(torch.autograd.Function):
         refuse_double_backward()
 
         def seed(output: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-            return output, grad_output[tile.images, :, tile.rows].to(output.dtype)
+            return output, grad_output[tile.images, :, tile.rows, tile.columns].to(output.dtype)
 
         return (None, *_backward_by_tiles(
             ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:], ctx.autocast, seed))
@@ -185,12 +189,12 @@ def attend(
     depth = max(area * hidden_width, spec.kernel_size ** 2 * value.shape[1])
     cuts = list(tiles(batch, height, width, depth, 2 * pad))
 
-    query_kind = HALO if spec.relation == 'clique' else ROWS
+    query_kind = HALO if spec.relation == 'clique' else OWN
     maps = [geometry.reflect_pad(query, pad) if query_kind == HALO else query, geometry.reflect_pad(key, pad)]
     kinds = [query_kind, HALO]
     if place is not None:
         maps += [place, geometry.reflect_pad(place, pad)]
-        kinds += [ROWS, HALO]
+        kinds += [OWN, HALO]
     n = len(maps)
 
     def plan(function: Callable[..., Tensor], *more: str) -> Plan:
@@ -223,6 +227,6 @@ def attend(
         whole = plan(lambda *x: weighted_sum(hidden(*x[:n + 3]), *x[n + 3:]), *(WHOLE,) * 7, HALO)
         return _Map.apply(whole, *first, *norm2, *last)
     z = _Map.apply(to_hidden, *first)  # one vector a pixel: keep it
-    norm2 = affine(gamma.norm2, Plan(lambda z: z.unsqueeze(2), (ROWS,), cuts), [z])
-    from_hidden = Plan(lambda z, *x: weighted_sum(z.unsqueeze(2), *x), (ROWS, *(WHOLE,) * 4, HALO), cuts)
+    norm2 = affine(gamma.norm2, Plan(lambda z: z.unsqueeze(2), (OWN,), cuts), [z])
+    from_hidden = Plan(lambda z, *x: weighted_sum(z.unsqueeze(2), *x), (OWN, *(WHOLE,) * 4, HALO), cuts)
     return _Map.apply(from_hidden, z, *norm2, *last)
