@@ -1,0 +1,213 @@
+"""The compiled loops write where they should, and read no further than footprint.h says.
+
+`library.run` is replaced by one that moves every array of a task into memory of its own: its last byte (in a second
+run its first) lies at the edge of a page that nobody may touch, arrays that are only read lie in pages that nobody may
+write, and the rest of the pages holds a pattern that has to be there afterwards. Sizes are those that the comments of
+footprint.h, backward.c and pointwise.c give; a loop that goes beyond ends the process, so that a process of its own
+runs this.
+"""
+import contextlib
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from san_backbones import PairwiseAttention, PatchwiseAttention, ops
+from san_backbones.ops import native
+from san_backbones.ops.native import library
+
+pytestmark = [
+    pytest.mark.skipif(native.unavailable() is not None, reason=f'no compiled loops: {native.unavailable()}'),
+    pytest.mark.skipif(not sys.platform.startswith('linux'), reason='pages are protected by mprotect')]
+
+PATTERN = 0xA5
+NONE, READ, WRITE = 0, 1, 3  # PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE
+FLOAT, LONG = 4, 8
+WHOLE_VECTORS = ('query', 'key', 'place', 'scale1', 'shift1')  # read beyond their ends, by less than a vector
+OUTPUTS = ('output', 'd_query', 'd_key', 'd_value', 'd_place', 'd_parameters', 'sums', 'd_image')
+
+
+def sizes(name, task):
+    """Bytes of every array of a task."""
+    if name == 'san_scaled':
+        maps, line = task.pixels * task.channels * FLOAT, task.channels * FLOAT
+        return dict(x=maps, output=maps, scale=line, shift=line)
+    if name == 'san_stem':
+        pooled = task.batch * (task.height // 2) * (task.width // 2) * task.out * FLOAT
+        shape = (task.batch, task.inputs, task.height, task.width)
+        image = 1 + sum((n - 1) * stride for n, stride in zip(shape, task.strides))
+        return dict(image=image * FLOAT, weight=task.inputs * task.out_padded * FLOAT, bias=task.out_padded * FLOAT,
+                    output=pooled, gradient=pooled,
+                    d_image=task.batch * task.height * task.width * task.inputs * FLOAT,
+                    d_parameters=task.slots * (task.inputs + 1) * task.out_padded * FLOAT)
+    t = getattr(task, 'task', task)
+    patchwise = t.relation >= 5
+    area, pixels = t.kernel ** 2, t.batch * t.height * t.width
+    reach = t.dilation * (t.kernel - 1)
+    place = 2 if t.place else 0
+    inputs = {3: 2 * t.rel + place, 4: 1 + place, 5: t.rel * (area + 1), 6: area}.get(t.relation, t.rel + place)
+    columns = (area if patchwise else 1) * t.lanes
+
+    def rows(row, channels):
+        return ((pixels - 1) * row + channels) * FLOAT
+
+    result = dict(
+        query=rows(t.query_row, t.rel), key=rows(t.key_row, t.rel), value=rows(t.value_row, t.out),
+        place=2 * t.height * t.width * FLOAT, scale1=inputs * FLOAT, shift1=inputs * FLOAT,
+        weight1=inputs * t.hidden * FLOAT, shift2=t.hidden * FLOAT, weight2=t.hidden_used * columns * FLOAT,
+        bias2=columns * FLOAT, rows=(t.height + reach) * LONG, columns=(t.width + reach) * LONG,
+        shift=t.out * FLOAT, output=pixels * t.out * FLOAT)
+    if t is not task:
+        padded, attention = task.inputs_padded, task.mode == 0
+        parameters = 2 * padded + inputs * t.hidden
+        if task.mode != 1:
+            parameters = 2 * padded + inputs * t.hidden + t.hidden
+            parameters += t.hidden_used * columns + columns if attention else 0
+        result.update(
+            gradient=(pixels * t.out if attention else 2 * t.hidden) * FLOAT,
+            weight1_t=t.hidden_used * padded * FLOAT, weight2_t=columns * t.hidden * FLOAT,
+            d_query=pixels * task.rel_padded * FLOAT, d_key=pixels * task.rel_padded * FLOAT,
+            d_value=pixels * t.out * FLOAT, d_place=pixels * 2 * FLOAT,
+            d_parameters=task.slots * parameters * FLOAT, sums=task.slots * 2 * t.hidden * 8)
+        if task.mode != 1:
+            assert parameters == task.parameters
+    return result
+
+
+class Array:
+    """Bytes of an array at one edge of pages between two that nobody may touch."""
+
+    def __init__(self, address, size, more, at_end, written):
+        self.address, self.size, self.written = address, size, written
+        page = mmap.PAGESIZE
+        room = max(page, -(-(size + more) // page) * page)
+        self.memory = mmap.mmap(-1, room + 2 * page)
+        first = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) + page
+        self.start = first + room - size - more if at_end else first
+        self.room, self.first = room, first
+        ctypes.memset(first, PATTERN, room)
+        ctypes.memset(self.start + size, 0xFF, more)  # NaN, for those who read it
+        ctypes.memmove(self.start, address, size)
+        self.before = ctypes.string_at(first, self.start - first)
+        self.after = ctypes.string_at(self.start + size, first + room - self.start - size)
+        self._protect(first - page, page, NONE)
+        self._protect(first + room, page, NONE)
+        self._protect(first, room, WRITE if written else READ)
+
+    def _protect(self, start, length, how):
+        assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start), ctypes.c_size_t(length), how) == 0
+
+    def give_back(self):
+        assert ctypes.string_at(self.first, len(self.before)) == self.before, 'written before the beginning'
+        assert ctypes.string_at(self.start + self.size, len(self.after)) == self.after, 'written beyond the end'
+        if self.written:
+            ctypes.memmove(self.address, self.start, self.size)
+        self._protect(self.first - mmap.PAGESIZE, self.room + 2 * mmap.PAGESIZE, WRITE)
+
+
+@contextlib.contextmanager
+def allocations():
+    """Bytes behind every address that Python code allocates meanwhile."""
+    known, plain = {}, {name: getattr(torch, name) for name in ('empty', 'zeros', 'empty_like', 'zeros_like')}
+
+    def recorded(allocate):
+        def wrapped(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            known[x.data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        return wrapped
+
+    for name, allocate in plain.items():
+        setattr(torch, name, recorded(allocate))
+    try:
+        yield known
+    finally:
+        for name, allocate in plain.items():
+            setattr(torch, name, allocate)
+
+
+def guarded(at_end, calls, known):
+    """`library.run` with every array in guarded memory."""
+    plain = library.run
+
+    def run(name, task):
+        arrays = []
+        for owner in {id(owner): owner for owner in (task, getattr(task, 'task', task))}.values():
+            for field, kind in owner._fields_:
+                address = getattr(owner, field) if kind is ctypes.c_void_p else None
+                if address is None:
+                    continue
+                size = sizes(name, task)[field]
+                assert field not in OUTPUTS or known[address] >= size, f'{field} of {name}: {known[address]} < {size}'
+                more = (library.width() - 1) * FLOAT if field in WHOLE_VECTORS and name.startswith('san') else 0
+                arrays.append(Array(address, size, more, at_end, field in OUTPUTS))
+                setattr(owner, field, arrays[-1].start)
+        plain(name, task)
+        for array in arrays:
+            array.give_back()
+        calls.append(name)
+
+    return run
+
+
+def results():
+    """Outputs and gradients of the compiled operators, over sizes that leave vectors partly filled."""
+    torch.manual_seed(0)
+    found = []
+    for cls in (PairwiseAttention, PatchwiseAttention):
+        for relation in cls.relations:
+            if (cls.pairwise, relation) not in native.RELATIONS:
+                continue
+            for rel, size, kernel_size, dilation in ((3, (1, 1), 3, 1), (8, (5, 3), 3, 2), (21, (9, 4), 5, 1)):
+                layer = cls(32, rel_planes=rel, out_planes=20, share_planes=4, kernel_size=kernel_size,
+                            dilation=dilation, relation=relation).eval()
+                x = torch.randn(2, 32, *size)
+                trains = (cls.pairwise, relation) in ops.statistics.SUPPORTED
+                for training in (False, True) if trains else (False,):
+                    y = layer.train(training)(x)
+                    found += [y, *torch.autograd.grad(y.sin().sum(), list(layer.parameters()))]
+                with torch.no_grad():
+                    found.append(ops.footprint_attention(layer.query(x), layer.key(x), layer.value(x), layer.place(x),
+                                                         layer.eval().gamma(), layer.spec(), torch.randn(20)))
+    for channels, width, size in ((3, 20, (5, 7)), (1, 8, (2, 2)), (4, 33, (6, 3))):
+        image, weight = torch.randn(2, channels, *size, requires_grad=True), torch.randn(width, channels)
+        norm = ops.Norm(torch.ones(width), torch.zeros(width), torch.zeros(width), torch.ones(width), False, 0.1, 1e-5)
+        y = ops.stem(image, weight.requires_grad_(), norm)
+        found += [y, *torch.autograd.grad(y.sum(), [image, weight])]
+        with torch.no_grad():
+            found.append(ops.scale_shift_relu(torch.randn(70, width), torch.randn(width), torch.randn(width)))
+    return [x.detach() for x in found]
+
+
+def main():
+    torch.set_num_threads(1)
+    plain, run = results(), library.run
+    for at_end in (True, False):
+        calls = []
+        with allocations() as known:
+            library.run = guarded(at_end, calls, known)
+            same = results()
+        library.run = run
+        assert set(calls) == {'san', 'san_backward', 'san_stem', 'san_scaled'}
+        for x, y in zip(plain, same):
+            assert torch.equal(x, y), 'what lies around an array changes the result'
+
+
+@pytest.mark.parametrize('capability, build', [('default', 'baseline'), ('avx2', 'avx2'), ('avx512', 'avx512')])
+def test_no_access_beyond_an_array(capability, build):
+    result = subprocess.run([sys.executable, '-X', 'faulthandler', __file__, build], text=True, capture_output=True,
+                            env={**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'OMP_NUM_THREADS': '1'})
+    assert result.returncode == 0, result.stderr[-3000:]
+    if result.stdout:
+        pytest.skip(result.stdout)
+
+
+if __name__ == '__main__':
+    if native.build() == sys.argv[1]:
+        main()
+    else:
+        print(f'torch takes {native.build()} here instead of {sys.argv[1]}')
