@@ -88,7 +88,7 @@ def main() -> None:
         'LD_PRELOAD': ' '.join(map(str, preload)),
         'ASAN_OPTIONS': 'detect_leaks=0:abort_on_error=0:exitcode=99',  # Python and torch free little at exit
         'UBSAN_OPTIONS': 'print_stacktrace=1:halt_on_error=1',
-        'PYTHONPATH': str(FOLDER),
+        'PYTHONPATH': os.pathsep.join([str(FOLDER), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep),
         'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1'),
     }
     results = {capability: run_tests(capability, environment) for capability in sys.argv[1:] or BUILDS}

@@ -267,15 +267,10 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize('change, reason', [
-    (lambda layer: layer.double(), 'float64'),
-    (lambda layer: setattr(layer, 'relation', 'clique'), 'clique'),
-])
-def test_refusals_say_why(change, reason):
-    layer = _layer(PatchwiseAttention)
-    change(layer)
-    with pytest.raises(RuntimeError, match=f"'native'.*{reason}"), ops.use_backend('native'):
-        layer(torch.randn(2, 64, 5, 5, dtype=layer.query.weight.dtype))
+def test_refusals_say_why():
+    layer = _layer(PatchwiseAttention).double()
+    with pytest.raises(RuntimeError, match="'native'.*float64"), ops.use_backend('native'):
+        layer(torch.randn(2, 64, 5, 5, dtype=torch.float64))
 
 
 def test_batch_statistics_that_have_no_closed_form_are_refused():
