@@ -35,12 +35,12 @@ class FoldedBlock(NamedTuple):
 
     def _place(self, value: Tensor) -> Tensor | None:
         size = (value.shape[2], value.shape[3])
-        if size not in self.places:
+        place = self.places.get(size)  # once: another thread, with maps of another size, may clear them any time
+        if place is None:
             place = self.attention.place(value)
             self.places.clear()
             self.places[size] = place
-            return place
-        return self.places[size]
+        return place
 
     def __call__(self, x: Tensor) -> None:
         """Adds the block's branch to x (N, H, W, C), contiguous, in place."""
