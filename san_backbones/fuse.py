@@ -112,7 +112,7 @@ class _Watch:
 
     def __init__(self, stage: nn.Module):
         self.modules = [module for module in stage.modules() if module is not stage]
-        self.entries: list[tuple[dict[str, Any], str, Any, tuple[int, int] | None]] = []
+        self.entries: list[tuple[dict[str, Any], str, Any, Any]] = []
         for module in stage.modules():
             self.entries += [(module._modules, name, child, None) for name, child in module._modules.items()]
             for tensors in (module._parameters, module._buffers):
@@ -120,8 +120,9 @@ class _Watch:
                                  for name, x in tensors.items()]
 
     @staticmethod
-    def _state(x: Any) -> tuple[int, int]:
-        return x.data_ptr(), 0 if x.is_inference() else x._version
+    def _state(x: Any) -> Any:
+        # a tensor made under torch.inference_mode() does not count what is written into it: never the same state twice
+        return object() if x.is_inference() else (x.data_ptr(), x._version)
 
     def unchanged(self) -> bool:
         for module in self.modules:
@@ -173,7 +174,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     `torch.inference_mode()`), autocast, tracing, scripting and torch.compile run the modules as before, and so does a
     stage with forward hooks inside. Folding happens in the first call and anew when parameters or buffers have been
     loaded, moved, converted, trained or replaced. Only writes through `tensor.data` go unseen: call this again after
-    those.
+    those. Where parameters or buffers were themselves made under `torch.inference_mode()`, torch does not count writes
+    into them, and every call folds anew, which costs time; make or load the model outside it.
 
     Args:
         model: A SAN, a SANBackbone, or anything that holds one: a feature extractor, a detector.
