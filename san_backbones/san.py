@@ -146,7 +146,7 @@ class Stage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self._folding = False
-        self._folded: fuse.FoldedStage | None = None
+        self._folded: list[fuse.FoldedStage | None] = [None]
         # norm and act come last in forward; registered here, tools that fuse a norm into the convolution registered
         # before it (mmcv's fuse_conv_bn) leave them alone
         self.norm = norm_layer(dim, **dd)
@@ -182,7 +182,7 @@ class Stage(nn.Module):
     def set_folding(self, enable: bool = True) -> None:
         """Runs folded for inference (`fuse_for_inference`); folds anew in the next call."""
         self._folding = enable
-        self._folded = None
+        self._folded = [None]
 
     @torch.jit.ignore
     def _inference_form(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -194,15 +194,16 @@ class Stage(nn.Module):
             warnings.warn('a model fused for inference was called where gradients are enabled, and runs unfused; call '
                       'it under torch.inference_mode() or torch.no_grad()', stacklevel=2)
             return None
-        self._folded = folded = fuse.folded(self, self._folded)
+        kept = self._folded  # a list that is replaced where folds become invalid: what is being folded then is not kept
+        kept[0] = folded = fuse.folded(self, kept[0])
         return folded
 
     def _apply(self, fn, recurse=True):
-        self._folded = None  # moved or converted
+        self._folded = [None]  # moved or converted
         return super()._apply(fn, recurse)
 
     def __getstate__(self):
-        return {**self.__dict__, '_folded': None}
+        return {**self.__dict__, '_folded': [None]}
 
 
 def _check_image(x: torch.Tensor, in_chans: int, min_size: int) -> None:
