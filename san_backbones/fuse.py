@@ -124,7 +124,9 @@ class _Watch:
         # a tensor made under torch.inference_mode() does not count what is written into it: never the same state twice
         return object() if x.is_inference() else (x.data_ptr(), x._version)
 
-    def unchanged(self) -> bool:
+    def unchanged(self, stage: nn.Module) -> bool:
+        if self.entries[0][0] is not stage._modules:  # a replica of DataParallel begins with the original's attributes
+            return False
         for module in self.modules:
             if module.training or module._forward_hooks or module._forward_pre_hooks:
                 return False
@@ -157,7 +159,7 @@ class FoldedStage:
 
 def folded(stage: nn.Module, present: FoldedStage | None) -> FoldedStage | None:
     """The inference form of the stage as it is now: `present` if that still holds; None if there is none."""
-    if present is not None and present.watch.unchanged():
+    if present is not None and present.watch.unchanged(stage):
         return present
     obstacle = _obstacle(stage)
     if obstacle is None and not any(module.training for module in stage.modules()):
