@@ -8,6 +8,7 @@ environment variable SAN_BACKBONES_BACKEND names one path; if that one cannot ru
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ _logger = logging.getLogger('san_backbones.ops')
 
 AUTO = 'auto'
 ENVIRONMENT_VARIABLE = 'SAN_BACKBONES_BACKEND'
-_overrides: list[str] = []  # of the whole process, since backward passes run in threads of autograd
+_overrides: tuple[list[str], ...] = ()  # of the whole process, since backward passes run in threads of autograd
+_entering = threading.Lock()
 
 
 class Request(NamedTuple):
@@ -109,8 +111,9 @@ def _named(name: str, where: str) -> Backend:
 
 def _wanted() -> tuple[str, str]:
     """The path asked for and who asked."""
-    if _overrides:
-        return _overrides[-1], 'san_backbones.ops.use_backend'
+    overrides = _overrides
+    if overrides:
+        return overrides[-1][0], 'san_backbones.ops.use_backend'
     return os.environ.get(ENVIRONMENT_VARIABLE, '') or AUTO, f'the environment variable {ENVIRONMENT_VARIABLE}'
 
 
@@ -202,8 +205,8 @@ def choose_backend(request: Request) -> Backend:
 def use_backend(name: str) -> Iterator[None]:
     """Computes every attention inside the block by the path `name` ('auto' lets the choice be made).
 
-    It holds for all threads of the process. Where activations are checkpointed, run the backward pass inside the block
-    too, for it computes the attention again.
+    It holds for all threads of the process; of blocks that several threads are in, the one entered last. Where
+    activations are checkpointed, run the backward pass inside the block too, for it computes the attention again.
 
     Example:
         >>> with san_backbones.ops.use_backend('reference'):
@@ -214,11 +217,15 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name != AUTO:
         _named(name, 'use_backend')
-    _overrides.append(name)
+    global _overrides
+    override = [name]  # another one each time, whatever the name
+    with _entering:
+        _overrides = (*_overrides, override)
     try:
         yield
     finally:
-        _overrides.pop()
+        with _entering:  # another thread may have entered since
+            _overrides = tuple(other for other in _overrides if other is not override)
 
 
 def available_backends(device: str = 'cpu') -> tuple[str, ...]:
