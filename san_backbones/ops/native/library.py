@@ -1,8 +1,11 @@
 """The compiled loops, as ctypes sees them: structures, loading, and a call that runs on torch's threads."""
 import ctypes
 import functools
+import os
 import pathlib
 import sys
+import threading
+import warnings
 
 import torch
 
@@ -109,19 +112,37 @@ def width() -> int:
 
 
 @functools.cache
-def _torch_parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, so that its threads do this work too."""
+def _torch_parallel() -> tuple[int | None, bool]:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, so that its threads do this work too; and
+    whether that is GCC's, whose threads are waited for in vain after a fork.
+    """
     if not sys.platform.startswith('linux'):
-        return None
+        return None, False
     with open('/proc/self/maps') as maps:
         paths = {line.split(None, 5)[-1].strip() for line in maps if 'omp' in line.rpartition('/')[2]}
     torch_first = sorted(paths, key=lambda path: 'torch' not in path)
     for path in torch_first:
         try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value, 'gomp' in path.rpartition('/')[2]
         except (OSError, AttributeError):
             continue
-    return None
+    return None, False
+
+
+_team = threading.local()  # .process: in which this thread has made OpenMP threads, which no fork takes along
+
+
+def _threads(lost_in_fork: bool) -> int:
+    """How many threads may work: as torch is told, but one where more would be waited for for ever."""
+    threads, process = torch.get_num_threads(), os.getpid()
+    if threads > 1 and lost_in_fork and getattr(_team, 'process', process) != process:
+        torch.set_num_threads(threads := 1)
+        warnings.warn('this process was forked from one that computed with several OpenMP threads, which torch would '
+                      'wait for in vain here: it goes on with one thread. Call torch.set_num_threads(1) before the '
+                      'fork or first in the new process, or start it by spawn', RuntimeWarning, stacklevel=2)
+    if threads > 1:
+        _team.process = process
+    return threads
 
 
 def run(name: str, task: ctypes.Structure) -> None:
@@ -130,6 +151,7 @@ def run(name: str, task: ctypes.Structure) -> None:
     Raises:
         MemoryError: A thread had no memory for its working space.
     """
-    getattr(_loaded(), f'{name}_run')(ctypes.addressof(task), _torch_parallel(), torch.get_num_threads())
+    parallel, lost_in_fork = _torch_parallel()
+    getattr(_loaded(), f'{name}_run')(ctypes.addressof(task), parallel, _threads(lost_in_fork))
     if getattr(task, 'task', task).failed:
         raise MemoryError(f'no memory for the working space of a thread of the native loops ({name})')
