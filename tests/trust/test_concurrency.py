@@ -1,9 +1,9 @@
 """Threads and processes that use one model at once, and threads that change its weights meanwhile.
 
 What is guaranteed: calls that overlap no change of the weights have the same bits whoever else computes; a call that
-begins after a change is of the new weights alone, in whichever thread and however the model was fused. A call that
-overlaps `load_state_dict` may meet some tensors of either kind, as in any model of torch, and leaves nothing behind; who
-wants none of that loads another model and replaces the reference.
+begins after a change is of the new weights alone, in whichever thread, fused or not. A call that overlaps
+`load_state_dict` may meet some tensors of either kind, as in any model of torch, and leaves nothing of that behind; who
+wants none of it loads another model and replaces the reference.
 """
 import collections
 import faulthandler
@@ -85,10 +85,16 @@ def logits(model, image):
         return model(image)
 
 
-def two_states(model):
-    """Two sets of weights."""
-    return [{name: tensor * factor if tensor.is_floating_point() else tensor.clone()
-             for name, tensor in model.state_dict().items()} for factor in (1., 1.2)]
+def two_states(name, image, fused=True):
+    """Two sets of weights, and the logits of models that never had others."""
+    states = [{key: tensor * factor if tensor.is_floating_point() else tensor.clone()
+               for key, tensor in make(name).state_dict().items()} for factor in (1., 1.2)]
+    models = [make(name), make(name)]
+    for model, state in zip(models, states):
+        model.load_state_dict(state)
+    expected = [logits(fuse_for_inference(model) if fused else model, image) for model in models]
+    assert not torch.equal(*expected)
+    return states, expected
 
 
 # --- The same results ------------------------------------------------------------------------------------------------
@@ -182,11 +188,8 @@ def test_weights_loaded_meanwhile(how):
     model, picture = make(), images(1)[0]
     if how != 'modules':
         fuse_for_inference(model)
-    states, expected = two_states(model), []
-    for state in states:
-        model.load_state_dict(state, assign='assigned' in how)
-        expected.append(logits(model, picture))
-    assert not torch.equal(*expected)
+    states, expected = two_states(NAMES[0], picture, how != 'modules')
+    model.load_state_dict(states[1])
     loads, calls = [0], collections.Counter()  # loads: odd while one goes on
     loading = True
 
@@ -200,7 +203,6 @@ def test_weights_loaded_meanwhile(how):
 
     def load():
         nonlocal loading
-        model.load_state_dict(states[1], assign='assigned' in how)
         try:
             for i in range(12):
                 enough = calls[True] + 3
@@ -242,10 +244,7 @@ def _trace_lines(run, act, at=None):
 def test_weights_loaded_at_any_line_of_a_folding_call(name):
     """Whatever a call had read already, and wherever it keeps it: the next call is of the new weights."""
     model, picture = fuse_for_inference(make(name)), images(1)[0]
-    states, expected = two_states(model), []
-    for state in states:
-        model.load_state_dict(state)
-        expected.append(logits(model, picture))
+    states, expected = two_states(name, picture)
     model.load_state_dict(states[0])
     with torch.inference_mode():
         lines = _trace_lines(lambda: model(picture), None)
@@ -293,26 +292,33 @@ def test_coordinates_of_another_size_come_in_between():
     """A thread with maps of another size replaces what is kept, between any two instructions."""
     model, (picture, _) = fuse_for_inference(make()), images(2)
     expected = logits(model, picture)
-    blocks = [block for stage in model.stages for block in stage._folded[0].blocks]
-    seen = 0
+    block = model.stages[2]._folded[0].blocks[0]
+    other = {(1, 1): torch.zeros(1, 2, 1, 1)}
 
-    def trace(frame, event, argument):
-        nonlocal seen
-        if frame.f_code is not fuse.FoldedBlock._place.__code__:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == 'opcode':
-            seen += 1
-            for block in blocks:
+    def call(at):
+        """Runs the model, with the exchange before instruction `at` of the block's; how many instructions there are."""
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            place = fuse.FoldedBlock._place.__code__
+            if frame.f_code is not place or frame.f_locals['self'].places is not block.places:
+                return None
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            count += event == 'opcode'
+            if count == at and event == 'opcode':
                 block.places.clear()
-                block.places[1, 1] = torch.zeros(1, 2, 1, 1)
-        return trace
-    sys.settrace(trace)
-    try:
-        assert torch.equal(logits(model, picture), expected)
-    finally:
-        sys.settrace(None)
-    assert seen > 20 and all(len(block.places) <= 2 for block in blocks)
+                block.places.update(other)
+            return trace
+        sys.settrace(trace)
+        try:
+            assert torch.equal(logits(model, picture), expected), f'before instruction {at}'
+        finally:
+            sys.settrace(None)
+        assert len(block.places) <= 2
+        return count
+
+    assert all(call(at) >= 10 for at in range(call(0) + 1))
 
 
 def test_tensors_that_count_no_writes():
