@@ -18,7 +18,7 @@ import timm
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import san_backbones  # noqa: F401
+import san_backbones
 
 TIME = 300
 NAMES = ('test_san_pairwise', 'test_san_patchwise')

@@ -124,8 +124,8 @@ def test_training_in_threads():
             optimizer.step()
         return model.state_dict()
     expected = [train(make(name).train()) for name in NAMES]
-    works = [lambda model=make(name).train(): train(model) for name in NAMES]
-    for found, state in zip(in_threads(*works), expected):
+    models = [make(name).train() for name in NAMES]
+    for found, state in zip(in_threads(*(lambda model=model: train(model) for model in models)), expected):
         assert all(torch.equal(found[key], state[key]) for key in state)
 
 
@@ -173,7 +173,7 @@ def test_processes(tmp_path):
     """Workers of fork and spawn, DataLoader's, and forks of a process that used OpenMP threads."""
     environment = {key: value for key, value in os.environ.items() if key != 'OMP_NUM_THREADS'}
     done = subprocess.run([sys.executable, str(pathlib.Path(__file__).with_name('processes.py'))], env=environment,
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                          text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-5000:]
     said = done.stdout.splitlines()
     assert said[:6] == ['threads', 'fork', 'loader', 'spawn', 'threads of OpenMP', 'fork from threads of OpenMP']

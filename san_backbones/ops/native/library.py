@@ -123,7 +123,8 @@ def _torch_parallel() -> tuple[int | None, bool]:
     torch_first = sorted(paths, key=lambda path: 'torch' not in path)
     for path in torch_first:
         try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value, 'gomp' in path.rpartition('/')[2]
+            address = ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+            return address, 'gomp' in path.rpartition('/')[2]
         except (OSError, AttributeError):
             continue
     return None, False
