@@ -1,16 +1,22 @@
 """Checkpoints in the OpenMMLab world: loading mmengine's own, and safetensors from files and the Hugging Face Hub."""
 import importlib
 import inspect
+import os
+import re
+import zipfile
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import load_from_local as _load_from_local
 
 from .. import hub
 
-__all__ = ['HUB_PREFIX', 'allow_mmengine_checkpoints', 'file_being_loaded', 'read_state_dict']
+__all__ = ['HUB_PREFIX', 'allow_mmengine_checkpoints', 'file_being_loaded', 'read_state_dict',
+           'resume_from_whole']
 
 HUB_PREFIX = 'hf-hub:'
 
@@ -60,6 +66,77 @@ def allow_mmengine_checkpoints() -> None:
         except (ImportError, AttributeError):  # the other NumPy generation's place
             continue
     torch.serialization.add_safe_globals(allowed)
+
+
+@CheckpointLoader.register_scheme(prefixes='', force=True)
+def load_from_local(filename: str, map_location: Any = None) -> Any:
+    """mmengine's reader of files, with an error that names the file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        RuntimeError: It is damaged.
+    """
+    try:
+        return _load_from_local(filename, map_location)
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        if isinstance(error, UnpicklingError) and zipfile.is_zipfile(filename):  # whole: what it asks for was refused
+            raise
+        reason = (str(error).splitlines() or ['it is empty'])[0]
+        raise RuntimeError(
+            f'{filename} ({os.path.getsize(filename)} bytes) cannot be read as a checkpoint ({type(error).__name__}: '
+            f'{reason}); expected what torch.save wrote. It may have been cut short when a training or a copy was '
+            'interrupted: remove it and take another checkpoint') from error
+
+
+def _is_whole(path: str) -> bool:
+    """Whether the file was written to its end, or is a folder, as checkpoints of DeepSpeed are."""
+    return os.path.isdir(path) or zipfile.is_zipfile(path)  # the list of contents comes last in what torch.save writes
+
+
+def resume_from_whole(runner: Any) -> None:
+    """Lets a training that was killed while it saved resume from the last checkpoint that it saved whole.
+
+    mmengine resumes from what the file `last_checkpoint` names. Both files are written in place, so that after a kill
+    the checkpoint may be cut short or the name missing. Then the newest whole one of the training is taken instead,
+    and a warning says so.
+
+    Args:
+        runner: A Runner before it loads.
+
+    Raises:
+        RuntimeError: There was one, and none is whole now.
+    """
+    if not getattr(runner, '_resume', False) or runner._load_from is not None:
+        return
+    hook: Any = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+    if hook is None or '://' in str(hook.out_dir):
+        return
+    last, folder = os.path.join(runner.work_dir, 'last_checkpoint'), runner.work_dir
+    if hook.out_dir not in (None, runner.work_dir):
+        folder = os.path.join(hook.out_dir, os.path.basename(runner.work_dir))
+    named = ''
+    if os.path.isfile(last):
+        with open(last) as file:
+            named = file.read().strip()
+    if '://' in named or _is_whole(named):
+        return
+    pattern = re.compile(re.escape(hook.filename_tmpl).replace(re.escape('{}'), r'(\d+)'))
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted((int(match[1]), match[0]) for match in map(pattern.fullmatch, names) if match)
+    found = [os.path.join(folder, name) for _, name in reversed(steps)]
+    whole = next(filter(_is_whole, found), None)
+    if whole is not None:
+        runner.logger.warning(f'resuming from {whole}, the last checkpoint that is whole: the training was interrupted '
+                              f'while it saved, and {last} names {named or "none"}')
+        runner._load_from = whole
+    elif os.path.isfile(last):
+        raise RuntimeError(
+            f'cannot resume: {last} names {named or "nothing"}, which is missing or cut short, and no other checkpoint '
+            f'in {folder} is whole (found: {", ".join(found) or "none"}). Name a checkpoint with load_from, or remove '
+            f'{last} to train from the beginning')
+    elif found:
+        runner.logger.warning(f'training from the beginning: {found[0]} was cut short while it was saved, and there is '
+                              'no other checkpoint')
 
 
 @CheckpointLoader.register_scheme(prefixes=HUB_PREFIX)

@@ -14,6 +14,8 @@ from mmengine.fileio import get_text
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS
 
+from .checkpoints import resume_from_whole
+
 __all__ = ['CheckSetupHook', 'NamedPipeline', 'name_files_of_datasets']
 
 
@@ -149,6 +151,8 @@ class NamedPipeline(Compose):
 class CheckSetupHook(Hook):
     """Checks each dataset of a runner, and the model against it, before the first step, and names files in errors.
 
+    Where a training resumes, checkpoints that an interruption cut short are passed over (`resume_from_whole`).
+
     Args:
         check_heads: Compare `num_classes` of the heads with the classes. To switch off for heads that mean other
             classes than the data's, as class-agnostic ones do.
@@ -162,7 +166,8 @@ class CheckSetupHook(Hook):
         self.check_heads = check_heads
 
     def before_run(self, runner) -> None:
-        """Looks at the datasets of those loops that this run has built."""
+        """Looks at the datasets of those loops that this run has built, and at the checkpoint that it resumes from."""
+        resume_from_whole(runner)
         heads = _heads(runner.model)
         ignored = [head.ignore_index for _, head in heads if isinstance(getattr(head, 'ignore_index', None), int)]
         for loop in (runner._train_loop, runner._val_loop, runner._test_loop):

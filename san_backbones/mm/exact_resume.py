@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from mmengine.dist import get_rank
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import set_random_seed
+
+from .checkpoints import resume_from_whole
 
 __all__ = ['ExactResumeHook']
 
@@ -64,9 +66,19 @@ class ExactResumeHook(Hook):
     augment in worker processes need `persistent_workers=False`; a warning says so. MMEngine saves no gradients: where
     they accumulate, a checkpoint must fall on a multiple of `accumulative_counts` iterations.
 
+    A training that was killed while it saved resumes from the last checkpoint that is whole; with
+    `max_keep_ckpts=1` there may be none, since MMEngine removes the one before first, and a warning says so.
+
     Raises:
         ValueError: `randomness` names no seed; without one the order of the data differs from run to run.
     """
+
+    def before_run(self, runner) -> None:
+        """Passes over checkpoints that an interruption cut short."""
+        resume_from_whole(runner)
+        if any(isinstance(hook, CheckpointHook) and hook.max_keep_ckpts == 1 for hook in runner.hooks):
+            runner.logger.warning('ExactResumeHook: with max_keep_ckpts=1 the only checkpoint is removed before the '
+                                  'next is saved, and a training that is killed meanwhile has none; keep 2 or more')
 
     def before_train(self, runner) -> None:
         """Checks that data come in an order that can be repeated, and has each pass over them augment differently."""
