@@ -1,0 +1,454 @@
+"""Jobs that are killed at random moments and at exact ones, and started again.
+
+A job runs in a child of a process that has imported everything already, so that a child costs no more than its work.
+Children die of SIGKILL after a random time, or just before or just after one of their changes to files: an opening for
+writing, a renaming, a removal. Linux and macOS.
+"""
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / 'mm'), str(TESTS / 'weights')]
+
+import torch  # noqa: E402
+from hub_server import HubServer  # noqa: E402
+
+PATIENCE = 300  # seconds
+CHANGES = {'os.rename', 'os.remove', 'os.mkdir', 'os.link', 'os.symlink', 'os.truncate', 'os.rmdir'}
+
+
+class Moment(NamedTuple):
+    """When a child dies: after some seconds; or before a change to files, the first being number 1, or after it."""
+    kind: str  # 'time', 'before', 'after'
+    at: float
+    delay: float = 0.  # seconds that go by after the change
+
+
+class Ended(NamedTuple):
+    status: int  # as subprocess has it: -9 for a child that was killed
+    output: str
+    seconds: float
+    changes: int
+
+
+def _is_change(event: str, arguments: tuple, folder: str) -> bool:
+    if event == 'open':
+        path, mode, flags = arguments
+        writes = flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else set(mode or '') & set('wax+')
+        return bool(writes) and isinstance(path, (str, bytes, os.PathLike)) and os.fsdecode(path).startswith(folder)
+    return event in CHANGES and any(
+        isinstance(a, (str, bytes, os.PathLike)) and os.fsdecode(a).startswith(folder) for a in arguments)
+
+
+def run(work: Callable[[], None], folder: pathlib.Path, moment: Moment | None = None) -> Ended:
+    """Runs `work` in a child, to its end or to a moment; changes are counted below `folder`."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as counter:
+        start = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for stream in (1, 2):
+                    os.dup2(output.fileno(), stream)
+                sys.stdout, sys.stderr = (os.fdopen(stream, 'w', closefd=False) for stream in (1, 2))
+                changes = 0
+
+                def watch(event, arguments):
+                    nonlocal changes
+                    if not _is_change(event, arguments, str(folder)):
+                        return
+                    changes += 1
+                    if moment is not None and changes == moment.at and moment.kind == 'before':
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    elif moment is not None and changes == moment.at and moment.kind == 'after':
+                        signal.setitimer(signal.ITIMER_REAL, max(moment.delay, 1e-6))  # nobody catches it: death
+
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                sys.addaudithook(watch)
+                work()
+                os.write(counter.fileno(), str(changes).encode())
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        if moment is not None and moment.kind == 'time':
+            time.sleep(moment.at)
+            os.kill(child, signal.SIGKILL)
+        while True:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                break
+            if time.monotonic() - start > PATIENCE:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                raise AssertionError('deadlock')
+            time.sleep(0.002)
+        seconds = time.monotonic() - start
+        output.seek(0)
+        counter.seek(0)
+        return Ended(os.waitstatus_to_exitcode(status), output.read().decode(errors='replace'), seconds,
+                     int(counter.read() or b'0'))
+
+
+class Job:
+    """Something that can be interrupted."""
+
+    name = ''
+
+    def open(self, folder: pathlib.Path) -> None:
+        """Makes what the job needs, in a fresh folder, in the parent."""
+
+    def close(self) -> None:
+        """Ends what `open` began."""
+
+    def work(self) -> None:
+        """The job, in the child; an exception is a failure."""
+        raise NotImplementedError
+
+    def remember(self) -> None:
+        """Takes what is there after a whole run for what is to be there after any."""
+        raise NotImplementedError
+
+    def check_killed(self) -> None:
+        """Fails if something that is there now, half done, would be taken for whole."""
+
+    def check_done(self) -> None:
+        """Fails unless all is as after a whole run."""
+        raise NotImplementedError
+
+
+def _whole_runs(job: Job, base: pathlib.Path) -> tuple[float, int]:
+    """Seconds and changes of a run that nobody interrupts, the second of two."""
+    for _ in range(2):
+        with _fresh(job, base) as folder:
+            ended = run(job.work, folder)
+            assert ended.status == 0, ended.output
+            job.remember()
+            job.check_done()
+    assert ended.changes, f'{job.name} changes no file'
+    return ended.seconds, ended.changes
+
+
+@contextlib.contextmanager
+def _fresh(job: Job, base: pathlib.Path) -> Iterator[pathlib.Path]:
+    folder = base / 'trial'
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    job.open(folder)
+    try:
+        yield folder
+    finally:
+        job.close()
+
+
+def interrupt(job: Job, base: pathlib.Path, kills: int, exact: int, seed: int = 0) -> dict[str, Any]:
+    """Kills a job `kills` times after a random time, and `exact` times at changes to files; each time runs it again.
+
+    Returns:
+        Figures: how many were killed and how many came too late, seconds and changes of a whole run.
+
+    Raises:
+        AssertionError: Something half done counted as whole, or running again did not do.
+    """
+    rng = random.Random(seed)
+    seconds, changes = _whole_runs(job, base)
+    moments = [Moment('time', rng.uniform(0, seconds)) for _ in range(kills)]
+    points = [(kind, at) for kind in ('before', 'after') for at in range(1, changes + 1)]
+    chosen = rng.sample(points, min(exact, len(points))) + rng.choices(points, k=max(0, exact - len(points)))
+    moments += [Moment(kind, at, 10 ** rng.uniform(-6, -2)) for kind, at in chosen]
+    figures: collections.Counter = collections.Counter()
+    for moment in moments:
+        with _fresh(job, base) as folder:
+            ended = run(job.work, folder, moment)
+            assert ended.status <= 0, f'{job.name} failed before it was killed at {moment}:\n{ended.output}'
+            figures['killed' if ended.status else 'too late'] += 1
+            try:
+                job.check_killed()
+                again = run(job.work, folder)
+                assert again.status == 0, again.output
+                job.check_done()
+            except Exception as error:
+                raise AssertionError(f'{job.name}, killed at {moment} of {seconds:.2f} s and {changes} changes: '
+                                     f'{type(error).__name__}: {error}') from error
+    return dict(job=job.name, seed=seed, **figures, seconds=round(seconds, 2), changes=changes)
+
+
+# --- The jobs --------------------------------------------------------------------------------------------------------
+
+def _contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
+
+
+def _assert_equal(found: Any, expected: Any, where: str = '') -> None:
+    """Nested dicts and lists of tensors and plain values, to the bit."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            _assert_equal(found[key], expected[key], f'{where}.{key}')
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for i, value in enumerate(expected):
+            _assert_equal(found[i], value, f'{where}[{i}]')
+    else:
+        assert found == expected, where
+
+
+class Training(Job):
+    """MMEngine's Runner with ExactResumeHook, augmentation and stochastic depth; each run asks to resume."""
+
+    def __init__(self, pictures: pathlib.Path, loop: str = 'iters', keep: int = -1):
+        import tiny_training
+        self.tiny, self.keep = tiny_training, keep
+        self.pictures = pictures if (pictures / 'coco.json').exists() else tiny_training.make_pictures(pictures)
+        self.loop, self.name = dict(iters=dict(iters=6), epochs=dict(epochs=2))[loop], f'training by {loop}'
+        self.expected: dict[str, Any] = {}
+
+    def open(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+
+    def work(self) -> None:
+        config = self.tiny.segmentation(
+            self.pictures, self.folder, augment=True, batch_size=1, dropout=0.3, backbone=dict(drop_path_rate=0.3),
+            custom_hooks=[dict(type='ExactResumeHook')], **self.loop)
+        for part in ('val', 'test'):
+            for what in ('cfg', 'dataloader', 'evaluator'):
+                config[f'{part}_{what}'] = None
+        config.train_cfg.pop('val_interval')
+        config.default_hooks.checkpoint.max_keep_ckpts = self.keep
+        config.resume = True
+        self.tiny.train(config)
+
+    def _checkpoints(self) -> dict[str, Any]:
+        from mmengine.runner.checkpoint import CheckpointLoader
+        found = {}
+        for path in sorted(self.folder.glob('*.pth')):
+            try:
+                content = CheckpointLoader.load_checkpoint(str(path), map_location='cpu', logger='silent')
+            except RuntimeError as error:
+                assert str(path) in str(error) and 'remove it' in str(error)
+            else:
+                found[path.name] = {key: content[key] for key in ('state_dict', 'optimizer', 'param_schedulers')}
+        return found
+
+    def remember(self) -> None:
+        found = self._checkpoints()
+        if self.expected:
+            _assert_equal(found, self.expected)
+        self.expected = found
+
+    def check_killed(self) -> None:
+        for name, content in self._checkpoints().items():
+            if name in self.expected:
+                _assert_equal(content, self.expected[name], name)
+
+    def check_done(self) -> None:
+        _assert_equal(self._checkpoints(), self.expected)
+
+
+class _HubJob(Job):
+    def open(self, folder: pathlib.Path) -> None:
+        self.folder, self.hub = folder, HubServer()
+        self.hub.__enter__()
+
+    def close(self) -> None:
+        self.hub.__exit__()
+
+    def _use_hub(self, **more: Any) -> None:
+        from huggingface_hub import constants
+        template = self.hub.endpoint + '/{repo_id}/resolve/{revision}/{filename}'
+        for name, value in dict(ENDPOINT=self.hub.endpoint, HUGGINGFACE_CO_URL_TEMPLATE=template, HF_HUB_OFFLINE=False,
+                                HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_PROGRESS_BARS=True, **more).items():
+            setattr(constants, name, value)
+
+
+class Download(_HubJob):
+    """`hub.weights`, from a Hub that takes its time."""
+    name = 'download'
+
+    def __init__(self):
+        from safetensors.torch import save
+
+        from san_backbones import hub
+        self.weights = hub.weights
+        self.content = save({'weight': torch.rand(1 << 17, generator=torch.Generator().manual_seed(0))})
+
+    def open(self, folder: pathlib.Path) -> None:
+        super().open(folder)
+        self.hub.put('org/name', 'model.safetensors', self.content)
+        self.hub.fault('*/model.safetensors', method='GET', times=None, drip=(1 << 15, 0.01))
+        self.hub.fault('/cdn/*', method='GET', times=None, drip=(1 << 15, 0.01))
+
+    def _get(self) -> bytes:
+        return pathlib.Path(self.weights('org/name', cache_dir=self.folder / 'cache')).read_bytes()
+
+    def work(self) -> None:
+        self._use_hub()
+        assert self._get() == self.content
+
+    def _get_offline(self) -> None:
+        from san_backbones.hub import WeightsError
+        self._use_hub()
+        from huggingface_hub import constants
+        constants.HF_HUB_OFFLINE = True
+        try:
+            assert self._get() == self.content
+        except WeightsError as error:
+            assert 'model.safetensors' in str(error) and 'HF_HUB_OFFLINE' in str(error)
+
+    def remember(self) -> None:
+        pass
+
+    def check_killed(self) -> None:
+        ended = run(self._get_offline, self.folder)
+        assert ended.status == 0, ended.output
+        for path in self.folder.rglob('model.safetensors'):
+            assert path.read_bytes() == self.content
+
+    def check_done(self) -> None:
+        path, = self.folder.rglob('model.safetensors')
+        assert path.read_bytes() == self.content
+
+
+def _released(path: pathlib.Path, seed: int) -> None:
+    """A file in the authors' format."""
+    import oracle
+    from small_models import SPECS
+    state = oracle.random_tensors(oracle.state_shapes(SPECS['test_san_patchwise'], 1000), seed)
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    torch.save(oracle.released_checkpoint(state), path)
+
+
+def _manifest(path: pathlib.Path) -> None:
+    entry = dict(architecture='test_san_patchwise', tag='in1k', drive_id='drive-id', source_file='model_best.pth',
+                 source_sha256=None, sha256=None, parameters=1, paper_top1=74.9, paper_top5=92.1, measured=None,
+                 license='mit')
+    path.write_text(json.dumps({'models': {'test_san_patchwise.in1k': entry}}))
+
+
+class Conversion(Job):
+    """weights/convert.py, into a folder that is new, or over another checkpoint's conversion."""
+
+    def __init__(self, base: pathlib.Path, over: bool = False):
+        import small_models  # noqa: F401, finds the scripts
+
+        import convert
+        self.main, self.name = convert.main, 'conversion over another' if over else 'conversion'
+        base.mkdir(parents=True, exist_ok=True)
+        self.sources = [base / 'other.pth', base / 'model_best.pth']
+        for seed, source in enumerate(self.sources):
+            _released(source, seed)
+        self.manifest = base / 'manifest.json'
+        _manifest(self.manifest)
+        self.before: dict[str, bytes] = {}
+        self.expected: dict[str, bytes] = {}
+        if over:
+            self.folder = base
+            self.convert(self.sources[0])
+            self.before = _contents(base / 'out')
+
+    def convert(self, source: pathlib.Path) -> None:
+        words = [source, '--model', 'test_san_patchwise', '--out', self.folder / 'out', '--manifest', self.manifest]
+        assert self.main([str(word) for word in words] + ['--force'] * bool(self.before)) == 0
+
+    def open(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        if self.before:
+            (folder / 'out').mkdir()
+            for name, content in self.before.items():
+                (folder / 'out' / name).write_bytes(content)
+
+    def work(self) -> None:
+        self.convert(self.sources[1])
+
+    def remember(self) -> None:
+        self.expected = _contents(self.folder / 'out')
+        assert len(self.expected) == 3 and self.expected != self.before
+
+    def check_killed(self) -> None:
+        for name, content in _contents(self.folder / 'out').items():
+            if not name.endswith('.tmp'):
+                assert content in (self.expected[name], self.before.get(name)), name
+
+    def check_done(self) -> None:
+        assert _contents(self.folder / 'out') == self.expected
+
+
+class Publishing(_HubJob):
+    """weights/publish.py, with a Google Drive and a Hub that take their time."""
+    name = 'publishing'
+
+    def __init__(self, base: pathlib.Path):
+        import small_models  # noqa: F401, finds the scripts
+
+        import publish
+        self.main = publish.main
+        base.mkdir(parents=True, exist_ok=True)
+        self.source = base / 'drive.pth'
+        _released(self.source, 1)
+        self.expected: dict[str, bytes] = {}
+
+    def open(self, folder: pathlib.Path) -> None:
+        super().open(folder)
+        self.hub.add_token('secret', 'someone', organisations=['org'])
+        self.hub.fault('/cdn/*', method='GET', times=None, drip=(1 << 17, 0.01))
+        _manifest(folder / 'manifest.json')
+
+    def _fetch(self, drive_id: str, path: pathlib.Path) -> None:
+        content = self.source.read_bytes()
+        with open(path, 'wb', buffering=0) as file:
+            for start in range(0, len(content), 1 << 17):
+                file.write(content[start:start + (1 << 17)])
+                time.sleep(0.01)
+
+    def work(self) -> None:
+        from huggingface_hub import HfApi
+        self._use_hub(HF_HUB_CACHE=str(self.folder / 'cache'))
+        tempfile.tempdir = str(self.folder)
+        words = ['--org', 'org', '--work', str(self.folder / 'work'), '--manifest', str(self.folder / 'manifest.json')]
+        api = HfApi(endpoint=self.hub.endpoint, token='secret')
+        assert self.main([*words, '--all'], fetch=self._fetch, api=api) == 0
+
+    def _published(self) -> dict[str, bytes]:
+        try:
+            files = self.hub.files('org/test_san_patchwise.in1k')
+        except Exception:
+            return {}
+        return {name: content for name, content in files.items() if name != '.gitattributes'}
+
+    def _digests(self) -> tuple:
+        entry = json.loads((self.folder / 'manifest.json').read_text())['models']['test_san_patchwise.in1k']
+        return entry['source_sha256'], entry['sha256']
+
+    def remember(self) -> None:
+        self.expected = self._published()
+        assert len(self.expected) == 3
+        self.digests = tuple(hashlib.sha256(content).hexdigest() for content in (
+            self.source.read_bytes(), self.expected['model.safetensors']))
+
+    def check_killed(self) -> None:
+        published = self._published()
+        assert published in ({}, self.expected)
+        assert self._digests() in ((None, None), self.digests)
+        assert published or self._digests() == (None, None), 'recorded what is not published'
+
+    def check_done(self) -> None:
+        assert self._published() == self.expected and self._digests() == self.digests
+        assert len(self.hub.commits('org/test_san_patchwise.in1k')) == 2  # the first makes the repository
