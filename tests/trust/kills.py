@@ -161,23 +161,26 @@ def interrupt(job: Job, base: pathlib.Path, kills: int, exact: int, seed: int = 
     """Kills a job `kills` times after a random time, and `exact` times at changes to files; each time runs it again.
 
     Returns:
-        Figures: how many were killed and how many came too late, seconds and changes of a whole run.
+        Figures: how many were killed, how many had ended before (none of the `kills`), seconds and changes of a whole
+        run.
 
     Raises:
         AssertionError: Something half done counted as whole, or running again did not do.
     """
     rng = random.Random(seed)
     seconds, changes = _whole_runs(job, base)
-    moments = [Moment('time', rng.uniform(0, seconds)) for _ in range(kills)]
     points = [(kind, at) for kind in ('before', 'after') for at in range(1, changes + 1)]
     chosen = rng.sample(points, min(exact, len(points))) + rng.choices(points, k=max(0, exact - len(points)))
-    moments += [Moment(kind, at, 10 ** rng.uniform(-6, -2)) for kind, at in chosen]
+    moments = [Moment(kind, at, 10 ** rng.uniform(-6, -2)) for kind, at in chosen]
     figures: collections.Counter = collections.Counter()
-    for moment in moments:
+    while moments or figures['killed after a random time'] < kills:
+        moment = moments.pop() if moments else Moment('time', rng.uniform(0, seconds))
         with _fresh(job, base) as folder:
             ended = run(job.work, folder, moment)
             assert ended.status <= 0, f'{job.name} failed before it was killed at {moment}:\n{ended.output}'
-            figures['killed' if ended.status else 'too late'] += 1
+            kind = 'after a random time' if moment.kind == 'time' else 'at a change'
+            figures[f'killed {kind}' if ended.status else 'ended before'] += 1
+            assert figures['ended before'] <= 10 + 3 * (kills + exact), 'nearly every kill comes too late'
             try:
                 job.check_killed()
                 again = run(job.work, folder)
@@ -220,6 +223,9 @@ class Training(Job):
         self.pictures = pictures if (pictures / 'coco.json').exists() else tiny_training.make_pictures(pictures)
         self.loop, self.name = dict(iters=dict(iters=6), epochs=dict(epochs=2))[loop], f'training by {loop}'
         self.expected: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as folder:  # for what is imported when it is first needed
+            self.folder = pathlib.Path(folder)
+            self.work()
 
     def open(self, folder: pathlib.Path) -> None:
         self.folder = folder

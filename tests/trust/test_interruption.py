@@ -1,0 +1,133 @@
+"""A few kills of each kind, as tests/trust/run_kills.py does many; and files that are cut short at any place."""
+import pathlib
+import sys
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save
+
+from san_backbones import hub
+
+if sys.platform == 'win32':
+    pytest.skip('kills children of fork', allow_module_level=True)
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import kills
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def interrupt(job, folder, times, exact):
+    figures = kills.interrupt(job, folder / 'trials', times, exact)
+    assert figures['killed after a random time'] == times and figures['killed at a change'] >= exact // 2
+
+
+@pytest.mark.parametrize('over', [False, True])
+def test_conversion(over, tmp_path):
+    job = kills.Conversion(tmp_path / 'files', over)
+    interrupt(job, tmp_path, 2, 10)
+
+
+def test_download(tmp_path):
+    interrupt(kills.Download(), tmp_path, 2, 4)
+
+
+def test_publishing(tmp_path):
+    interrupt(kills.Publishing(tmp_path / 'files'), tmp_path, 2, 4)
+
+
+# --- Trainings -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def training(tmp_path_factory):
+    """A training that keeps two checkpoints, and checkpoints of it."""
+    pytest.importorskip('mmseg', reason='needs the mm extra')
+    folder = tmp_path_factory.mktemp('training')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.config.config.FormatCode', lambda text, **kwargs: (text, True))
+        job = kills.Training(folder / 'pictures')
+        job.open(folder / 'whole')
+        job.work()
+        job.remember()
+        yield job
+
+
+def test_training(training, tmp_path):
+    interrupt(training, tmp_path, 2, 3)
+
+
+def _interrupted(training, tmp_path, cut, last):
+    """A work_dir in which the last checkpoint is cut to a share of its length, and what last_checkpoint says."""
+    whole = training.folder
+    folder = tmp_path / 'work'
+    folder.mkdir()
+    for name in ('iter_2.pth', 'iter_4.pth'):
+        content = (whole / name).read_bytes()
+        (folder / name).write_bytes(content if name == 'iter_2.pth' else content[:int(len(content) * cut)])
+    if last is not None:
+        (folder / 'last_checkpoint').write_text(last.format(folder))
+    return folder
+
+
+@pytest.mark.parametrize('cut, last', [
+    (0., '{}/iter_4.pth'), (0.5, '{}/iter_2.pth'), (0.99, '{}/iter_4.pth'), (0.7, ''), (0.7, '{}/ite'), (0.7, None),
+    (0.7, '/moved/iter_4.pth')])
+def test_resumes_from_the_last_whole_checkpoint(cut, last, training, tmp_path, monkeypatch):
+    folder = _interrupted(training, tmp_path, cut, last)
+    monkeypatch.setattr(training, 'folder', folder)
+    training.work()
+    training.check_done()
+
+
+def test_says_what_to_do_where_no_checkpoint_is_whole(training, tmp_path, monkeypatch):
+    folder = _interrupted(training, tmp_path, 0.5, '{}/iter_4.pth')
+    (folder / 'iter_2.pth').unlink()
+    monkeypatch.setattr(training, 'folder', folder)
+    with pytest.raises(RuntimeError, match=r'iter_4.pth, which is missing or cut short.*load_from.*remove'):
+        training.work()
+    (folder / 'last_checkpoint').unlink()  # as it is while the first checkpoint is saved
+    training.work()
+    training.check_done()
+    said = ''.join(path.read_text() for path in folder.rglob('*.log'))
+    assert f'training from the beginning: {folder / "iter_4.pth"} was cut short' in said
+
+
+def test_one_checkpoint_is_too_few(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'keep', 1)
+    monkeypatch.setattr(training, 'folder', tmp_path)
+    training.work()
+    assert 'keep 2 or more' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+
+
+@pytest.mark.parametrize('share', [0., 0.001, 0.3, 0.999])
+def test_a_checkpoint_that_is_cut_short_is_named(share, training, tmp_path):
+    from mmengine.runner.checkpoint import CheckpointLoader
+    whole = (training.folder / 'iter_4.pth').read_bytes()
+    for name, content in (('cut.pth', whole[:int(share * len(whole))]), ('page.pth', b'<html>no such file</html>')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RuntimeError, match=rf'{name} \(\d+ bytes\) cannot be read.*remove it'):
+            CheckpointLoader.load_checkpoint(str(tmp_path / name), map_location='cpu')
+
+
+# --- Safetensors -----------------------------------------------------------------------------------------------------
+
+def test_a_safetensors_file_that_is_cut_short_is_never_taken(tmp_path, monkeypatch):
+    """At each length: in the folder that the environment names, as in the cache of the Hub."""
+    model = 'san10_pairwise.in1k'
+    content = save({'weight': torch.rand(9)})
+    path = tmp_path / f'{model}.safetensors'
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(hub.WeightsError, match=path.name):
+            hub.weights(f'{hub.ORGANISATION}/{model}')
+    path.write_bytes(content)
+    assert hub.weights(f'{hub.ORGANISATION}/{model}') == str(path)
