@@ -199,6 +199,8 @@ def main():
 
 @pytest.mark.parametrize('capability, build', [('default', 'baseline'), ('avx2', 'avx2'), ('avx512', 'avx512')])
 def test_no_access_beyond_an_array(capability, build):
+    if build == 'avx512' and torch.backends.cpu.get_cpu_capability() != 'AVX512':
+        pytest.skip('this processor has no AVX-512, which torch does not check')
     result = subprocess.run([sys.executable, '-X', 'faulthandler', __file__, build], text=True, capture_output=True,
                             env={**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'OMP_NUM_THREADS': '1'})
     assert result.returncode == 0, result.stderr[-3000:]

@@ -25,6 +25,11 @@ def _padded(size: int) -> int:
     return round_up(size, library.width())
 
 
+def _to_float(x: Tensor) -> Tensor:
+    # a converted map has its channels last too, which `preserve_format` does not promise of one that overlaps itself
+    return x if x.dtype == torch.float32 else x.to(torch.float32, memory_format=torch.contiguous_format)
+
+
 def _readable(x: Tensor | None) -> Tensor | None:
     """x, or a copy of it, with memory behind it, since the loops read whole vectors beyond its end."""
     if x is None or (x.dim() == 4 and x.shape[-1] % library.width() == 0):
@@ -37,7 +42,7 @@ class _Arguments:
     """struct task, and the tensors it points to."""
 
     def __init__(self, shape: Shape, maps: _Tensors, folded: _Tensors, out: int):
-        floats: _Tensors = [None if x is None else x.float() for x in maps]
+        floats: _Tensors = [None if x is None else _to_float(x) for x in maps]
         query, key, value, place = floats
         batch, height, width, rel = query.shape
         reach = geometry.padding(shape.kernel_size, shape.dilation)
