@@ -9,7 +9,8 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 READY := .venv/.ready
 
-.PHONY: demo test coverage docs lint test-timm test-mim test-mmpretrain test-package clean
+.PHONY: demo test coverage docs lint test-timm test-mim test-mmpretrain test-package test-sanitize test-mutants \
+  test-long test-kills test-versions lock locked clean
 
 # make demo DATA=/folder/of/coco-format/data trains on your own pictures
 demo: $(READY)
@@ -41,6 +42,27 @@ test-mim test-mmpretrain: test-%: $(READY)
 # an sdist, the wheel made of it, and both in environments with nothing else
 test-package: $(READY)
 	$(BIN)/python tests/run_package.py
+
+# the compiled loops under AddressSanitizer and UndefinedBehaviorSanitizer; needs a GCC with libasan and libubsan
+test-sanitize: $(READY)
+	$(BIN)/python tests/run_sanitized.py
+
+# small faults, planted one at a time: which test notices each? Writes tests/mutants.md
+test-mutants: $(READY)
+	$(BIN)/python tests/run_mutants.py
+
+# thousands of training steps and calls: memory stays flat
+test-long: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trust/run_long.py
+
+# kill -9 at random moments of trainings, downloads, conversions and publications
+test-kills: $(READY)
+	$(BIN)/python tests/trust/run_kills.py all
+
+# the oldest and newest Python, torch, timm and huggingface_hub, each in an environment of its own; hours and some GB.
+# Writes docs/reference/versions.md
+test-versions: $(READY)
+	$(BIN)/python tests/run_versions.py
 
 $(READY): setup.cfg pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \

@@ -16,6 +16,11 @@ class Mutant(NamedTuple):
     def compiled(self) -> bool:
         return self.where.endswith(('.c', '.h'))
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether its tests run in Triton's interpreter."""
+        return 'triton' in self.where
+
 
 ANY = 'san_backbones/ops/**/*.py'  # code that may move between these files
 OPS, C = 'san_backbones/ops', 'san_backbones/ops/native'
@@ -23,6 +28,9 @@ GEOMETRY, BACKENDS = 'tests/ops/test_geometry.py', 'tests/ops/test_backends.py'
 NATIVE, POINTWISE, STATISTICS = (f'tests/ops/test_{name}.py' for name in ('native', 'pointwise', 'statistics'))
 NETWORK, MODELS, FUSE, WEIGHTS = (f'tests/test_{name}.py' for name in ('network', 'models', 'fuse', 'weights'))
 EXPORT, CLI, VISUALIZE = 'tests/test_export.py', 'tests/test_cli.py', 'tests/test_visualize.py'
+KERNELS, TRITON = f'{OPS}/triton/kernels.py', 'tests/ops/test_triton.py'
+REFUSALS, CONCURRENCY, INTERRUPTION = (f'tests/trust/test_{name}.py' for name in (
+    'refusals', 'concurrency', 'interruption'))
 CONVERT, BACKBONE = 'tests/weights/test_convert.py', 'tests/mm/test_backbone.py'
 DEFINITION, GRADIENTS = f'{NATIVE}::test_definition', f'{NATIVE}::test_gradients'
 
@@ -105,9 +113,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('pairs not counted', f'{OPS}/statistics.py', 'pixels * (spec.kernel_size ** 2 if spec.pairwise else 1)', 'pixels',
      (STATISTICS,)),
     # --- tiles
-    ('halo off by one', f'{OPS}/tiled.py', 'return x[images, :, self.rows.start:stop]',
-     'start = self.rows.start - (kind == HALO and self.rows.start > 0)\n'
-     '        return x[images, :, start:stop - (self.rows.start - start)]',
+    ('halo off by one', f'{OPS}/tiled.py', 'more = self.reach if kind == HALO else 0',
+     'more = self.reach - (self.columns.start > 0) if kind == HALO else 0',
      (f'{BACKENDS}::test_any_tile_size_gives_the_same',)),
     ('tiles joined without the distance of their means', f'{OPS}/tiled.py',
      ' + delta * delta * (count * n / (count + n))', '', (f'{BACKENDS}::test_any_tile_size_gives_the_same',)),
@@ -121,7 +128,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     # --- the choice of a path, conversions
     ('float64 computed in float32', f'{OPS}/backends.py', '(torch.float32, torch.bfloat16, torch.float16)',
      '(torch.float32, torch.bfloat16, torch.float16, torch.float64)', (f'{NATIVE}::test_refusals_say_why',)),
-    ('use_backend is never left', f'{OPS}/backends.py', '_overrides.pop()', 'pass',
+    ('use_backend is never left', f'{OPS}/backends.py', 'if other is not override)', ')',
      (f'{BACKENDS}::test_environment_variable_and_context_manager',)),
     ('memory format of the output', ANY, 'last = x.stride(1) == 1 and not x.is_contiguous()', 'last = False',
      (f'{NATIVE}::test_layouts', f'{NETWORK}::test_channels_last_network')),
@@ -172,8 +179,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      'relu(x[c] * t->scale[c])', (f'{POINTWISE}::test_scale_shift_relu',)),
     ('stem: covariance not centred', f'{OPS}/pointwise.py', 'centred = (x - mean[:, None, None]).flatten(2)',
      'centred = x.flatten(2)', (f'{POINTWISE}::test_output_gradients_and_buffers',)),
-    ('stem: scale dropped', f'{OPS}/pointwise.py', 'weight.float() * affine.scale[:, None], affine.shift)',
-     'weight.float(), affine.shift)', (f'{POINTWISE}::test_output_gradients_and_buffers',)),
+    ('stem: scale dropped', f'{OPS}/pointwise.py', '(weight.float() * affine.scale[:, None]).float()',
+     'weight.float()', (f'{POINTWISE}::test_output_gradients_and_buffers',)),
     # --- folding for inference
     ('fused: bias of the value not scaled', 'san_backbones/fuse.py', 'value_bias * out_scale', 'value_bias',
      (f'{FUSE}::test_outputs',)),
@@ -185,8 +192,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      (f'{FUSE}::test_outputs',)),
     ('fused: writes in place go unseen', 'san_backbones/fuse.py',
      ' or (state is not None and self._state(item) != state):', ':', (f'{FUSE}::test_changes_are_seen',)),
-    ('fused: positions of another size', 'san_backbones/fuse.py', 'if size not in self.places:',
-     'if not self.places:', (f'{FUSE}::test_outputs',)),
+    ('fused: positions of another size', 'san_backbones/fuse.py', 'place = self.places.get(size)',
+     'place = next(iter(self.places.values()), None)', (f'{FUSE}::test_outputs',)),
     ('fused: hooks are passed by', 'san_backbones/fuse.py',
      'if module.training or module._forward_hooks or module._forward_pre_hooks:', 'if module.training:',
      (f'{FUSE}::test_hooks_are_called',)),
@@ -231,6 +238,61 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      (f'{BACKENDS}::test_norm_options_are_batch_norms',)),
     ('SyncBatchNorm shares nothing', 'san_backbones/norms.py', '_sync_group(module) if module.training else None)',
      'None)', ('tests/ops/test_distributed.py',)),
+    # --- the Triton kernels, in the interpreter
+    ('Triton: padding of even dilations', KERNELS, 'PAD: tl.constexpr = DILATION * (K - 1) // 2',
+     'PAD: tl.constexpr = DILATION * K // 2', (f'{TRITON}::test_definition_of_footprints',)),
+    ('Triton: reflection is not repeated', KERNELS, 'position = (position + (period - 1) * PAD) % period',
+     'position = tl.abs(position - PAD)', (f'{TRITON}::test_definition_of_footprints',)),
+    ('Triton: rows and columns of a tap swapped', KERNELS,
+     'tap // K * DILATION, height, PAD) * width + _reflect(column + tap % K * DILATION',
+     'tap % K * DILATION, height, PAD) * width + _reflect(column + tap // K * DILATION',
+     (f'{TRITON}::test_definition[PatchwiseAttention-concatenation]',)),
+    ('Triton: channels of a weight next to one another', KERNELS,
+     'channel = tl.arange(0, S)[:, None] * CHANNELS + tl.arange(0, C)[None, :]\n    return',
+     'channel = tl.arange(0, C)[None, :] * S + tl.arange(0, S)[:, None]\n    return',
+     (f'{TRITON}::test_definition[PairwiseAttention-subtraction]',)),
+    ('Triton: ReLU hides NaN', KERNELS, 'return tl.maximum(x, 0., propagate_nan=tl.PropagateNan.ALL)',
+     'return tl.where(x > 0., x, 0.)', (f'{TRITON}::test_nan_is_not_hidden',)),
+    ('Triton: output not rescaled when the largest logit grows', KERNELS,
+     'y = y * old[:, None, :] + w[:, None, :] * v', 'y = y + w[:, None, :] * v',
+     (f'{TRITON}::test_definition[PairwiseAttention-subtraction]',)),
+    ('Triton: sums of pixels that do not exist', KERNELS, 'v = tl.where(live[:, None], u - centre[None, :], 0.)',
+     'v = u - centre[None, :]', (f'{TRITON}::test_gradients[batch statistics-PairwiseAttention-subtraction]',)),
+    ('Triton: variance beside a large mean', KERNELS,
+     'centre = tl.sum(tl.where(tl.arange(0, M)[:, None] == 0, u, 0.), 0)', 'centre = tl.zeros_like(tl.sum(u, 0))',
+     ('tests/trust/test_numbers.py::test_variance_of_hidden_vectors_beside_a_large_mean',)),
+    ('Triton: gradients overwrite one another', KERNELS,
+     "tl.atomic_add(_channel_pointers(d_map, pixel, COUNT, BLOCK), d, mask=mask, sem='relaxed')",
+     'tl.store(_channel_pointers(d_map, pixel, COUNT, BLOCK), d, mask=mask)',
+     (f'{TRITON}::test_gradients[frozen norms-PairwiseAttention-subtraction]',)),
+    ('Triton: softmax without its Jacobian', KERNELS, 'd_logits = w * (d_w - dot)', 'd_logits = w * d_w',
+     (f'{TRITON}::test_gradients[frozen norms-PairwiseAttention-subtraction]',)),
+    ('Triton: pairwise gradient through a dead ReLU', KERNELS,
+     'd_u = tl.where(h > 0, _product(d_logits, tl.trans(w2), KIND, PRECISION), 0.)',
+     'd_u = _product(d_logits, tl.trans(w2), KIND, PRECISION)',
+     (f'{TRITON}::test_gradients[frozen norms-PairwiseAttention-subtraction]',)),
+    ('Triton: sign of a relative position', KERNELS, 'd_x = -d_x', 'd_x = 0. + d_x',
+     (f'{TRITON}::test_gradients[frozen norms-PairwiseAttention-subtraction]',)),
+    ('Triton: slope of the variance', KERNELS, 'slope0[None, :] + slope1[None, :] * u',
+     'slope0[None, :] + slope1[None, :]', (f'{TRITON}::test_gradients[batch statistics-PairwiseAttention-subtraction]',)),
+    # --- what is refused
+    ('maps of different sizes', f'{OPS}/checks.py',
+     'query.shape != key.shape or query.shape[0] != batch', 'query.shape[0] != batch', (REFUSALS,)),
+    ('maps of different dtypes', f'{OPS}/checks.py', 'if not query.dtype == key.dtype == value.dtype:', 'if False:',
+     (REFUSALS,)),
+    ('gamma of other widths', f'{OPS}/checks.py', 'if x.shape != shape:', 'if False:', (REFUSALS,)),
+    ('images that are not floating', 'san_backbones/san.py', 'if not x.is_floating_point():', 'if False:', (REFUSALS,)),
+    # --- threads and interruptions
+    ('fused: a replica takes the folds of the original', 'san_backbones/fuse.py',
+     'if self.entries[0][0] is not stage._modules:', 'if False:', (CONCURRENCY,)),
+    ('fused: writes into inference tensors unseen', 'san_backbones/fuse.py',
+     'return object() if x.is_inference() else (x.data_ptr(), x._version)',
+     'return x.data_ptr(), 0 if x.is_inference() else x._version', (CONCURRENCY, FUSE)),
+    ('resuming takes a checkpoint that was cut short', 'san_backbones/mm/checkpoints.py',
+     'return os.path.isdir(path) or zipfile.is_zipfile(path)', 'return os.path.exists(path)',
+     (f'{INTERRUPTION}::test_resumes_from_the_last_whole_checkpoint',)),
+    ('resuming takes the oldest checkpoint', 'san_backbones/mm/checkpoints.py', 'for _, name in reversed(steps)]',
+     'for _, name in steps]', (f'{INTERRUPTION}::test_resumes_from_the_last_whole_checkpoint',)),
     # --- where weights come from
     ('digest not checked', 'san_backbones/hub.py', 'if found != sha256:', 'if False:',
      (f'{WEIGHTS}::test_a_wrong_digest',)),

@@ -74,7 +74,7 @@ def place(folder: pathlib.Path, mutant: Mutant) -> pathlib.Path:
     return max(counts, key=lambda path: counts[path])
 
 
-def _run_tests(folder: pathlib.Path, arguments: Sequence[str], output: pathlib.Path) -> None:
+def _run_tests(folder: pathlib.Path, arguments: Sequence[str], output: pathlib.Path, interpret: bool) -> None:
     """In a process of its own, forked before anything of the package was imported."""
     os.setpgrp()
     with open(output, 'wb') as file:
@@ -82,6 +82,8 @@ def _run_tests(folder: pathlib.Path, arguments: Sequence[str], output: pathlib.P
             os.dup2(file.fileno(), stream)
     os.chdir(folder)
     os.environ.update(PYTHONPATH=str(folder), OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
+    if interpret:
+        os.environ['TRITON_INTERPRET'] = '1'
     sys.dont_write_bytecode = True
     sys.path[0] = str(folder)
     torch.set_num_threads(1)
@@ -90,10 +92,11 @@ def _run_tests(folder: pathlib.Path, arguments: Sequence[str], output: pathlib.P
     os._exit(code)
 
 
-def run_tests(folder: pathlib.Path, arguments: Sequence[str], limit: float | None = None) -> tuple[int | None, str]:
+def run_tests(folder: pathlib.Path, arguments: Sequence[str], limit: float | None = None,
+              interpret: bool = False) -> tuple[int | None, str]:
     """pytest's exit code, None for one that did not end in time, and what it printed."""
     output = folder / 'pytest-output'
-    process = multiprocessing.get_context('fork').Process(target=_run_tests, args=(folder, arguments, output))
+    process = multiprocessing.get_context('fork').Process(target=_run_tests, args=(folder, arguments, output, interpret))
     process.start()
     process.join(limit)
     code = process.exitcode
@@ -112,7 +115,7 @@ def judge(folder: pathlib.Path, mutant: Mutant) -> Result:
     try:
         if mutant.compiled:
             build(folder)
-        code, output = run_tests(folder, ['-x', *mutant.tests], LIMIT)
+        code, output = run_tests(folder, ['-x', *mutant.tests], LIMIT, mutant.interpreted)
     finally:
         path.write_text(sound)
         for library, content in libraries.items():
@@ -132,10 +135,14 @@ def judge(folder: pathlib.Path, mutant: Mutant) -> Result:
 
 def confirmed(folder: pathlib.Path, results: Sequence[tuple[Mutant, Result]]) -> list[tuple[Mutant, Result]]:
     """Takes back what a test noticed that fails without any fault."""
-    tests = sorted({result.by for _, result in results if result.caught and result.by.startswith('tests/')})
-    failed = set(FAILED.findall(run_tests(folder, tests)[1])) if tests else set()
-    return [(mutant, result._replace(caught=False, by=f'{result.by} fails anyway') if result.by in failed else result)
-            for mutant, result in results]
+    failed: set[tuple[bool, str]] = set()
+    for interpret in (False, True):
+        tests = sorted({result.by for mutant, result in results if result.caught and result.by.startswith('tests/')
+                        and mutant.interpreted == interpret})
+        if tests:
+            failed |= {(interpret, test) for test in FAILED.findall(run_tests(folder, tests, interpret=interpret)[1])}
+    return [(mutant, result._replace(caught=False, by=f'{result.by} fails anyway')
+             if (mutant.interpreted, result.by) in failed else result) for mutant, result in results]
 
 
 def rows_of_table() -> dict[str, str]:

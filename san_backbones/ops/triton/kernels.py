@@ -277,6 +277,20 @@ def attend_pairwise(
         tl.store(_channel_pointers(slope, pixel, CHANNELS, C), tl.sum(y * g.to(tl.float32), 1), mask=mask)
 
 
+@triton.jit
+def _add_sums(total, squares, u, live, M: tl.constexpr):
+    """Adds those of u and of u * u over the pixels of a block, of which the first always exists."""
+    # of differences from the first: float32 has no digits for the variance beside a large mean
+    centre = tl.sum(tl.where(tl.arange(0, M)[:, None] == 0, u, 0.), 0)
+    v = tl.where(live[:, None], u - centre[None, :], 0.)
+    count = tl.sum(live.to(tl.float32), 0).to(tl.float64)
+    centre = centre.to(tl.float64)
+    sums = tl.sum(v, 0).to(tl.float64)
+    total += count * centre + sums
+    squares += count * centre * centre + 2 * centre * sums + tl.sum(v * v, 0).to(tl.float64)
+    return total, squares
+
+
 @triton.jit(do_not_specialize=IMAGE_SIZES)
 def pairwise_sums(
         query, key, place, scale1, shift1, weight1, sums, pixels, height, width,
@@ -307,9 +321,7 @@ def pairwise_sums(
             u = common + _product(e, w1, KIND, PRECISION)
             u = _add_positions(u, place, spot, there, scale1 + LAST, shift1 + LAST, weight1 + LAST * HIDDEN, HIDDEN, H,
                                POSITION)
-            u = tl.where(live[:, None], u, 0.)
-            total += tl.sum(u, 0).to(tl.float64)
-            squares += tl.sum(u * u, 0).to(tl.float64)
+            total, squares = _add_sums(total, squares, u, live, M)
     at = sums + tl.program_id(0) * 2 * HIDDEN + tl.arange(0, H)
     tl.store(at, total, mask=tl.arange(0, H) < HIDDEN)
     tl.store(at + HIDDEN, squares, mask=tl.arange(0, H) < HIDDEN)
@@ -562,9 +574,7 @@ def patchwise_sums(
         image = pixel // (height * width) * (height * width)
         u = _patch_hidden(query, key, scale1, shift1, weight1, None, pixel, image, row, column, height, width, K,
                           DILATION, REL, HIDDEN, QUERY_ROW, KEY_ROW, RELATION, PRECISION, R, T, H, M)
-        u = tl.where(live[:, None], u, 0.)
-        total += tl.sum(u, 0).to(tl.float64)
-        squares += tl.sum(u * u, 0).to(tl.float64)
+        total, squares = _add_sums(total, squares, u, live, M)
     at = sums + tl.program_id(0) * 2 * HIDDEN + tl.arange(0, H)
     tl.store(at, total, mask=tl.arange(0, H) < HIDDEN)
     tl.store(at + HIDDEN, squares, mask=tl.arange(0, H) < HIDDEN)
