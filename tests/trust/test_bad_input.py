@@ -4,6 +4,10 @@ a stated bound, or refuses in words.
 Errors are measured pixel by pixel and channel by channel, as a part of sum_o |w_o| |v_o|, what the rounding of a
 weighted sum is proportional to; with patchwise weights, sums that may cancel, |w_o| is the largest of the channel's.
 """
+import os
+import pathlib
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +18,7 @@ from torch import Tensor
 
 import oracle
 from san_backbones import fuse_for_inference, ops
-from san_backbones.ops import native, statistics
+from san_backbones.ops import native, statistics, triton
 
 pytest.importorskip('hypothesis', reason='needs the test extra')
 from hypothesis import HealthCheck, Phase, given, settings
@@ -32,9 +36,12 @@ FORMS = [*((True, relation) for relation in oracle.PAIRWISE_RELATIONS),
 NON_FINITE = (float('nan'), float('inf'), float('-inf'))
 
 
+INTERPRETING = os.environ.get('TRITON_INTERPRET') == '1'
+
+
 def machine(examples: int):
-    """The same examples in every run."""
-    return settings(derandomize=True, deadline=None, max_examples=examples, database=None,
+    """The same examples in every run; few in Triton's interpreter, which takes seconds for some."""
+    return settings(derandomize=True, deadline=None, max_examples=examples // (8 if INTERPRETING else 1), database=None,
                     phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
 
 
@@ -179,7 +186,7 @@ class Case:
         """What a path says to this case, by the documentation."""
         pairs = self.batch * self.size[0] * self.size[1] * (self.spec.kernel_size ** 2 if self.spec.pairwise else 1)
         kind = (self.spec.pairwise, self.spec.relation)
-        if path == 'native':
+        if path in ('native', 'triton'):
             if self.dtype == torch.float64:
                 return 'computes in float32'
             if kind not in native.RELATIONS:
@@ -392,3 +399,15 @@ def test_models(models, name, fused, shape, layout, path, seed):
     with torch.no_grad(), ops.use_backend('reference'):
         expected = exact(image.double())
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(INTERPRETING, reason='this is the interpreter')
+@pytest.mark.skipif(not triton.installed(), reason='Triton is not installed')
+def test_triton_in_the_interpreter():
+    """What this file and its neighbours try of the other paths, of operators and layers."""
+    files = [pathlib.Path(__file__).with_name(f'test_{name}.py') for name in ('bad_input', 'refusals', 'numbers')]
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', *files, '-k',
+         'triton and not interpreter and not (deterministic or threads or company)'],
+        env={**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
