@@ -82,12 +82,14 @@ def _run_tests(folder: pathlib.Path, arguments: Sequence[str], output: pathlib.P
             os.dup2(file.fileno(), stream)
     os.chdir(folder)
     os.environ.update(PYTHONPATH=str(folder), OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
-    if interpret:
+    options = ['-q', '-rfE', '--no-header', '--tb=no', '-p', 'no:cacheprovider', *arguments]
+    if interpret:  # which Triton must be told before it is imported
         os.environ['TRITON_INTERPRET'] = '1'
+        os.execv(sys.executable, [sys.executable, '-m', 'pytest', *options])
     sys.dont_write_bytecode = True
     sys.path[0] = str(folder)
     torch.set_num_threads(1)
-    code = pytest.main(['-q', '-rfE', '--no-header', '--tb=no', '-p', 'no:cacheprovider', *arguments])
+    code = pytest.main(options)
     sys.stdout.flush()
     os._exit(code)
 

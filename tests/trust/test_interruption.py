@@ -68,6 +68,7 @@ def _interrupted(training, tmp_path, cut, last):
     whole = training.folder
     folder = tmp_path / 'work'
     folder.mkdir()
+    torch.save({}, folder / 'iter_1.pth')  # whole, but older: taking it would be an error
     for name in ('iter_2.pth', 'iter_4.pth'):
         content = (whole / name).read_bytes()
         (folder / name).write_bytes(content if name == 'iter_2.pth' else content[:int(len(content) * cut)])
@@ -83,12 +84,14 @@ def test_resumes_from_the_last_whole_checkpoint(cut, last, training, tmp_path, m
     folder = _interrupted(training, tmp_path, cut, last)
     monkeypatch.setattr(training, 'folder', folder)
     training.work()
+    (folder / 'iter_1.pth').unlink()
     training.check_done()
 
 
 def test_says_what_to_do_where_no_checkpoint_is_whole(training, tmp_path, monkeypatch):
     folder = _interrupted(training, tmp_path, 0.5, '{}/iter_4.pth')
-    (folder / 'iter_2.pth').unlink()
+    for name in ('iter_1.pth', 'iter_2.pth'):
+        (folder / name).unlink()
     monkeypatch.setattr(training, 'folder', folder)
     with pytest.raises(RuntimeError, match=r'iter_4.pth, which is missing or cut short.*load_from.*remove'):
         training.work()
