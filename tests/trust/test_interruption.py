@@ -32,15 +32,15 @@ def interrupt(job, folder, times, exact):
 @pytest.mark.parametrize('over', [False, True])
 def test_conversion(over, tmp_path):
     job = kills.Conversion(tmp_path / 'files', over)
-    interrupt(job, tmp_path, 2, 10)
+    interrupt(job, tmp_path, 1, 6)
 
 
 def test_download(tmp_path):
-    interrupt(kills.Download(), tmp_path, 2, 4)
+    interrupt(kills.Download(), tmp_path, 1, 4)
 
 
 def test_publishing(tmp_path):
-    interrupt(kills.Publishing(tmp_path / 'files'), tmp_path, 2, 4)
+    interrupt(kills.Publishing(tmp_path / 'files'), tmp_path, 1, 4)
 
 
 # --- Trainings -------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def training(tmp_path_factory):
 
 
 def test_training(training, tmp_path):
-    interrupt(training, tmp_path, 2, 3)
+    interrupt(training, tmp_path, 1, 3)
 
 
 def _interrupted(training, tmp_path, cut, last):
