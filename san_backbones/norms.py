@@ -53,7 +53,7 @@ _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_
 
 def is_plain(module: nn.Module, forwards: tuple) -> bool:
     """Whether calling the module is one of `forwards` and nothing else."""
-    return type(module).forward in forwards and 'forward' not in vars(module) \
+    return type(module).forward in forwards and 'forward' not in module.__dict__ \
         and not any(getattr(module, hooks) for hooks in _HOOKS)
 
 

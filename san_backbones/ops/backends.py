@@ -134,8 +134,8 @@ def symbolic_caller(x: Tensor) -> str | None:
 
 def serves(x: Tensor) -> bool:
     """Whether the compiled loops around the attention take x: the same conditions, and no other path asked for."""
-    return x.device.type == 'cpu' and x.dtype in _FUSED_DTYPES and _wanted()[0] in (AUTO, 'native') \
-        and symbolic_caller(x) is None and native.unavailable() is None
+    return x.device.type == 'cpu' and x.dtype in _FUSED_DTYPES and symbolic_caller(x) is None \
+        and _wanted()[0] in (AUTO, 'native') and native.unavailable() is None
 
 
 def is_exporting() -> bool:
@@ -173,8 +173,12 @@ def tap_matrices(query: Tensor, gamma: Gamma, spec: Spec) -> int:
     taps = 1 if spec.pairwise else spec.kernel_size ** 2
     channels, hidden = gamma.weight2.shape[:2]
     relation = 1 if spec.relation in ('dot', 'star') else query.shape[1]
-    relation, hidden, channels = (1 << (n - 1).bit_length() for n in (relation, hidden, channels // taps))
-    return hidden * (relation + channels)
+    return _power_of_two(hidden) * (_power_of_two(relation) + _power_of_two(channels // taps))
+
+
+@torch.compiler.assume_constant_result  # torch 2.4 cannot compile bit_length
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def choose_backend(request: Request) -> Backend:

@@ -61,7 +61,8 @@ def check_gamma(query: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma
     expected = {'weight1': (gamma.weight1, (hidden, inputs, 1, 1)), 'weight2': (gamma.weight2, (outputs, hidden, 1, 1)),
                 'bias2': (gamma.bias2, (outputs,))}
     for number, norm, channels in ((1, gamma.norm1, inputs), (2, gamma.norm2, hidden)):
-        for name, x in zip(norm._fields, norm[:4]):
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            x = getattr(norm, name)
             if x is not None:
                 expected[f'norm{number}.{name}'] = x, (channels,)
     for name, (x, shape) in expected.items():
