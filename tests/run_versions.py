@@ -1,10 +1,11 @@
 """Installs the package with the oldest and the newest of what it needs, and runs the tests of its core.
 
-    python tests/run_versions.py [--only NAME]
+    python tests/run_versions.py [--only NAME] [--keep]
 
 Each corner of the range that setup.cfg gives has a fresh environment in .cache (several GB, while it runs), with
-packages from the registry and the package installed from this checkout, as a user would. The results go into
-docs/reference/versions.md; with --only, into one row of its table.
+packages from the registry and the package installed from this checkout, as a user would. With --keep it stays there,
+for whoever looks into a failure, and is used again. The results go into docs/reference/versions.md; with --only, into
+one row of its table.
 """
 import argparse
 import datetime
@@ -24,6 +25,7 @@ PAGE = ROOT / 'docs' / 'reference' / 'versions.md'
 SHOWN = ('torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors', 'numpy')
 # what needs torch and timm only, and the Hub with its client; others skip what is not there
 TESTS = ('tests/ops', 'tests/test_models.py', 'tests/test_fuse.py', 'tests/test_weights.py', 'tests/test_hub_server.py')
+LEFT_OUT = 'not test_in_the_interpreter'  # of Triton: minutes, and `make test` has it
 TIME_LIMIT = 3600  # seconds for the tests of a corner
 
 
@@ -56,19 +58,20 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-def try_corner(corner: Corner) -> tuple[list[str], str]:
+def try_corner(corner: Corner, keep: bool) -> tuple[list[str], str]:
     """Versions of `SHOWN`, and what came of it."""
     python = interpreter(corner.python)
     if python is None:
         return ['-'] * len(SHOWN), f'not tried: no Python {corner.python} here'
-    folder = ROOT / '.cache' / 'venv-versions'
+    folder = ROOT / '.cache' / f'venv-versions-{corner.name.replace(",", "").replace(" ", "-")}'
     own = folder / ('Scripts' if os.name == 'nt' else 'bin')
     environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'} | {'OMP_NUM_THREADS': '1'}
     try:
-        subprocess.run([python, '-m', 'venv', '--clear', folder], check=True)
+        if not keep or not folder.exists():
+            subprocess.run([python, '-m', 'venv', '--clear', folder], check=True)
         installed = subprocess.run(
-            [own / 'python', '-m', 'pip', 'install', '--quiet', '--no-cache-dir', '--no-compile',
-             '--disable-pip-version-check', ROOT, *corner.pins, 'pytest', 'pytest-timeout'],
+            [own / 'python', '-m', 'pip', 'install', '--quiet', '--no-compile', '--disable-pip-version-check',
+             ROOT, *corner.pins, 'pytest', 'pytest-timeout'],
             env=environment, capture_output=True, text=True)
         if installed.returncode:
             print(installed.stderr, file=sys.stderr)
@@ -79,10 +82,12 @@ def try_corner(corner: Corner) -> tuple[list[str], str]:
         with tempfile.TemporaryDirectory() as temporary:
             report = pathlib.Path(temporary) / 'report.xml'
             # not `python -m pytest`, which would find the package in this folder rather than the installed one
-            done = subprocess.run(
-                [own / 'pytest', '-q', '--tb=short', '-p', 'no:cacheprovider', f'--junitxml={report}', *TESTS],
-                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
-            print(done.stdout[-8000:], flush=True)
+            try:
+                subprocess.run(
+                    [own / 'pytest', '-q', '--tb=short', '--show-capture=no', '-p', 'no:cacheprovider', '-k', LEFT_OUT,
+                     f'--junitxml={report}', *TESTS], cwd=ROOT, env=environment, timeout=TIME_LIMIT)
+            except subprocess.TimeoutExpired:
+                return json.loads(shown.stdout), f'not done after {TIME_LIMIT // 60} minutes'
             if not report.is_file():
                 return json.loads(shown.stdout), 'no test ran'
             counts = xml.etree.ElementTree.parse(report).getroot().find('testsuite').attrib
@@ -90,7 +95,8 @@ def try_corner(corner: Corner) -> tuple[list[str], str]:
         passed = int(counts['tests']) - failed - skipped
         return json.loads(shown.stdout), f'{passed} passed, {failed} failed, {skipped} skipped'
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(rows: dict[str, str]) -> None:
@@ -107,11 +113,12 @@ def write(rows: dict[str, str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', metavar='NAME', choices=[corner.name for corner in CORNERS])
+    parser.add_argument('--keep', action='store_true', help='use the environment again if it is there')
     options = parser.parse_args()
     bad = 0
     for corner in CORNERS:
         if options.only in (None, corner.name):
-            versions, result = try_corner(corner)
+            versions, result = try_corner(corner, options.keep)
             today = datetime.date.today().isoformat()
             write({corner.name: f'| {corner.name} | {corner.python} | {" | ".join(versions)} | {result} | {today} |'})
             shown = ', '.join(f'{name} {version}' for name, version in zip(SHOWN, versions, strict=True))
