@@ -8,6 +8,7 @@ environment variable SAN_BACKBONES_BACKEND names one path; if that one cannot ru
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -140,7 +141,14 @@ def serves(x: Tensor) -> bool:
 
 def is_exporting() -> bool:
     """Whether torch.export is looking: an exported program holds the definition only, and needs no operator of ours."""
-    return getattr(torch.compiler, 'is_exporting', lambda: False)()
+    return torch.compiler.is_exporting() if hasattr(torch.compiler, 'is_exporting') else _is_exporting()
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    """What `torch.compiler.is_exporting` says, for torch 2.6, which does not have it."""
+    export = sys.modules.get('torch.export._trace')
+    return getattr(export, '_EXPORT_FLAGS', None) is not None
 
 
 @torch.compiler.assume_constant_result
