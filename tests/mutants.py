@@ -274,7 +274,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('Triton: sign of a relative position', KERNELS, 'd_x = -d_x', 'd_x = 0. + d_x',
      (f'{TRITON}::test_gradients[PairwiseAttention-subtraction-frozen norms]',)),
     ('Triton: slope of the variance', KERNELS, 'slope0[None, :] + slope1[None, :] * u',
-     'slope0[None, :] + slope1[None, :]', (f'{TRITON}::test_gradients[PairwiseAttention-subtraction-batch statistics]',)),
+     'slope0[None, :] + slope1[None, :]',
+     (f'{TRITON}::test_gradients[PairwiseAttention-subtraction-batch statistics]',)),
     # --- what is refused
     ('maps of different sizes', f'{OPS}/checks.py',
      'query.shape != key.shape or query.shape[0] != batch', 'query.shape[0] != batch', (REFUSALS,)),

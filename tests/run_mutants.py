@@ -98,7 +98,8 @@ def run_tests(folder: pathlib.Path, arguments: Sequence[str], limit: float | Non
               interpret: bool = False) -> tuple[int | None, str]:
     """pytest's exit code, None for one that did not end in time, and what it printed."""
     output = folder / 'pytest-output'
-    process = multiprocessing.get_context('fork').Process(target=_run_tests, args=(folder, arguments, output, interpret))
+    process = multiprocessing.get_context('fork').Process(
+        target=_run_tests, args=(folder, arguments, output, interpret))
     process.start()
     process.join(limit)
     code = process.exitcode
