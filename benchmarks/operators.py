@@ -4,8 +4,8 @@
 
 At 224 x 224, batch 8 (--size, one number or height and width; --batch). Forward, and forward with backward of all maps
 and parameters, norms frozen or in eval mode. A row's floor is the larger of its operations over the measured matrix
-rate and of its bytes (maps in and out, once) over the measured copy rate. The last rows add up all fifteen layers of the
-network.
+rate and of its bytes (maps in and out, once) over the measured copy rate. The last rows add up all fifteen layers of
+the network.
 """
 import math
 
