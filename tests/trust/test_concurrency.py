@@ -171,11 +171,14 @@ def test_a_server_that_changes_models():
 
 def test_processes(tmp_path):
     """Workers of fork and spawn, DataLoader's, and forks of a process that used OpenMP threads."""
+    faulthandler.cancel_dump_traceback_later()  # the script ends by itself, and shows where it hangs
     environment = {key: value for key, value in os.environ.items() if key != 'OMP_NUM_THREADS'}
-    done = subprocess.run([sys.executable, str(pathlib.Path(__file__).with_name('processes.py'))], env=environment,
-                          text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr[-5000:]
-    said = done.stdout.splitlines()
+    stdout, stderr = tmp_path / 'stdout', tmp_path / 'stderr'  # not pipes, which workers that are left would keep open
+    with open(stdout, 'w') as out, open(stderr, 'w') as errors:
+        status = subprocess.run([sys.executable, str(pathlib.Path(__file__).with_name('processes.py'))],
+                                env=environment, stdout=out, stderr=errors).returncode
+    assert status == 0, f'{stdout.read_text()}{stderr.read_text()[-5000:]}'
+    said = stdout.read_text().splitlines()
     assert said[:6] == ['threads', 'fork', 'loader', 'spawn', 'threads of OpenMP', 'fork from threads of OpenMP']
     assert len(said) == 7 or sys.platform != 'linux' or ops.native.unavailable()
 
