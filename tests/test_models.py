@@ -257,9 +257,14 @@ class TestTracing:
             for run in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')):
                 run(self.image).square().mean().backward()
                 results.append([p.grad for p in run.parameters()] + [b for b in run.buffers() if b.dim()])
-            # training: the stem's batch statistics are float64 outside of a graph and float32 inside
+            # training: the stem's batch statistics are float64 outside of a graph and float32 inside, and what is near 0
+            # may land on the other side of a ReLU, so that no single number can be compared
+            largest = max(expected.norm() for expected in results[0])
             for expected, actual in zip(*results):
-                torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 if training else 1e-5)
+                if training:
+                    assert (actual - expected).norm() < 0.01 * max(expected.norm(), 0.01 * largest)
+                else:
+                    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 
     def test_what_a_compiled_graph_calls(self, model):
         """The compiled loops where they are, unless told otherwise; an exported program never does."""

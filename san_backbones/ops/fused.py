@@ -36,6 +36,11 @@ def _maps(*maps: Tensor | None) -> list[Tensor | None]:
     return [query, key, value, None if place is None else place.float().contiguous()]
 
 
+def _packed(*folded: Tensor | None) -> list[Tensor | None]:
+    """Folded gamma as the loops read it: a compiled graph may have left out a `.contiguous()` that it believed idle."""
+    return [None if x is None else x.contiguous() for x in folded]
+
+
 def _to_inputs(gradients: _Tensors, maps: _Tensors) -> list[Tensor]:
     """Gradients of the maps (channels last) as those of the maps given, and the others; without those that are None."""
     firsts = [channels_first(g.sum(0, keepdim=True) if x.shape[0] != g.shape[0] else g, x)
@@ -49,7 +54,7 @@ def _attend(
         weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor, shift: Tensor | None,
         shape: _Ints) -> Tensor:
     """The attention, given folded gamma; `shape` is a `Shape`. With `shift`, relu(y + shift); no gradients then."""
-    folded = (scale1, shift1, weight1, shift2, weight2, bias2)
+    *folded, shift = _packed(scale1, shift1, weight1, shift2, weight2, bias2, shift)
     return channels_first(_loops(shape).output(Shape(*shape), _maps(query, key, value, place), folded, shift), value)
 
 
@@ -63,7 +68,7 @@ def _attend_backward(
         gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, scale1: Tensor,
         shift1: Tensor, weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor,
         shape: _Ints) -> _Outputs:
-    maps, folded = (query, key, value, place), (scale1, shift1, weight1, shift2, weight2, bias2)
+    maps, folded = (query, key, value, place), _packed(scale1, shift1, weight1, shift2, weight2, bias2)
     gradient = channels_last(gradient).contiguous()
     return _to_inputs(_loops(shape).gradients(Shape(*shape), _maps(*maps), folded, gradient), maps)
 
@@ -71,7 +76,7 @@ def _attend_backward(
 @_attend_backward.register_fake
 def _(gradient, query, key, value, place, *rest):
     maps = [torch.empty_like(x, memory_format=memory_format(x)) for x in (query, key, value, place) if x is not None]
-    return [*maps, *(torch.empty_like(x) for x in rest[:-1])]
+    return [*maps, *(x.new_empty(x.shape) for x in rest[:-1])]
 
 
 def _keep(ctx, inputs, output):
@@ -102,7 +107,7 @@ def _hidden_sums(
         query: Tensor, key: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor, weight1: Tensor,
         shape: _Ints) -> Tensor:
     """Sums of u = weight1 relu(norm1(delta)), the input of norm2, and of u * u: (2, hidden) in float64."""
-    folded = (scale1, shift1, weight1, None, None, None)
+    folded = _packed(scale1, shift1, weight1, None, None, None)
     sums = _loops(shape).sums(Shape(*shape), _maps(query, key, None, place), folded)
     return sums[:, :Shape(*shape).hidden].contiguous()
 
@@ -116,7 +121,7 @@ def _(query, key, place, scale1, shift1, weight1, shape):
 def _hidden_sums_backward(
         gradient: Tensor, query: Tensor, key: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor,
         weight1: Tensor, shape: _Ints) -> _Outputs:
-    maps, folded = (query, key, None, place), (scale1, shift1, weight1, None, None, None)
+    maps, folded = (query, key, None, place), _packed(scale1, shift1, weight1, None, None, None)
     slopes = torch.stack([gradient[0], 2 * gradient[1]])  # d u / d u and d u^2 / d u = 2 u
     slopes = pad(slopes.float(), weight1.shape[1]).contiguous()
     return _to_inputs(_loops(shape).sums_gradients(Shape(*shape), _maps(*maps), folded, slopes), maps)
@@ -125,7 +130,7 @@ def _hidden_sums_backward(
 @_hidden_sums_backward.register_fake
 def _(gradient, query, key, place, scale1, shift1, weight1, shape):
     maps = [torch.empty_like(x, memory_format=memory_format(x)) for x in (query, key, place) if x is not None]
-    return [*maps, *(torch.empty_like(x) for x in (scale1, shift1, weight1))]
+    return [*maps, *(x.new_empty(x.shape) for x in (scale1, shift1, weight1))]
 
 
 def _differentiate_hidden_sums(ctx, gradient):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from san_backbones import PairwiseAttention, PatchwiseAttention, ops
-from san_backbones.ops import native, statistics
+from san_backbones.ops import fused, native, statistics
 
 pytestmark = pytest.mark.skipif(
     native.unavailable() is not None, reason=f"no compiled loops: {native.unavailable()}")
@@ -265,6 +265,29 @@ def test_second_derivatives_are_refused():
     x = torch.randn(1, 64, 4, 4, requires_grad=True)
     with ops.use_backend('native'), pytest.raises(RuntimeError, match='second derivatives'):
         torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_operators_read_folded_gamma_in_any_layout(cls, monkeypatch):
+    """A compiled graph may hand it over with other strides than it was folded with."""
+    layer, x, calls, plain = _layer(cls), torch.randn(2, 64, 5, 5), [], fused._attend
+    monkeypatch.setattr(fused, '_attend', lambda *arguments: calls.append(arguments) or plain(*arguments))
+    with torch.no_grad():
+        layer(x)
+        (query, key, value, place, *folded, _, shape), = calls
+        strided = [torch.stack([t, t.flip(0)], -1)[..., 0] for t in folded]
+        assert not any(t.is_contiguous() for t in strided)
+        shift = torch.randn(2 * layer.out_planes)[::2]
+        results = []
+        for tensors, s in ((folded, shift.contiguous()), (strided, shift)):
+            maps = query, key, value, place
+            sums = query, key, place, *tensors[:3]
+            output = plain(*maps, *tensors, s, shape)
+            gradients = fused._attend_backward(value, *maps, *tensors, shape)
+            moments = fused._hidden_sums(*sums, shape)
+            results.append([output, *gradients, moments, *fused._hidden_sums_backward(moments, *sums, shape)])
+    for expected, actual in zip(*results):
+        assert torch.equal(expected, actual)
 
 
 def test_refusals_say_why():

@@ -526,9 +526,9 @@ def test_refusals_say_why(monkeypatch):
     layer = _layer(PatchwiseAttention, 32, kernel_size=3)
     with pytest.raises(RuntimeError, match="'triton'.*float64"), ops.use_backend('triton'):
         layer.double()(_random(1, 32, 3, 3).double())
-    layer.relation = 'clique'
+    clique = _layer(PatchwiseAttention, 32, kernel_size=3, relation='clique')
     with pytest.raises(RuntimeError, match="'triton'.*clique"), ops.use_backend('triton'):
-        layer.float()(_random(1, 32, 3, 3))
+        clique(_random(1, 32, 3, 3))
     star = _layer(PatchwiseAttention, 32, kernel_size=3, relation='star').train()
     with pytest.raises(RuntimeError, match="'triton'.*statistics of the star"), ops.use_backend('triton'):
         star(_random(2, 32, 3, 3))
