@@ -64,6 +64,20 @@ test-kills: $(READY)
 test-versions: $(READY)
 	$(BIN)/python tests/run_versions.py
 
+# versions and digests of everything that make test installs; needs uv. Versions that still fit stay as they are
+lock:
+	uv pip compile setup.cfg --extra mm --extra demo --extra test --extra lint --python-version 3.11.5 \
+	  --python-platform x86_64-unknown-linux-gnu --generate-hashes --no-annotate --no-emit-package san-backbones \
+	  --custom-compile-command 'make lock (for Python 3.11 on Linux, x86-64; `make locked` installs it)' \
+	  -q -o requirements/dev.lock
+
+# .venv with exactly those versions, for Python 3.11 on Linux
+locked:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements/dev.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $(READY)
+
 $(READY): setup.cfg pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
 	  "Python 3.10 to 3.13 is needed, and %s is %d.%d: make PYTHON=python3.12 ..." % (sys.executable, *v))'

@@ -288,6 +288,8 @@ class TestTracing:
     @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on the CPU')
     @pytest.mark.parametrize('backend', ['auto', 'reference'])
     def test_inductor(self, model, backend):
+        if backend == 'reference' and torch.__version__.startswith('2.6.'):
+            pytest.skip("torch 2.6's inductor fails with: 'int' object has no attribute 'find'")
         torch.compiler.reset()
         layer = model.stages[1].blocks[0].attn
         x = torch.randn(2, layer.dim, 9, 12)
