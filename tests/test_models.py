@@ -257,8 +257,8 @@ class TestTracing:
             for run in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')):
                 run(self.image).square().mean().backward()
                 results.append([p.grad for p in run.parameters()] + [b for b in run.buffers() if b.dim()])
-            # training: the stem's batch statistics are float64 outside of a graph and float32 inside, and what is near 0
-            # may land on the other side of a ReLU, so that no single number can be compared
+            # training: the stem's batch statistics are float64 outside of a graph and float32 inside, and what is
+            # near 0 may land on the other side of a ReLU, so that no single number can be compared
             largest = max(expected.norm() for expected in results[0])
             for expected, actual in zip(*results):
                 if training:
