@@ -241,7 +241,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     # --- the Triton kernels, in the interpreter
     ('Triton: padding of even dilations', KERNELS, 'PAD: tl.constexpr = DILATION * (K - 1) // 2',
      'PAD: tl.constexpr = DILATION * K // 2', (f'{TRITON}::test_definition_of_footprints',)),
-    ('Triton: reflection is not repeated', KERNELS, 'position = (position + (period - 1) * PAD) % period',
+    ('Triton: reflection is not repeated', KERNELS, 'position = (position + period - PAD % period) % period',
      'position = tl.abs(position - PAD)', (f'{TRITON}::test_definition_of_footprints',)),
     ('Triton: rows and columns of a tap swapped', KERNELS,
      'tap // K * DILATION, height, PAD) * width + _reflect(column + tap % K * DILATION',
@@ -256,6 +256,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('Triton: output not rescaled when the largest logit grows', KERNELS,
      'y = y * old[:, None, :] + w[:, None, :] * v', 'y = y + w[:, None, :] * v',
      (f'{TRITON}::test_definition[PairwiseAttention-subtraction]',)),
+    ('Triton: a first logit of minus infinity', KERNELS, "safe = tl.where(new == float('-inf'), 0., new)", 'safe = new',
+     (f'{TRITON}::test_logits_of_minus_infinity_come_first',)),
     ('Triton: sums of pixels that do not exist', KERNELS, 'v = tl.where(live[:, None], u - centre[None, :], 0.)',
      'v = u - centre[None, :]', (f'{TRITON}::test_gradients[PairwiseAttention-subtraction-batch statistics]',)),
     ('Triton: variance beside a large mean', KERNELS,

@@ -76,16 +76,17 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         FileNotFoundError: There is none.
         RuntimeError: It is damaged.
     """
+    filename = os.path.expanduser(filename)
     try:
         return _load_from_local(filename, map_location)
     except (EOFError, RuntimeError, UnpicklingError) as error:
-        if isinstance(error, UnpicklingError) and zipfile.is_zipfile(filename):  # whole: what it asks for was refused
+        if isinstance(error, torch.OutOfMemoryError) or zipfile.is_zipfile(filename):  # the file is whole
             raise
         reason = (str(error).splitlines() or ['it is empty'])[0]
         raise RuntimeError(
             f'{filename} ({os.path.getsize(filename)} bytes) cannot be read as a checkpoint ({type(error).__name__}: '
-            f'{reason}); expected what torch.save wrote. It may have been cut short when a training or a copy was '
-            'interrupted: remove it and take another checkpoint') from error
+            f'{reason}); expected what torch.save wrote. If it was cut short, as when a training or a copy was '
+            'interrupted, remove it and take another checkpoint') from error
 
 
 def _is_whole(path: str) -> bool:

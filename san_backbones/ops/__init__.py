@@ -87,7 +87,7 @@ def footprint_attention(
     if torch.compiler.is_compiling():  # the choice is made while compiling, and stays out of the graph
         statistics = gamma.norm1.batch_statistics or gamma.norm2.batch_statistics
         name = 'reference' if is_exporting() or value.device.type not in ('cpu', 'cuda') else compiled_backend(
-            str(value.device), str(value.dtype), spec.pairwise, spec.relation, statistics,
+            str(value.device), str(value.dtype), spec.pairwise, spec.relation, torch.is_grad_enabled(), statistics,
             tap_matrices(query, gamma, spec))
         attend = {'native': fused.attend_native, 'triton': fused.attend_triton}.get(name, reference.attend)
     else:

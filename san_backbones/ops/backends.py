@@ -23,6 +23,7 @@ __all__ = [
     'AUTO',
     'BACKENDS',
     'ENVIRONMENT_VARIABLE',
+    'FUSED_DTYPES',
     'Backend',
     'Request',
     'available_backends',
@@ -60,7 +61,7 @@ class Backend(NamedTuple):
     finishes: bool = False
 
 
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _tiled_refusal(request: Request) -> str | None:
@@ -72,7 +73,7 @@ def _tiled_refusal(request: Request) -> str | None:
 def _fused_refusal(request: Request) -> str | None:
     if request.symbolic is not None:
         return f'{request.symbolic} sees the plain definition'
-    if request.dtype not in _FUSED_DTYPES:
+    if request.dtype not in FUSED_DTYPES:
         return f'it computes in float32, the maps are {request.dtype}'
     if (request.spec.pairwise, request.spec.relation) not in native.RELATIONS:
         return f'it has no {request.spec.relation} relation'
@@ -135,7 +136,7 @@ def symbolic_caller(x: Tensor) -> str | None:
 
 def serves(x: Tensor) -> bool:
     """Whether the compiled loops around the attention take x: the same conditions, and no other path asked for."""
-    return x.device.type == 'cpu' and x.dtype in _FUSED_DTYPES and symbolic_caller(x) is None \
+    return x.device.type == 'cpu' and x.dtype in FUSED_DTYPES and symbolic_caller(x) is None \
         and _wanted()[0] in (AUTO, 'native') and native.unavailable() is None
 
 
@@ -152,14 +153,14 @@ def _is_exporting() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def compiled_backend(device: str, dtype: str, pairwise: bool, relation: str, batch_statistics: bool,
+def compiled_backend(device: str, dtype: str, pairwise: bool, relation: str, needs_grad: bool, batch_statistics: bool,
                      matrices: int) -> str:
     """The path that a graph of torch.compile calls where that is one of registered operators; otherwise 'reference'.
 
     Decided when the graph is compiled: what `use_backend` says then stays in it.
     """
-    request = Request(Spec(pairwise, relation, 'none', 1, 1), torch.device(device), getattr(torch, dtype[6:]), (), True,
-                      batch_statistics, None, matrices)
+    request = Request(Spec(pairwise, relation, 'none', 1, 1), torch.device(device), getattr(torch, dtype[6:]), (),
+                      needs_grad, batch_statistics, None, matrices)
     name = choose_backend(request).name
     return name if name in fused.PATHS else 'reference'
 

@@ -476,11 +476,12 @@ def tuning(monkeypatch):
     monkeypatch.setattr(launch, '_tune', lambda candidates, call: tune(
         candidates, lambda candidate: chosen.append(candidate) or call(candidate)))
     monkeypatch.setattr(launch, '_milliseconds', milliseconds)
-    monkeypatch.setattr(launch, '_may_tune', lambda device: True)
+    monkeypatch.setattr(launch, '_tunes', lambda device: True)
     monkeypatch.setattr(launch, '_quickest', {})
     monkeypatch.setattr(launch, 'configurations', lambda *_: tuple(
         launch.Configuration(pixels, 4, 1) for pixels in (32, 64)))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
     return SimpleNamespace(seconds=seconds, timed=timed, chosen=launch._quickest)
 
 
@@ -512,14 +513,43 @@ def test_a_configuration_without_room_is_left_out(tuning):
 
 @pytest.mark.skipif(not triton.installed(), reason='Triton is not installed')
 def test_when_kernels_are_tuned(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
     gpu = torch.device('cuda')
-    assert launch._may_tune(gpu) and not launch._may_tune(torch.device('cpu'))
+    assert launch._tunes(gpu) and not launch._tunes(torch.device('cpu'))
     monkeypatch.setenv(triton.TUNE_VARIABLE, '0')
-    assert not launch._may_tune(gpu)
+    assert not launch._tunes(gpu)
     monkeypatch.delenv(triton.TUNE_VARIABLE)
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
-    assert not launch._may_tune(gpu)
+    monkeypatch.setattr(torch, 'are_deterministic_algorithms_enabled', lambda: True)
+    assert not launch._tunes(gpu)
+
+
+@runs
+def test_graphs_that_are_captured_keep_what_was_tuned(tuning, monkeypatch):
+    layer, x = _layer(PairwiseAttention, 32, kernel_size=1), _random(1, 32, 2, 2)
+    used, configuration = [], launch._Launcher._configuration
+    monkeypatch.setattr(launch._Launcher, '_configuration',
+                        lambda *arguments: used.append(configuration(*arguments)) or used[-1])
+    with torch.no_grad(), ops.use_backend('triton'):
+        for capturing in (True, False, True):  # nothing known yet: the first; tuned; known
+            monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing)
+            layer(x)
+    assert [chosen.pixels for chosen in used] == [32, 64, 64]
+
+
+@runs
+def test_logits_of_minus_infinity_come_first():
+    """Nothing was summed before them; as soon as one is more, they weigh nothing."""
+    layer = _layer(PairwiseAttention, 32, kernel_size=3, position='none')
+    x = _random(1, 32, 4, 4)
+    with torch.no_grad():
+        layer.weight_mlp.fc2.weight.fill_(-1e10)  # times relu(norm(3e38)): beyond float32
+        query, key, value = layer.query(x), layer.key(x), layer.value(x)
+        key[0, :, 1, 1] = -3e38
+        results = []
+        for path in ('triton', 'reference'):
+            with ops.use_backend(path):
+                results.append(layer._forward_operators(query, key, value, None))
+    torch.testing.assert_close(*results, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert results[1].isfinite().all()
 
 
 def test_refusals_say_why(monkeypatch):
@@ -534,6 +564,10 @@ def test_refusals_say_why(monkeypatch):
         star(_random(2, 32, 3, 3))
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     assert 'the maps are on cpu' in triton.unavailable(torch.device('cpu'))
+    if DEVICE.type != 'cuda':  # no driver, as where there is no C compiler to make one
+        triton._fault.cache_clear()
+        assert 'Triton does not start: RuntimeError: 0 active drivers' in triton.unavailable(torch.device('cuda'))
+    monkeypatch.setattr(triton, '_fault', lambda: None)
     monkeypatch.setattr(triton, '_version', lambda: '3.3.1')
     assert 'needs Triton 3.4 or newer, 3.3.1 is installed' in triton.unavailable(torch.device('cuda'))
     monkeypatch.setattr(triton, 'installed', lambda: False)

@@ -119,6 +119,20 @@ def test_a_checkpoint_that_is_cut_short_is_named(share, training, tmp_path):
             CheckpointLoader.load_checkpoint(str(tmp_path / name), map_location='cpu')
 
 
+def test_a_whole_checkpoint_is_not_called_damaged(tmp_path, monkeypatch):
+    checkpoints = pytest.importorskip('san_backbones.mm.checkpoints', reason='needs the mm extra')
+    torch.save({'state_dict': {}}, tmp_path / 'whole.pth')
+
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert checkpoints.load_from_local('~/whole.pth', 'cpu') == {'state_dict': {}}
+    monkeypatch.setattr(checkpoints, '_load_from_local', no_memory)
+    with pytest.raises(torch.OutOfMemoryError, match='^CUDA out of memory$'):
+        checkpoints.load_from_local(str(tmp_path / 'whole.pth'), 'cpu')
+
+
 # --- Safetensors -----------------------------------------------------------------------------------------------------
 
 def test_a_safetensors_file_that_is_cut_short_is_never_taken(tmp_path, monkeypatch):

@@ -118,6 +118,7 @@ CACHES = {  # what is kept for the life of the process, by file and name, and it
     'ops/native/attention.py _reflection_index': 64,
     'ops/native/library.py _load': 'one',
     'ops/native/library.py _torch_parallel': 'one',
+    'ops/triton/__init__.py _fault': 'one',
     'ops/triton/__init__.py _version': 'one',
     'ops/triton/__init__.py installed': 'one',
     'ops/triton/launch.py _quickest': 'test_tuning_is_kept_for_kinds_of_sizes',
@@ -219,11 +220,12 @@ def test_tuning_is_kept_for_kinds_of_sizes(monkeypatch):
     """What was tuned on a GPU: for sizes within a factor of 16 once, whatever the batch and the memory format."""
     launch = pytest.importorskip('san_backbones.ops.triton.launch', reason='needs Triton')
     tuned = []
-    monkeypatch.setattr(launch, '_may_tune', lambda device: True)
+    monkeypatch.setattr(launch, '_tunes', lambda device: True)
     monkeypatch.setattr(launch, '_tune', lambda candidates, call: tuned.append(1) or candidates[0])
     monkeypatch.setattr(launch, '_quickest', {})
     monkeypatch.setattr(launch, 'configurations', lambda kernel, constants: (launch.Configuration(16, 4, 1),) * 2)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
 
     class Kernel:
         __name__, arg_names = 'attend_pairwise', ()

@@ -25,6 +25,18 @@ def _version() -> str:
     return triton.__version__
 
 
+@functools.cache
+def _fault() -> str | None:
+    """Why Triton does not start here: it compiles its driver, and needs a C compiler for that; None if it does."""
+    try:
+        _version()
+        from triton.runtime import driver
+        driver.active.utils  # noqa: B018
+    except Exception as error:
+        return f'Triton does not start: {type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+    return None
+
+
 def _interpreting() -> bool:
     return os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'yes', 'on')
 
@@ -36,6 +48,8 @@ def unavailable(device: torch.device) -> str | None:
     interpreted = device.type == 'cpu' and _interpreting()  # for tests: far slower than anything else
     if not interpreted and (device.type != 'cuda' or torch.version.hip is not None):
         return f'it runs on NVIDIA GPUs, the maps are on {device}'
+    if not interpreted and _fault() is not None:
+        return _fault()
     if tuple(map(int, _version().split('.')[:2])) < OLDEST:
         return f'it needs Triton {".".join(map(str, OLDEST))} or newer, {_version()} is installed'
     if not interpreted and torch.cuda.get_device_capability(device) < (8, 0):

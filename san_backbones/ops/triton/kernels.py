@@ -69,7 +69,7 @@ def _pixel_block(block, pixels, height, width, M: tl.constexpr):
 def _reflect(position, size, PAD: tl.constexpr):
     """As geometry.reflection_index."""
     period = tl.maximum(2 * size - 2, 1)
-    position = (position + (period - 1) * PAD) % period
+    position = (position + period - PAD % period) % period  # no product: large ones are beyond int32
     return tl.minimum(position, period - position)
 
 
@@ -256,8 +256,9 @@ def attend_pairwise(
             w2 = _read_matrix(_again(weight2, tap, K), CHANNELS, HIDDEN, CHANNELS, H, C)
         logits = _product(_relu(u), w2, KIND, PRECISION) + b2[None, :]
         new = tl.maximum(top, logits)
-        old = tl.exp(top - new)
-        w = tl.exp(logits - new)
+        safe = tl.where(new == float('-inf'), 0., new)  # until a logit is more than that
+        old = tl.exp(top - safe)
+        w = tl.exp(logits - safe)
         total = total * old + w
         v = _read_shares(value, image + there, VALUE_ROW, CHANNELS, SHARES, S, C)
         y = y * old[:, None, :] + w[:, None, :] * v

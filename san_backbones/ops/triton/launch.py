@@ -109,9 +109,10 @@ def _tune(candidates: Sequence[Configuration], call: Callable[[Configuration], A
     return min(times, key=times.__getitem__)
 
 
-def _may_tune(device: torch.device) -> bool:
+def _tunes(device: torch.device) -> bool:
+    # configurations sum in different orders
     return device.type == 'cuda' and os.environ.get(TUNE_VARIABLE, '1') != '0' \
-        and not torch.cuda.is_current_stream_capturing()
+        and not torch.are_deterministic_algorithms_enabled()
 
 
 def _power_of_2(n: int) -> int:
@@ -181,12 +182,14 @@ class _Launcher:
     def _configuration(self, kernel: Any, call: Callable[[Configuration], Any], tensors: _Tensors,
                        added_to: Sequence[Tensor | None]) -> Configuration:
         candidates = configurations(kernel.__name__, self.constants)
-        if len(candidates) == 1 or not _may_tune(self.device):
+        if len(candidates) == 1 or not _tunes(self.device):
             return candidates[0]
         # maps of about the same size, within a factor of 16
         key = (kernel.__name__, torch.cuda.get_device_name(self.device), self.sizes[0].bit_length() // 4,
                tuple(self.constants.values()), tuple(None if x is None else x.dtype for x in tensors))
         if key not in _quickest:
+            if torch.cuda.is_current_stream_capturing():  # nothing can be timed
+                return candidates[0]
             _quickest[key] = _tune(candidates, call)
             for tensor in added_to:
                 if tensor is not None:
