@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import kills
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope='module', autouse=True)  # for the training that others are compared with too
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
