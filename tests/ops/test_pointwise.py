@@ -116,14 +116,17 @@ def test_a_norm_fused_into_the_convolution():
 
 @needs_loops
 def test_threads_and_repeats_do_not_change_a_bit():
-    results = []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        stem = _stem().train()
-        torch.manual_seed(1)
-        y = stem(torch.randn(3, 3, 21, 18))
-        y.square().mean().backward()
-        results.append([y, *(p.grad for p in stem.parameters())])
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            stem = _stem().train()
+            torch.manual_seed(1)
+            y = stem(torch.randn(3, 3, 21, 18))
+            y.square().mean().backward()
+            results.append([y, *(p.grad for p in stem.parameters())])
+    finally:
+        torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
 
