@@ -31,15 +31,6 @@ DIM = 64
 NUM_CLASSES = 10
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Maps this small are computed fastest by one thread; on a busy machine several mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- Comparing -------------------------------------------------------------------------------------------------------
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:

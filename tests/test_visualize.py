@@ -24,14 +24,6 @@ FORMS = ([('pairwise', relation, position) for relation in oracle.PAIRWISE_RELAT
          + [('patchwise', relation, None) for relation in oracle.PATCHWISE_RELATIONS])
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def shake(module, seed=0):
     """Random parameters and statistics of ordinary size, so that nothing is symmetric or zero by initialisation."""
     generator = torch.Generator().manual_seed(seed)

@@ -94,6 +94,6 @@ def footprint_attention(
         backend = choose_backend(make_request(query, key, value, place, gamma, spec))
         attend = backend.attend
         if shift is not None and backend.finishes and not torch.is_grad_enabled():
-            return attend(query, key, value, place, gamma, spec, shift.float().contiguous())
+            return attend(query, key, value, place, gamma, spec, shift.float())
     output = attend(query, key, value, place, gamma, spec)
     return output if shift is None else torch.relu(output + shift.to(output.dtype)[:, None, None])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import fused, native, reference, statistics, tiled, triton
+from .folding import power_of_2
 from .gamma import Gamma, Spec
 
 __all__ = [
@@ -182,12 +183,7 @@ def tap_matrices(query: Tensor, gamma: Gamma, spec: Spec) -> int:
     taps = 1 if spec.pairwise else spec.kernel_size ** 2
     channels, hidden = gamma.weight2.shape[:2]
     relation = 1 if spec.relation in ('dot', 'star') else query.shape[1]
-    return _power_of_two(hidden) * (_power_of_two(relation) + _power_of_two(channels // taps))
-
-
-@torch.compiler.assume_constant_result  # torch 2.4 cannot compile bit_length
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return power_of_2(hidden) * (power_of_2(relation) + power_of_2(channels // taps))
 
 
 def choose_backend(request: Request) -> Backend:

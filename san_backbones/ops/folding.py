@@ -8,7 +8,7 @@ from torch import Tensor
 from .gamma import Affine, Gamma, Spec
 
 __all__ = ['RELATIONS', 'Shape', 'channels_first', 'channels_last', 'fold_gamma', 'in_loop_order', 'memory_format',
-           'pad', 'round_up', 'row']
+           'pad', 'power_of_2', 'round_up', 'row']
 
 RELATIONS = {(True, 'subtraction'): 0, (True, 'summation'): 1, (True, 'hadamard'): 2, (True, 'concatenation'): 3,
              (True, 'dot'): 4, (False, 'concatenation'): 5, (False, 'star'): 6}
@@ -40,6 +40,12 @@ def _repeat(x: Tensor, lanes: int) -> Tensor:
 
 def round_up(size: int, width: int) -> int:
     return (size + width - 1) // width * width
+
+
+@torch.compiler.assume_constant_result  # not every torch compiles bit_length
+def power_of_2(n: int) -> int:
+    """The least that is no less than n."""
+    return 1 << (n - 1).bit_length()
 
 
 def fold_gamma(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec, width: int,

@@ -45,14 +45,6 @@ def machine(examples: int):
                     phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- Maps in every layout --------------------------------------------------------------------------------------------
 
 def _windows(x: Tensor, row: int) -> Tensor:

@@ -34,14 +34,12 @@ PATIENCE = 240  # seconds, of a machine with much else to do
 @pytest.fixture(autouse=True)
 def switching_often():
     """Threads take turns a thousand times more often than Python lets them; whoever hangs shows where."""
-    before, threads = sys.getswitchinterval(), torch.get_num_threads()
+    before = sys.getswitchinterval()
     sys.setswitchinterval(5e-6)
-    torch.set_num_threads(1)
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
     sys.setswitchinterval(before)
-    torch.set_num_threads(threads)
 
 
 def in_threads(*works):

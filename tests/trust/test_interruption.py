@@ -16,14 +16,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import kills
 
 
-@pytest.fixture(scope='module', autouse=True)  # for the training that others are compared with too
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def interrupt(job, folder, times, exact):
     figures = kills.interrupt(job, folder / 'trials', times, exact)
     assert figures['killed after a random time'] == times and figures['killed at a change'] >= exact // 2

@@ -14,14 +14,6 @@ import run_long
 from run_long import NAMES, WARM_UP, WINDOWS, calls, images, lives, loads, make, training, watch
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- The measure -----------------------------------------------------------------------------------------------------
 
 def _list():

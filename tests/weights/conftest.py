@@ -8,15 +8,6 @@ import oracle
 from small_models import SPECS
 
 
-@pytest.fixture(scope='session', autouse=True)
-def one_thread():
-    """Maps this small are computed fastest by one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def manifest(tmp_path):
     """A manifest whose models are the small ones."""

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from ..folding import RELATIONS, Shape, row
+from ..folding import RELATIONS, Shape, power_of_2, row
 from . import TUNE_VARIABLE, kernels
 
 __all__ = ['Configuration', 'configurations', 'constants', 'gradients', 'output', 'sums', 'sums_gradients']
@@ -115,10 +115,6 @@ def _tunes(device: torch.device) -> bool:
         and not torch.are_deterministic_algorithms_enabled()
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _is_pairwise(shape: Shape) -> bool:
     return shape.relation <= _DOT
 
@@ -147,10 +143,10 @@ def constants(shape: Shape, maps: _Tensors) -> dict[str, Any]:
         RELATION=shape.relation, POSITION=0 if place is None else 2 if shape.absolute else 1, K=shape.kernel_size,
         DILATION=shape.dilation, REL=rel, HIDDEN=shape.hidden, CHANNELS=channels, SHARES=shares,
         QUERY_ROW=row(query), KEY_ROW=row(key), VALUE_ROW=1 if value is None else row(value), INPUTS=inputs,
-        TOTAL=total, PRECISION='tf32' if _allows_tf32() else 'ieee', R=_power_of_2(rel), T=_power_of_2(tap),
-        H=_power_of_2(shape.hidden), C=_power_of_2(channels), S=_power_of_2(shares),
-        B=min(_power_of_2(shares), max(1, SHARED_AT_A_TIME // _power_of_2(channels))),
-        WIDE=_power_of_2(tap) * _power_of_2(shape.hidden) > WIDEST_KEPT)
+        TOTAL=total, PRECISION='tf32' if _allows_tf32() else 'ieee', R=power_of_2(rel), T=power_of_2(tap),
+        H=power_of_2(shape.hidden), C=power_of_2(channels), S=power_of_2(shares),
+        B=min(power_of_2(shares), max(1, SHARED_AT_A_TIME // power_of_2(channels))),
+        WIDE=power_of_2(tap) * power_of_2(shape.hidden) > WIDEST_KEPT)
 
 
 def _allows_tf32() -> bool:
