@@ -2,13 +2,16 @@
 with an error that names neither.
 """
 import re
+from collections.abc import Mapping
 
 import timm
 import torch
 
-__all__ = ['LEAST', 'check']
+__all__ = ['LEAST', 'LEAST_FOR_PICKLES', 'check', 'check_pickles']
 
-LEAST = {'torch': '2.6', 'timm': '1.0.31'}  # as in setup.cfg, where the reasons are
+# as in setup.cfg, where the reasons are
+LEAST = {'torch': '2.4', 'timm': '1.0.31'}
+LEAST_FOR_PICKLES = {'torch': '2.6'}  # to read .pth files: of the mm extra, and of weights/convert.py
 
 
 def _numbers(version: str) -> list[int]:
@@ -16,13 +19,18 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r'\d+', version.partition('+')[0])[:3]]
 
 
-def check() -> None:
-    """Raises ImportError where torch or timm is older than `LEAST` says."""
+def check(who: str, least: Mapping[str, str], why: str = '') -> None:
+    """Raises ImportError where torch or timm is older than `least` says, with the reason `why`."""
     for name, found in (('torch', torch.__version__), ('timm', timm.__version__)):
-        if _numbers(found) < _numbers(LEAST[name]):
+        if name in least and _numbers(found) < _numbers(least[name]):
             together = ' torchvision' if name == 'torch' else ''  # one build of it goes with one of torch
-            raise ImportError(f"san_backbones needs {name} {LEAST[name]} or later, found {name} {found}: pip install "
-                              f"--upgrade '{name}>={LEAST[name]}'{together}")
+            raise ImportError(f"{who} needs {name} {least[name]} or later{why}, found {name} {found}: pip install "
+                              f"--upgrade '{name}>={least[name]}'{together}")
 
 
-check()
+def check_pickles(who: str) -> None:
+    """Raises ImportError where `torch.load` would run code of a checkpoint's author (CVE-2025-32434)."""
+    check(who, LEAST_FOR_PICKLES, ', because older ones may run code that a checkpoint brings')
+
+
+check('san_backbones', LEAST)

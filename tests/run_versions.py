@@ -35,10 +35,9 @@ class Corner(NamedTuple):
     pins: tuple[str, ...] = ()
 
 
-OLDEST = ('torch==2.6.0', 'torchvision==0.21.0', 'timm==1.0.31')
 CORNERS = (
-    Corner('oldest', '3.10', (*OLDEST, 'huggingface_hub==1.0.1')),
-    Corner('oldest, newest Python', '3.13', (*OLDEST, 'huggingface_hub<2')),
+    Corner('oldest', '3.10', ('torch==2.4.0', 'torchvision==0.19.0', 'timm==1.0.31', 'huggingface_hub==1.0.1')),
+    Corner('oldest of the mm extra, newest Python', '3.13', ('torch==2.6.0', 'timm==1.0.31', 'huggingface_hub<2')),
     Corner('in between', '3.12', ('torch==2.10.*', 'huggingface_hub==2.0.0')),
     Corner('newest, oldest Python', '3.10'),
     Corner('newest', '3.13'),

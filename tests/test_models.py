@@ -288,19 +288,29 @@ class TestTracing:
     @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on the CPU')
     @pytest.mark.parametrize('backend', ['auto', 'reference'])
     def test_inductor(self, model, backend):
-        if backend == 'reference' and torch.__version__.startswith('2.6.'):
-            pytest.skip("torch 2.6's inductor fails with: 'int' object has no attribute 'find'")
+        if backend == 'reference' and torch.__version__.startswith(('2.5.', '2.6.')):
+            pytest.skip("the inductor of torch 2.5 and 2.6 fails with: 'int' object has no attribute 'find', 'count'")
         torch.compiler.reset()
         layer = model.stages[1].blocks[0].attn
         x = torch.randn(2, layer.dim, 9, 12)
         with ops.use_backend(backend), torch.no_grad():
             torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.skipif(not hasattr(torch.export.Dim, 'DYNAMIC'), reason='torch 2.4 and 2.5 have no Dim.DYNAMIC')
     def test_export_with_any_size(self, model):
         dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-        exported = torch.export.export(model, (self.image,), dynamic_shapes=(dynamic,)).module()
-        # torch's guards want two pixels a side at the end
-        for size in ((1, 3, 64, 64), (3, 3, 101, 78), (2, 3, 65, 200)):
+
+        def export(module, image):
+            return torch.export.export(module, (image,), dynamic_shapes=(dynamic,)).module()
+
+        pool = export(torch.nn.MaxPool2d(2), self.image)
+        try:
+            pool(torch.zeros(1, 3, 64, 64))
+            sizes = (1, 3, 64, 64), (3, 3, 101, 78), (2, 3, 65, 200)  # torch's guards want two pixels a side at the end
+        except AssertionError:  # torch 2.10: sizes that are odd and even in each stage where those of the example are
+            sizes = (1, 3, 129, 112), (3, 3, 65, 208)
+        exported = export(model, self.image)
+        for size in sizes:
             image = torch.randn(size)
             torch.testing.assert_close(exported(image), model(image), rtol=1e-4, atol=1e-5)
 

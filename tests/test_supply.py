@@ -44,10 +44,12 @@ def test_the_check_at_import_is_that_of_setup_cfg():
     bounds = {requirement.name: str(requirement.specifier) for requirement in declared()}
     assert {name: f'>={least}' for name, least in _requirements.LEAST.items()} == {
         name: bounds[name] for name in ('torch', 'timm')}
+    of_mm = [str(requirement.specifier) for requirement in declared('mm') if requirement.name == 'torch']
+    assert of_mm == [bounds['torch'], f'>={_requirements.LEAST_FOR_PICKLES["torch"]}']
 
 
 @pytest.mark.parametrize('module, version', [
-    (torch, '2.5.1'), (torch, '2.5.1+cu124'), (torch, '1.13.0'), (timm, '1.0.30'), (timm, '0.9.16')])
+    (torch, '2.3.1'), (torch, '2.3.1+cu121'), (torch, '1.13.0'), (timm, '1.0.30'), (timm, '0.9.16')])
 def test_older_versions_are_refused(module, version, monkeypatch):
     monkeypatch.setattr(module, '__version__', version)
     name, least = module.__name__, _requirements.LEAST[module.__name__]
@@ -57,7 +59,7 @@ def test_older_versions_are_refused(module, version, monkeypatch):
 
 
 @pytest.mark.parametrize('module, version', [
-    (torch, '2.6.0'), (torch, '2.6.0a0+git12ab34'), (torch, '2.10.1'), (torch, '3.0'), (timm, '1.0.31'),
+    (torch, '2.4.0'), (torch, '2.4.0a0+git12ab34'), (torch, '2.10.1'), (torch, '3.0'), (timm, '1.0.31'),
     (timm, '1.0.31.dev0'), (timm, '1.1'), (timm, '1.0.100')])
 def test_others_are_not(module, version, monkeypatch):
     monkeypatch.setattr(module, '__version__', version)
@@ -69,6 +71,17 @@ def test_the_check_comes_before_anything_else():
            "    import sys\n    print(error, sorted(name for name in sys.modules if name.startswith('san_backbones')))"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert 'needs timm' in done.stdout and 'san_backbones.ops' not in done.stdout
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason='no mm extra')
+@pytest.mark.parametrize('version, refused', [('2.5.1', True), ('2.4.0+cu121', True), ('2.6.0', False)])
+def test_pickles_are_read_by_no_older_torch(version, refused):
+    """Whose `torch.load` may run code of the file."""
+    pytest.importorskip('mmengine')
+    code = f"import torch, timm, san_backbones; torch.__version__ = '{version}'\ntry:\n    import san_backbones.mm\n" \
+           "except ImportError as error:\n    print(error)"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ('san_backbones.mm needs torch 2.6 or later, because' in done.stdout) == refused
 
 
 # --- The lock --------------------------------------------------------------------------------------------------------

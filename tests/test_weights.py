@@ -310,6 +310,7 @@ print(json.dumps(hashlib.sha256(y.numpy().tobytes()).hexdigest()))
 '''
 
 
+@pytest.mark.skipif(torch.__version__.startswith(('2.4.', '2.5.')), reason='.pth files are read from torch 2.6 on')
 def test_from_the_authors_file_to_pretrained(tmp_path):
     """Released format, convert, publish, `pretrained=True` with an empty cache, offline: the same bits."""
     import oracle

@@ -36,6 +36,7 @@ from torch import nn
 
 import san_backbones  # noqa: F401, registers the models
 from san_backbones import hub
+from san_backbones._requirements import check_pickles
 from san_backbones.hub import WeightsError
 from san_backbones.san import DEPTHS, SAN, checkpoint_filter_fn
 
@@ -92,6 +93,11 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise WeightsError(f'{path} is no file; expected a checkpoint (.pth, .pth.tar, .safetensors)')
+    if path.suffix != '.safetensors':
+        try:
+            check_pickles(f'reading {path}')
+        except ImportError as error:
+            raise WeightsError(str(error)) from None
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)

@@ -10,7 +10,11 @@ Importing this package
 - registers `SANBackbone`, `SANLayerDecayOptimWrapperConstructor`, `AutocastOptimWrapper`, `CheckSetupHook` and
   `ExactResumeHook` in mmengine's root registries.
 """
-from .operators import install_operators, operators_in_use
+from .._requirements import check_pickles
+
+check_pickles('san_backbones.mm')
+
+from .operators import install_operators, operators_in_use  # noqa: E402
 
 install_operators()
 

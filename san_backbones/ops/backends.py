@@ -141,15 +141,12 @@ def serves(x: Tensor) -> bool:
         and _wanted()[0] in (AUTO, 'native') and native.unavailable() is None
 
 
+@torch.compiler.assume_constant_result  # in a graph of torch 2.10, torch.compiler.is_exporting is always true
 def is_exporting() -> bool:
     """Whether torch.export is looking: an exported program holds the definition only, and needs no operator of ours."""
-    return torch.compiler.is_exporting() if hasattr(torch.compiler, 'is_exporting') else _is_exporting()
-
-
-@torch.compiler.assume_constant_result
-def _is_exporting() -> bool:
-    """What `torch.compiler.is_exporting` says, for torch 2.6, which does not have it."""
-    export = sys.modules.get('torch.export._trace')
+    if hasattr(torch.compiler, 'is_exporting'):
+        return torch.compiler.is_exporting()
+    export = sys.modules.get('torch.export._trace')  # torch 2.6
     return getattr(export, '_EXPORT_FLAGS', None) is not None
 
 

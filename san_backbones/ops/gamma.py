@@ -117,14 +117,17 @@ def need_several_values(count: int) -> None:
 
 def normalise(x: Tensor, norm: Norm) -> Tensor:
     """Applies `norm` to x (N, C, P, L), updating its running buffers where it uses batch statistics."""
-    if norm.group is None:
+    if norm.group is None and norm.eps > 0:  # torch 2.10's refuses an eps of 0
         return F.batch_norm(
             x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
             norm.batch_statistics, norm.momentum, norm.eps)
     wide = _wide(x)
-    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    count = torch.tensor(x.numel() / x.shape[1], dtype=wide.dtype, device=x.device)
-    affine = fold_batch(norm, mean, var, count)
+    if norm.batch_statistics:
+        var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        count = torch.tensor(x.numel() / x.shape[1], dtype=wide.dtype, device=x.device)
+        affine = fold_batch(norm, mean, var, count)
+    else:
+        affine = fold(norm, norm.running_mean, norm.running_var)
     return (wide * affine.scale[:, None, None] + affine.shift[:, None, None]).to(x.dtype)
 
 

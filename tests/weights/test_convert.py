@@ -57,6 +57,15 @@ def card_of(folder):
 
 # --- The manifest ----------------------------------------------------------------------------------------------------
 
+def test_no_pickle_is_read_where_torch_may_run_it(tmp_path, monkeypatch):
+    torch.save({'a': torch.ones(2)}, tmp_path / 'a.pth')
+    save_file({'a': torch.ones(2)}, tmp_path / 'a.safetensors')
+    monkeypatch.setattr(torch, '__version__', '2.5.1+cu124')
+    with pytest.raises(convert.WeightsError, match=r'a\.pth needs torch 2\.6 or later, because .* found torch 2\.5\.1'):
+        convert.read(tmp_path / 'a.pth')
+    assert list(convert.read(tmp_path / 'a.safetensors')) == ['a']
+
+
 def test_what_torch_load_may_read_elsewhere_stays_as_it_was(tmp_path):
     entry = convert.DATA_CLASSES[0]
     was = torch.serialization.get_safe_globals()
