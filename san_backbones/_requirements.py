@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import timm
 import torch
 
-__all__ = ['LEAST', 'LEAST_FOR_PICKLES', 'check', 'check_pickles']
+__all__ = ['LEAST', 'LEAST_FOR_ONNX', 'LEAST_FOR_PICKLES', 'check', 'check_pickles']
 
 # as in setup.cfg, where the reasons are
 LEAST = {'torch': '2.4', 'timm': '1.0.31'}
 LEAST_FOR_PICKLES = {'torch': '2.6'}  # to read .pth files: of the mm extra, and of weights/convert.py
+LEAST_FOR_ONNX = {'torch': '2.8'}  # of the onnx extra
 
 
 def _numbers(version: str) -> list[int]:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._requirements import LEAST_FOR_ONNX, check
 from .attention import _FootprintAttention
 from .ops import geometry, reference
 
@@ -292,10 +293,11 @@ def export_onnx(
         The path of the file.
 
     Raises:
-        ImportError: onnx or onnxscript are missing; the message says what to install.
+        ImportError: onnx or onnxscript are missing, or torch is too old; the message says what to install.
         ValueError: An argument is out of range, the model is in training mode, or it has no SAN attention.
         RuntimeError: What onnxruntime computes differs from what torch computes.
     """
+    check('export_onnx', LEAST_FOR_ONNX)
     onnx, _ = _need('onnx', 'onnxscript')
     if not isinstance(image_size, int) and (not isinstance(image_size, Sequence) or len(image_size) != 2):
         raise ValueError(f'image_size must be an integer or (height, width), got {image_size!r}')

@@ -226,6 +226,11 @@ class TestOnnx:
         with pytest.raises(ImportError, match=rf"'{package}', which is not .*pip install 'san-backbones\[onnx\]'"):
             export_onnx(small('patchwise'), tmp_path / 'model.onnx')
 
+    def test_torch_that_cannot_is_refused(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(torch, '__version__', '2.7.1')
+        with pytest.raises(ImportError, match=r'export_onnx needs torch 2\.8 or later, found torch 2\.7\.1'):
+            export_onnx(small('patchwise'), tmp_path / 'model.onnx')
+
     def test_other_norms(self, tmp_path):
         model = small('pairwise', depths=(0, 1),
                       norm_layer=lambda channels, **kwargs: nn.GroupNorm(1, channels, **kwargs))

@@ -44,8 +44,9 @@ def test_the_check_at_import_is_that_of_setup_cfg():
     bounds = {requirement.name: str(requirement.specifier) for requirement in declared()}
     assert {name: f'>={least}' for name, least in _requirements.LEAST.items()} == {
         name: bounds[name] for name in ('torch', 'timm')}
-    of_mm = [str(requirement.specifier) for requirement in declared('mm') if requirement.name == 'torch']
-    assert of_mm == [bounds['torch'], f'>={_requirements.LEAST_FOR_PICKLES["torch"]}']
+    for extra, least in (('mm', _requirements.LEAST_FOR_PICKLES), ('onnx', _requirements.LEAST_FOR_ONNX)):
+        of_extra = [str(requirement.specifier) for requirement in declared(extra) if requirement.name == 'torch']
+        assert of_extra == [bounds['torch'], f'>={least["torch"]}']
 
 
 @pytest.mark.parametrize('module, version', [
