@@ -117,17 +117,18 @@ def need_several_values(count: int) -> None:
 
 def normalise(x: Tensor, norm: Norm) -> Tensor:
     """Applies `norm` to x (N, C, P, L), updating its running buffers where it uses batch statistics."""
-    if norm.group is None and norm.eps > 0:  # torch 2.10's refuses an eps of 0
+    fused = not norm.batch_statistics and norm.eps == 0  # into what is before it; torch 2.10's batch_norm refuses that
+    if norm.group is None and not fused:
         return F.batch_norm(
             x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
             norm.batch_statistics, norm.momentum, norm.eps)
     wide = _wide(x)
-    if norm.batch_statistics:
+    if fused:
+        affine = fold(norm, norm.running_mean, norm.running_var)
+    else:
         var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
         count = torch.tensor(x.numel() / x.shape[1], dtype=wide.dtype, device=x.device)
         affine = fold_batch(norm, mean, var, count)
-    else:
-        affine = fold(norm, norm.running_mean, norm.running_var)
     return (wide * affine.scale[:, None, None] + affine.shift[:, None, None]).to(x.dtype)
 
 
