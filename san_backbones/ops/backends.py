@@ -146,7 +146,7 @@ def is_exporting() -> bool:
     """Whether torch.export is looking: an exported program holds the definition only, and needs no operator of ours."""
     if hasattr(torch.compiler, 'is_exporting'):
         return torch.compiler.is_exporting()
-    export = sys.modules.get('torch.export._trace')  # torch 2.6
+    export = sys.modules.get('torch.export._trace')  # torch 2.4 to 2.6
     return getattr(export, '_EXPORT_FLAGS', None) is not None
 
 
