@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'reference' / 'versions.md'
 SHOWN = ('torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors', 'numpy')
 # what needs torch and timm only, and the Hub with its client; others skip what is not there
-TESTS = ('tests/ops', 'tests/test_models.py', 'tests/test_fuse.py', 'tests/test_weights.py', 'tests/test_hub_server.py')
+TESTS = ('tests/ops', 'tests/test_models.py', 'tests/test_fuse.py', 'tests/test_weights.py', 'tests/test_hub_server.py',
+         'tests/test_export.py')
 LEFT_OUT = 'not test_in_the_interpreter'  # of Triton: minutes, and `make test` has it
 TIME_LIMIT = 3600  # seconds for the tests of a corner
 
@@ -33,14 +34,17 @@ class Corner(NamedTuple):
     name: str
     python: str
     pins: tuple[str, ...] = ()
+    extras: str = ''
 
 
 CORNERS = (
     Corner('oldest', '3.10', ('torch==2.4.0', 'torchvision==0.19.0', 'timm==1.0.31', 'huggingface_hub==1.0.1')),
     Corner('oldest of the mm extra, newest Python', '3.13', ('torch==2.6.0', 'timm==1.0.31', 'huggingface_hub<2')),
-    Corner('in between', '3.12', ('torch==2.10.*', 'huggingface_hub==2.0.0')),
-    Corner('newest, oldest Python', '3.10'),
-    Corner('newest', '3.13'),
+    Corner('oldest of the onnx extra', '3.11', ('torch==2.8.0', 'timm==1.0.31', 'huggingface_hub<2', 'onnx==1.17.*',
+                                                'onnxscript==0.5.*', 'onnxruntime==1.20.*'), '[onnx]'),
+    Corner('in between', '3.12', ('torch==2.10.*', 'huggingface_hub==2.0.0'), '[onnx]'),
+    Corner('newest, oldest Python', '3.10', extras='[onnx]'),
+    Corner('newest', '3.13', extras='[onnx]'),
 )
 
 
@@ -70,7 +74,7 @@ def try_corner(corner: Corner, keep: bool) -> tuple[list[str], str]:
             subprocess.run([python, '-m', 'venv', '--clear', folder], check=True)
         installed = subprocess.run(
             [own / 'python', '-m', 'pip', 'install', '--quiet', '--no-compile', '--disable-pip-version-check',
-             ROOT, *corner.pins, 'pytest', 'pytest-timeout'],
+             f'{ROOT}{corner.extras}', *corner.pins, 'pytest', 'pytest-timeout'],
             env=environment, capture_output=True, text=True)
         if installed.returncode:
             print(installed.stderr, file=sys.stderr)

@@ -104,20 +104,21 @@ class TestCompile:
             assert_equal(compiled(pictures(2, 3, 16, 20)), model(pictures(2, 3, 16, 20)))
 
 
+@pytest.mark.skipif(not hasattr(torch.export.Dim, 'DYNAMIC'), reason='torch 2.4 and 2.5 have no Dim.DYNAMIC')
 class TestExport:
     @pytest.mark.parametrize('form, features, kwargs, strict', [
         ('pairwise', True, dict(position_ref_size=64), False),
         ('pairwise', False, dict(), True),
         ('patchwise', True, dict(), False),
     ])
-    def test_saved_and_loaded_with_open_sizes(self, form, features, kwargs, strict, tmp_path):
+    def test_saved_and_loaded_with_open_sizes(self, form, features, kwargs, strict, tmp_path, export_keeps_parity):
         model = small(form, features, depths=(0, 1), **kwargs)  # torch takes seconds for each block
         dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
         with torch.no_grad():
             program = torch.export.export(model, (pictures(2, 3, 20, 24),), dynamic_shapes=(dims,), strict=strict)
             torch.export.save(program, tmp_path / 'model.pt2')
             loaded = torch.export.load(tmp_path / 'model.pt2').module()
-            for size in SIZES:
+            for size in ((1, 3, 12, 8), (3, 3, 28, 44)) if export_keeps_parity else SIZES:
                 assert_equal(loaded(pictures(*size)), model(pictures(*size)))
             # torch takes an open size to be at least 2, in the last map as elsewhere, and says so
             with pytest.raises((AssertionError, RuntimeError), match=r'Guard failed: .*8|shape\[2\] to be >= 8'):
