@@ -3,6 +3,7 @@
 A letter gets a spoken name once: phi is `query`, psi `key`, beta `value`, gamma `weight_mlp`, delta the `relation`,
 the mapping of coordinates `position`. The computation is in `san_backbones.ops`.
 """
+import operator
 from collections import OrderedDict
 from typing import Any
 
@@ -145,7 +146,8 @@ class _FootprintAttention(nn.Module):
     @torch.jit.ignore
     def spec(self) -> ops.Spec:
         """Form, relation, position and footprint as the operators take them."""
-        return ops.Spec(self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation)
+        size, dilation = operator.index(self.kernel_size), operator.index(self.dilation)  # torch 2.4 makes them symbols
+        return ops.Spec(self.is_pairwise, self.relation, self.position_mode, size, dilation)
 
     @torch.jit.ignore
     def _check(self, x: Tensor) -> None:

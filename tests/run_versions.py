@@ -41,7 +41,7 @@ CORNERS = (
     Corner('oldest', '3.10', ('torch==2.4.0', 'torchvision==0.19.0', 'timm==1.0.31', 'huggingface_hub==1.0.1')),
     Corner('oldest of the mm extra, newest Python', '3.13', ('torch==2.6.0', 'timm==1.0.31', 'huggingface_hub<2')),
     Corner('oldest of the onnx extra', '3.11', ('torch==2.8.0', 'timm==1.0.31', 'huggingface_hub<2', 'onnx==1.17.*',
-                                                'onnxscript==0.5.*', 'onnxruntime==1.20.*'), '[onnx]'),
+                                                'onnxscript==0.6.1', 'onnxruntime==1.20.*'), '[onnx]'),
     Corner('in between', '3.12', ('torch==2.10.*', 'huggingface_hub==2.0.0'), '[onnx]'),
     Corner('newest, oldest Python', '3.10', extras='[onnx]'),
     Corner('newest', '3.13', extras='[onnx]'),

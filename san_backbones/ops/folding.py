@@ -42,10 +42,12 @@ def round_up(size: int, width: int) -> int:
     return (size + width - 1) // width * width
 
 
-@torch.compiler.assume_constant_result  # not every torch compiles bit_length
 def power_of_2(n: int) -> int:
     """The least that is no less than n."""
-    return 1 << (n - 1).bit_length()
+    power = 1  # not n.bit_length(): not every torch compiles it, and in a graph n may be a symbol
+    while power < n:
+        power *= 2
+    return power
 
 
 def fold_gamma(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec, width: int,
