@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import timm
 import torch
 
-__all__ = ['LEAST', 'LEAST_FOR_ONNX', 'LEAST_FOR_PICKLES', 'check', 'check_pickles']
+__all__ = ['LEAST', 'LEAST_FOR_CONVERSION', 'LEAST_FOR_ONNX', 'LEAST_FOR_PICKLES', 'check', 'check_pickles',
+           'older']
 
 # as in setup.cfg, where the reasons are
-LEAST = {'torch': '2.4', 'timm': '1.0.31'}
+LEAST = {'torch': '2.4', 'timm': '1.0.26'}
 LEAST_FOR_PICKLES = {'torch': '2.6'}  # to read .pth files: of the mm extra, and of weights/convert.py
 LEAST_FOR_ONNX = {'torch': '2.8'}  # of the onnx extra
+LEAST_FOR_CONVERSION = {'timm': '1.0.31'}  # of weights/convert.py, whose config.json timm writes
 
 
 def _numbers(version: str) -> list[int]:
@@ -20,10 +22,15 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r'\d+', version.partition('+')[0])[:3]]
 
 
+def older(found: str, least: str) -> bool:
+    """Whether version `found` comes before `least`."""
+    return _numbers(found) < _numbers(least)
+
+
 def check(who: str, least: Mapping[str, str], why: str = '') -> None:
     """Raises ImportError where torch or timm is older than `least` says, with the reason `why`."""
     for name, found in (('torch', torch.__version__), ('timm', timm.__version__)):
-        if name in least and _numbers(found) < _numbers(least[name]):
+        if name in least and older(found, least[name]):
             together = ' torchvision' if name == 'torch' else ''  # one build of it goes with one of torch
             raise ImportError(f"{who} needs {name} {least[name]} or later{why}, found {name} {found}: pip install "
                               f"--upgrade '{name}>={least[name]}'{together}")

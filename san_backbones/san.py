@@ -308,7 +308,6 @@ class SAN(nn.Module):
             raise ValueError(
                 f'position_ref_size must be None or an integer of at least {2 ** (len(depths) + 1)} (2 pixels in the '
                 f'last of {len(depths)} stages), got {position_ref_size!r}')
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.feature_info: list[dict[str, Any]] = []
@@ -336,10 +335,9 @@ class SAN(nn.Module):
             self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f'stages.{i}'))
             in_dim = dim
         self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = in_dim
-        self.head = ClassifierHead(in_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.num_features = in_dim
         self.min_size = stride
+        self._set_head(num_classes, global_pool, **dd)
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -390,13 +388,15 @@ class SAN(nn.Module):
             num_classes: Classes of the new classifier; 0 for none.
             global_pool: New pooling, '' for none; None keeps the present one.
         """
-        self._reset_head(num_classes, global_pool)
-
-    def _reset_head(self, num_classes: int, global_pool: str | None) -> None:
-        self.num_classes = num_classes
         like = self.stem.conv.weight  # the head itself may hold no parameter to tell device and dtype
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, device=like.device, dtype=like.dtype)
-        self.head_hidden_size = self.head.num_features
+        pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
+        self._set_head(num_classes, pool_type, device=like.device, dtype=like.dtype)
+
+    def _set_head(self, num_classes: int, global_pool: str, **dd: Any) -> None:
+        self.num_classes = num_classes
+        self.head = ClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=self.drop_rate, **dd).train(self.training)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
             self,
@@ -460,7 +460,7 @@ class SAN(nn.Module):
             self.num_features = self.feature_info[max_index]['num_chs']
             self.min_size = self.feature_info[max_index]['reduction']
         if prune_head or prune_end:
-            self._reset_head(0, '')
+            self.reset_classifier(0, '')
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

@@ -338,6 +338,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      (f'{CONVERT}::test_nothing_of_a_pickle_is_run',)),
     ('converter: pickles with any torch', 'weights/convert.py', "check_pickles(f'reading {path}')", 'pass',
      (f'{CONVERT}::test_no_pickle_is_read_where_torch_may_run_it',)),
+    ('converter: any timm', 'weights/convert.py', "check('weights/convert.py', LEAST_FOR_CONVERSION)", 'pass',
+     (f'{CONVERT}::test_what_an_older_timm_cannot_write',)),
     ('OpenMMLab with any torch', 'san_backbones/mm/__init__.py', "check_pickles('san_backbones.mm')", 'pass',
      ('tests/test_supply.py::test_pickles_are_read_by_no_older_torch',)),
     ('converter: digest of the source', 'weights/convert.py',

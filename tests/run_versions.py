@@ -25,7 +25,8 @@ PAGE = ROOT / 'docs' / 'reference' / 'versions.md'
 SHOWN = ('torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors', 'numpy')
 # what needs torch and timm only, and the Hub with its client; others skip what is not there
 TESTS = ('tests/ops', 'tests/test_models.py', 'tests/test_fuse.py', 'tests/test_weights.py', 'tests/test_hub_server.py',
-         'tests/test_export.py')
+         'tests/test_export.py', 'tests/test_supply.py')
+TESTS_OF_EXTRAS = {'[mm]': ('tests/mm', 'tests/trust/test_interruption.py')}
 LEFT_OUT = 'not test_in_the_interpreter'  # of Triton: minutes, and `make test` has it
 TIME_LIMIT = 3600  # seconds for the tests of a corner
 
@@ -38,8 +39,11 @@ class Corner(NamedTuple):
 
 
 CORNERS = (
-    Corner('oldest', '3.10', ('torch==2.4.0', 'torchvision==0.19.0', 'timm==1.0.31', 'huggingface_hub==1.0.1')),
-    Corner('oldest of the mm extra, newest Python', '3.13', ('torch==2.6.0', 'timm==1.0.31', 'huggingface_hub<2')),
+    Corner('oldest', '3.10', ('torch==2.4.0', 'torchvision==0.19.0', 'timm==1.0.26', 'huggingface_hub==1.0.1')),
+    Corner('oldest torch of the newest Python', '3.13', ('torch==2.5.0', 'timm==1.0.26', 'huggingface_hub<2')),
+    Corner('oldest of the mm extra', '3.10', ('torch==2.6.0', 'timm==1.0.26', 'huggingface_hub<2', 'mmengine==0.10.7',
+                                              'mmcv-lite==2.0.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2'), '[mm]'),
+    Corner('newest of the mm extra', '3.13', extras='[mm]'),
     Corner('oldest of the onnx extra', '3.11', ('torch==2.8.0', 'timm==1.0.31', 'huggingface_hub<2', 'onnx==1.17.*',
                                                 'onnxscript==0.6.1', 'onnxruntime==1.20.*'), '[onnx]'),
     Corner('in between', '3.12', ('torch==2.10.*', 'huggingface_hub==2.0.0'), '[onnx]'),
@@ -74,7 +78,7 @@ def try_corner(corner: Corner, keep: bool) -> tuple[list[str], str]:
             subprocess.run([python, '-m', 'venv', '--clear', folder], check=True)
         installed = subprocess.run(
             [own / 'python', '-m', 'pip', 'install', '--quiet', '--no-compile', '--disable-pip-version-check',
-             f'{ROOT}{corner.extras}', *corner.pins, 'pytest', 'pytest-timeout'],
+             f'{ROOT}{corner.extras}', *corner.pins, 'pytest', 'pytest-timeout', 'setuptools>=77,<82'],
             env=environment, capture_output=True, text=True)
         if installed.returncode:
             print(installed.stderr, file=sys.stderr)
@@ -88,7 +92,8 @@ def try_corner(corner: Corner, keep: bool) -> tuple[list[str], str]:
             try:
                 subprocess.run(
                     [own / 'pytest', '-q', '--tb=short', '--show-capture=no', '-p', 'no:cacheprovider', '-k', LEFT_OUT,
-                     f'--junitxml={report}', *TESTS], cwd=ROOT, env=environment, timeout=TIME_LIMIT)
+                     f'--junitxml={report}', *TESTS, *TESTS_OF_EXTRAS.get(corner.extras, ())],
+                    cwd=ROOT, env=environment, timeout=TIME_LIMIT)
             except subprocess.TimeoutExpired:
                 return json.loads(shown.stdout), f'not done after {TIME_LIMIT // 60} minutes'
             if not report.is_file():

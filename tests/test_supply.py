@@ -50,7 +50,7 @@ def test_the_check_at_import_is_that_of_setup_cfg():
 
 
 @pytest.mark.parametrize('module, version', [
-    (torch, '2.3.1'), (torch, '2.3.1+cu121'), (torch, '1.13.0'), (timm, '1.0.30'), (timm, '0.9.16')])
+    (torch, '2.3.1'), (torch, '2.3.1+cu121'), (torch, '1.13.0'), (timm, '1.0.25'), (timm, '0.9.16')])
 def test_older_versions_are_refused(module, version, monkeypatch):
     monkeypatch.setattr(module, '__version__', version)
     name, least = module.__name__, _requirements.LEAST[module.__name__]
@@ -60,7 +60,7 @@ def test_older_versions_are_refused(module, version, monkeypatch):
 
 
 @pytest.mark.parametrize('module, version', [
-    (torch, '2.4.0'), (torch, '2.4.0a0+git12ab34'), (torch, '2.10.1'), (torch, '3.0'), (timm, '1.0.31'),
+    (torch, '2.4.0'), (torch, '2.4.0a0+git12ab34'), (torch, '2.10.1'), (torch, '3.0'), (timm, '1.0.26'),
     (timm, '1.0.31.dev0'), (timm, '1.1'), (timm, '1.0.100')])
 def test_others_are_not(module, version, monkeypatch):
     monkeypatch.setattr(module, '__version__', version)
@@ -68,7 +68,7 @@ def test_others_are_not(module, version, monkeypatch):
 
 
 def test_the_check_comes_before_anything_else():
-    code = "import timm; timm.__version__ = '1.0.30'\ntry:\n    import san_backbones\nexcept ImportError as error:\n" \
+    code = "import timm; timm.__version__ = '1.0.20'\ntry:\n    import san_backbones\nexcept ImportError as error:\n" \
            "    import sys\n    print(error, sorted(name for name in sys.modules if name.startswith('san_backbones')))"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert 'needs timm' in done.stdout and 'san_backbones.ops' not in done.stdout

@@ -36,7 +36,7 @@ from torch import nn
 
 import san_backbones  # noqa: F401, registers the models
 from san_backbones import hub
-from san_backbones._requirements import check_pickles
+from san_backbones._requirements import LEAST_FOR_CONVERSION, check, check_pickles
 from san_backbones.hub import WeightsError
 from san_backbones.san import DEPTHS, SAN, checkpoint_filter_fn
 
@@ -295,8 +295,12 @@ def config_json(model: nn.Module, data_options: Mapping[str, Any]) -> bytes:
     """config.json as timm writes and reads it.
 
     Raises:
-        WeightsError: The data options do not fit the model.
+        WeightsError: The data options do not fit the model, or timm is too old to write them.
     """
+    try:
+        check('weights/convert.py', LEAST_FOR_CONVERSION)
+    except ImportError as error:
+        raise WeightsError(str(error)) from None
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / 'config.json'
         try:

@@ -61,6 +61,8 @@ def _one_epoch(pictures, work, **kwargs):
     return config
 
 
+FSDP_CRASHES = torch.__version__.startswith('2.6.')
+"""In state_dict on the CPU: a segmentation fault in torch's own code."""
 CASES = [(wrapper, attention) for wrapper in ('ddp', 'fsdp') for attention in ('pairwise', 'patchwise')]
 
 
@@ -101,7 +103,7 @@ def _process(rank, port, folder):
         if rank == 0:
             state = {name.replace('_fsdp_wrapped_module.', ''): tensor for name, tensor in state.items()}
             torch.save((loss / 2, state), os.path.join(folder, f'{wrapper}-{attention}.pt'))
-    if not torch.cuda.is_available():  # mmengine would train on it
+    if not torch.cuda.is_available() and not FSDP_CRASHES:  # mmengine would train on it
         _flexible_runner(pathlib.Path(folder))
     dist.barrier()
     dist.destroy_process_group()
@@ -159,6 +161,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='with a GPU 
 
 
 @needs_no_gpu
+@pytest.mark.skipif(FSDP_CRASHES, reason='FSDP of torch 2.6 crashes on the CPU')
 def test_flexible_runner_saves_whole_weights_under_fsdp(folder, same_as_in_one_process):
     same_as_in_one_process(folder / 'flexible/epoch_1.pth')
 

@@ -66,6 +66,12 @@ def test_no_pickle_is_read_where_torch_may_run_it(tmp_path, monkeypatch):
     assert list(convert.read(tmp_path / 'a.safetensors')) == ['a']
 
 
+def test_what_an_older_timm_cannot_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(timm, '__version__', '1.0.30')
+    with pytest.raises(convert.WeightsError, match=r'convert\.py needs timm 1\.0\.31 or later, found timm 1\.0\.30'):
+        convert.config_json(timm.create_model('test_san_patchwise'), {})
+
+
 def test_what_torch_load_may_read_elsewhere_stays_as_it_was(tmp_path):
     entry = convert.DATA_CLASSES[0]
     was = torch.serialization.get_safe_globals()
