@@ -104,10 +104,20 @@ class _FootprintAttention(nn.Module):
         if position is None:
             return None
         xy = geometry.coordinates(x, self.position_step)
+        if not torch.jit.is_scripting() and not is_pointwise(position):
+            return self._place_by_module(xy)
         weight, bias = position.weight.to(xy.dtype), position.bias
         assert bias is not None
         mapped = weight[:, 0] * xy[0] + weight[:, 1] * xy[1] + bias.to(xy.dtype)[:, None, None]
         return mapped.unsqueeze(0)
+
+    @torch.jit.ignore
+    def _place_by_module(self, xy: Tensor) -> Tensor:
+        """Of a position layer that does more than the convolution: one with hooks (pruning), an adapter."""
+        position: Any = self.position
+        like = next(position.parameters(), xy)
+        with torch.autocast('cpu' if xy.device.type == 'meta' else xy.device.type, enabled=False):
+            return position(xy.unsqueeze(0).to(like.dtype)).to(xy.dtype)
 
     def _forward_modules(self, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
         """The definition with gamma called as a module: for tracing and scripting, and for any other norm or layer."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import ops
 from .attention import _FootprintAttention
 from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
+from .ops.gamma import widened
 
 __all__ = ['FoldedStage', 'folded', 'fuse_for_inference']
 
@@ -54,16 +55,16 @@ class FoldedBlock(NamedTuple):
 
 
 def _affine(norm: nn.Module, like: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift of the norm of x + offset, in float32."""
+    """Scale and shift of the norm of x + offset, in float32 or wider."""
     described = as_norm(norm, like)
     scale, shift = ops.fold(described, described.running_mean, described.running_var)
     return scale.contiguous(), (shift + scale * offset).contiguous()
 
 
 def _pointwise(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight (out, in) and bias (out,) of a 1x1 convolution, in float32."""
-    weight = conv.weight.flatten(1).float()
-    return weight, weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.float()
+    """Weight (out, in) and bias (out,) of a 1x1 convolution, in float32 or wider."""
+    weight = widened(conv.weight.flatten(1))
+    return weight, weight.new_zeros(len(weight)) if conv.bias is None else widened(conv.bias)
 
 
 def _fold_block(block: Any, offset: Tensor) -> tuple[FoldedBlock, Tensor]:
@@ -107,14 +108,21 @@ def _obstacle(stage: Any) -> str | None:
     return None
 
 
+# attributes that say what a norm, a convolution or an attention computes
+_SETTINGS = ('eps', 'stride', 'padding', 'groups', 'kernel_size', 'dilation', 'relation', 'position_mode',
+             'position_step')
+
+
 class _Watch:
-    """Tells whether anything changed that a stage was folded from: modules, tensors and their versions."""
+    """Tells whether anything changed that a stage was folded from: modules, their settings, tensors, their versions."""
 
     def __init__(self, stage: nn.Module):
-        self.modules = [module for module in stage.modules() if module is not stage]
+        self.modules = [(module, len(module._modules)) for module in stage.modules() if module is not stage]
         self.entries: list[tuple[dict[str, Any], str, Any, Any]] = []
         for module in stage.modules():
             self.entries += [(module._modules, name, child, None) for name, child in module._modules.items()]
+            self.entries += [(module.__dict__, name, module.__dict__[name], None) for name in _SETTINGS
+                             if name in module.__dict__]
             for tensors in (module._parameters, module._buffers):
                 self.entries += [(tensors, name, x, None if x is None else self._state(x))
                                  for name, x in tensors.items()]
@@ -127,8 +135,9 @@ class _Watch:
     def unchanged(self, stage: nn.Module) -> bool:
         if self.entries[0][0] is not stage._modules:  # a replica of DataParallel begins with the original's attributes
             return False
-        for module in self.modules:
-            if module.training or module._forward_hooks or module._forward_pre_hooks:
+        for module, children in self.modules:
+            if module.training or module._forward_hooks or module._forward_pre_hooks or 'forward' in module.__dict__ \
+                    or len(module._modules) != children:
                 return False
         for holder, name, item, state in self.entries:
             if holder.get(name) is not item or (state is not None and self._state(item) != state):
@@ -143,7 +152,7 @@ class FoldedStage:
         self.watch = _Watch(stage)  # first: what is written while folding shows afterwards
         self.blocks: list[FoldedBlock] = []
         with torch.no_grad():
-            offset = torch.zeros(stage.conv.out_channels, device=stage.conv.weight.device)
+            offset = widened(stage.conv.weight.new_zeros(stage.conv.out_channels))
             for block in stage.blocks:
                 folded, offset = _fold_block(block, offset)
                 self.blocks.append(folded)
@@ -175,9 +184,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     what they are, and outputs are equal up to rounding. Training, gradients (call the model under `torch.no_grad()` or
     `torch.inference_mode()`), autocast, tracing, scripting and torch.compile run the modules as before, and so does a
     stage with forward hooks inside. Folding happens in the first call and anew when parameters or buffers have been
-    loaded, moved, converted, trained or replaced. Only writes through `tensor.data` go unseen: call this again after
-    those. Where parameters or buffers were themselves made under `torch.inference_mode()`, torch does not count writes
-    into them, and every call folds anew, which costs time; make or load the model outside it.
+    loaded, moved, converted, trained or replaced. Only what torch does not count as a write goes unseen: what goes
+    through `tensor.data`, and collectives such as `torch.distributed.broadcast`. Call this again after those. Where
+    parameters or buffers were themselves made under `torch.inference_mode()`, torch does not count writes into them,
+    and every call folds anew, which costs time; make or load the model outside it.
 
     Args:
         model: A SAN, a SANBackbone, or anything that holds one: a feature extractor, a detector.

@@ -76,7 +76,8 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 def is_pointwise(conv: Any) -> bool:
     """Whether the module is a 1x1 convolution and nothing else."""
-    return is_plain(conv, (nn.Conv2d.forward,)) and conv.weight.shape[2:] == (1, 1) and conv.stride == (1, 1) \
+    return is_plain(conv, (nn.Conv2d.forward,)) and type(conv)._conv_forward is nn.Conv2d._conv_forward \
+        and conv.weight.shape[2:] == (1, 1) and conv.stride == (1, 1) \
         and conv.groups == 1 and conv.padding in (0, (0, 0))
 
 

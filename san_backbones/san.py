@@ -28,6 +28,7 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
@@ -63,11 +64,17 @@ class Stem(nn.Module):
         self.act = nn.ReLU(inplace=True)
         self.pool = nn.MaxPool2d(2, 2)
 
+    def _pools_by_twos(self) -> bool:
+        pool: Any = self.pool
+        return is_plain(pool, (nn.MaxPool2d.forward,)) and not pool.ceil_mode and not pool.return_indices and all(
+            value in (wanted, (wanted, wanted)) for value, wanted in (
+                (pool.kernel_size, 2), (pool.stride, 2), (pool.padding, 0), (pool.dilation, 1)))
+
     @torch.jit.ignore
     def _forward_operator(self, x: torch.Tensor) -> torch.Tensor | None:
-        conv, norm, pool = self.conv, self.norm, self.pool
+        conv, norm = self.conv, self.norm
         if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_batch_norm(norm) \
-                or not is_plain(self.act, (nn.ReLU.forward,)) or not is_plain(pool, (nn.MaxPool2d.forward,)) \
+                or not is_plain(self.act, (nn.ReLU.forward,)) or not self._pools_by_twos() \
                 or (conv.bias is not None and not isinstance(norm, nn.Identity)) or not ops.serves(x):
             return None
         return ops.stem(x, conv.weight.flatten(1), as_norm(norm, conv.weight[:, 0, 0, 0], conv.bias))
@@ -187,9 +194,14 @@ class Stage(nn.Module):
     @torch.jit.ignore
     def _inference_form(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The folded stage, if x calls for it."""
-        if self.training or isinstance(x, torch.fx.Proxy) or torch.is_autocast_enabled(x.device.type) \
-                or ops.symbolic_caller(x) is not None:
+        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling():
             return None
+        if self.training or torch.is_grad_enabled():
+            self._folded = [None]  # torch's fused optimizers do not count their writes into parameters
+        if self.training or torch.is_autocast_enabled(x.device.type) or ops.symbolic_caller(x) is not None:
+            return None
+        if type(x) not in (torch.Tensor, nn.Parameter) or _get_current_dispatch_mode() is not None:
+            return None  # what such tensors and modes make of a fold is of use to nobody else
         if torch.is_grad_enabled():
             warnings.warn('a model fused for inference was called where gradients are enabled, and runs unfused; call '
                       'it under torch.inference_mode() or torch.no_grad()', stacklevel=2)

@@ -99,7 +99,7 @@ def test_training_and_back():
 
 @pytest.mark.parametrize('change', [
     'load', 'assign', 'in place', 'optimizer', 'replaced parameter', 'replaced layer', 'buffer', 'data', 'double',
-    'there and back'])
+    'there and back', 'eps', 'dilation'])
 def test_changes_are_seen(change):
     model, image = fuse_for_inference(_model('pairwise')), _image()
     with torch.no_grad():
@@ -128,10 +128,56 @@ def test_changes_are_seen(change):
         model, image = model.double(), image.double()
     elif change == 'there and back':
         model.to(torch.bfloat16).float()
+    elif change == 'eps':
+        block.attn.weight_mlp.norm2.eps = 0.5
+    elif change == 'dilation':
+        block.attn.dilation = 2
     assert _error(model, image) < 2e-6
     with torch.no_grad():
         assert change == 'double' or not torch.equal(model(image), before)
         assert _runs_folded(model, image)
+
+
+@pytest.mark.parametrize('change', ['a layer more', 'another forward'])
+def test_what_does_not_fold_any_more_runs_as_modules(change):
+    model, image = fuse_for_inference(_model()), _image()
+    with torch.no_grad():
+        before = model(image)
+        block = model.stages[1].blocks[0]
+        if change == 'a layer more':
+            block.attn.weight_mlp.append(nn.Tanh())
+        else:
+            block.act2.forward = lambda x: x.relu().square()
+        found = model(image)
+        assert not torch.allclose(found, before, rtol=1e-2)
+        for stage in model.stages:
+            stage.set_folding(False)
+        torch.testing.assert_close(found, model(image), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize('optimizer, lr', [(torch.optim.SGD, 1e-7), (torch.optim.AdamW, 0.01)])
+@pytest.mark.parametrize('mode', ['eval', 'frozen norms', 'frozen norms, autocast'])
+def test_fused_optimizers_count_no_writes(mode, optimizer, lr):
+    """Into parameters; with norms that keep their statistics nothing else tells of a step."""
+    model, image = fuse_for_inference(_model()), _image()
+    optimizer = optimizer(model.parameters(), lr, fused=True)
+    with torch.no_grad():
+        before = model(image)
+    if mode != 'eval':
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    with torch.autocast('cpu', torch.bfloat16, enabled='autocast' in mode), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that it runs unfused
+        model(image).square().mean().backward()
+    versions = [parameter._version for parameter in model.parameters()]
+    optimizer.step()
+    assert versions == [parameter._version for parameter in model.parameters()]
+    model.eval()
+    with torch.no_grad():
+        assert not torch.equal(model(image), before)
+    assert _error(model, image) < 2e-6
 
 
 def test_what_goes_unseen_is_what_the_docstring_says():
@@ -141,6 +187,10 @@ def test_what_goes_unseen_is_what_the_docstring_says():
         model.stages[1].blocks[0].attn.value.weight.data.mul_(2)
         assert torch.equal(model(image), before)
         assert not torch.equal(fuse_for_inference(model)(image), before)
+
+
+def test_double_precision():
+    assert _error(fuse_for_inference(_model('pairwise').double()), _image().double()) < 1e-13
 
 
 @pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
@@ -206,6 +256,33 @@ def test_traced_and_compiled_models_hold_the_modules():
         for other in (torch.jit.script(model), torch.jit.trace(model, image), torch.fx.symbolic_trace(model),
                       torch.export.export(model, (image,)).module()):
             torch.testing.assert_close(other(image), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('first', [True, False])
+@pytest.mark.parametrize('tool', ['fake tensors', 'subclass', 'make_fx', 'FlopCounterMode'])
+def test_tools_that_look_at_every_operator(tool, first):
+    """They see the modules, and leave no fold behind that is made of what they see."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.testing._internal.two_tensor import TwoTensor
+    from torch.utils.flop_counter import FlopCounterMode
+    model, image = fuse_for_inference(_model()), _image()
+    with torch.no_grad():
+        expected = fuse_for_inference(_model())(image)
+        if not first:
+            model(image)
+        if tool == 'fake tensors':
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                assert model(mode.from_tensor(image)).shape == expected.shape
+        elif tool == 'subclass':
+            torch.testing.assert_close(model(TwoTensor(image, image)).a, expected, rtol=1e-4, atol=1e-5)
+        elif tool == 'make_fx':
+            torch.testing.assert_close(make_fx(model)(image)(2 * image), model(2 * image), rtol=1e-4, atol=1e-5)
+        else:
+            with FlopCounterMode(display=False) as counter:
+                torch.testing.assert_close(model(image), expected, rtol=1e-4, atol=1e-5)
+            assert counter.get_total_flops() > 0
+        assert torch.equal(model(image), expected)
 
 
 def test_what_cannot_be_folded_is_an_error():

@@ -8,6 +8,8 @@ import sys
 import pytest
 import timm
 import torch
+from torch import nn
+from torch.nn.utils import prune
 
 import oracle
 import san_backbones
@@ -179,6 +181,73 @@ def test_mismatched_checkpoint_is_an_error(tmp_path):
     torch.save(timm.create_model('test_san_pairwise').state_dict(), tmp_path / 'other.pth')
     with pytest.raises(RuntimeError, match='attn.position'):
         timm.create_model('test_san_patchwise', checkpoint_path=str(tmp_path / 'other.pth'))
+
+
+CONVOLUTIONS = ('query', 'key', 'value', 'position', 'weight_mlp.fc1', 'weight_mlp.fc2')
+
+
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+def test_pruned_layers_learn(name):
+    torch.manual_seed(0)
+    layer = PairwiseAttention(64, kernel_size=3)
+    pruned = layer.get_submodule(name)
+    prune.l1_unstructured(pruned, 'weight', 0.5)
+    optimizer, before = torch.optim.SGD(layer.parameters(), 0.1), pruned.weight_orig.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(2, 64, 6, 6)).square().sum().backward()
+        optimizer.step()
+    moved = pruned.weight_orig != before
+    assert moved.any() and not (moved & (pruned.weight_mask == 0)).any()
+
+
+class Adapter(nn.Module):
+    """A layer with another beside it, as adapters of low rank are put in; it shows what the layer itself has."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.beside = layer, nn.Conv2d(layer.in_channels, layer.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.beside(x)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('layer'), name)
+
+
+class Doubled(nn.Conv2d):
+    """Weights that are made of others in the function that `forward` calls."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('kind', ['adapter', 'subclass'])
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+def test_layers_that_are_more_than_a_convolution(name, kind, autocast):
+    torch.manual_seed(0)
+    layer = PairwiseAttention(64, kernel_size=3).eval()
+    merged = copy.deepcopy(layer)
+    conv, parent = layer.get_submodule(name), layer.get_submodule(name.rpartition('.')[0])
+    if kind == 'adapter':
+        other = Adapter(conv)
+        merged.get_submodule(name).weight.data += other.beside.weight.data
+    else:
+        other = Doubled(conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None)
+        other.load_state_dict(conv.state_dict())
+        merged.get_submodule(name).weight.data *= 2
+    setattr(parent, name.rpartition('.')[2], other)
+    x = torch.randn(2, 64, 6, 6)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        bound = 0.03 if autocast and name != 'position' else 1e-5  # coordinates are not rounded
+        expected = merged(x)
+        assert (layer(x) - expected).norm() < bound * expected.norm()
+        parent._modules[name.rpartition('.')[2]] = conv
+        assert (layer(x) - expected).norm() > 0.003 * expected.norm()
 
 
 def test_set_grad_checkpointing_recomputes_blocks():

@@ -57,6 +57,13 @@ def check_gamma(query: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma
         inputs = {'dot': 1, 'concatenation': 2 * rel}.get(spec.relation, rel) + (0 if place is None else 2)
     else:
         inputs = {'star': area, 'clique': area * area}.get(spec.relation, rel * (area + 1))
+    for number, norm in ((1, gamma.norm1), (2, gamma.norm2)):
+        if not norm.batch_statistics and (norm.running_mean is None or norm.running_var is None):
+            raise ValueError(f'norm{number} of gamma has no running_mean or running_var; expected both, or '
+                             'batch_statistics=True')
+        if norm.momentum is None:
+            raise ValueError(f'momentum of norm{number} of gamma must be a number, got None (for a cumulative average, '
+                             '1 / number of batches)')
     hidden, outputs, taps = gamma.weight1.shape[0], gamma.weight2.shape[0], 1 if spec.pairwise else area
     expected = {'weight1': (gamma.weight1, (hidden, inputs, 1, 1)), 'weight2': (gamma.weight2, (outputs, hidden, 1, 1)),
                 'bias2': (gamma.bias2, (outputs,))}
@@ -69,6 +76,8 @@ def check_gamma(query: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma
         if x.shape != shape:
             raise ValueError(f'{name} of gamma must be {list(shape)} for this relation and these maps, '
                              f'got {list(x.shape)}')
+        if not x.is_floating_point():
+            raise ValueError(f'{name} of gamma must be of a floating dtype, got {x.dtype}')
         if x.device != value.device:
             raise ValueError(f'the maps are on {value.device} and {name} of gamma is on {x.device}: move maps or layer '
                              'with .to(device)')

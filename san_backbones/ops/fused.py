@@ -207,7 +207,7 @@ def _affine(norm: Norm, statistics: Callable[[], tuple[Tensor, Tensor, int]]) ->
         return fold(norm, norm.running_mean, norm.running_var)
     mean, var, values = statistics()
     need_several_values(values)
-    return fold_batch(norm, mean, var, torch.full((), float(values), device=mean.device))
+    return fold_batch(norm, mean, var, mean.new_full((), values))
 
 
 def _hidden_statistics(query: Tensor, key: Tensor, place: Tensor | None, norm1: Affine, gamma: Gamma,

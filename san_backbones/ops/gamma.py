@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'fold_batch', 'need_several_values', 'normalise',
-           'refuse_double_backward', 'synchronise', 'update_running_statistics']
+           'refuse_double_backward', 'synchronise', 'update_running_statistics', 'widened']
 
 
 class Spec(NamedTuple):
@@ -56,19 +56,20 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def fold(norm: Norm, mean: Tensor | None, var: Tensor | None) -> Affine:
     """The affine map that normalises by `mean` and (biased) `var`, then applies the norm's weight and bias."""
     assert mean is not None and var is not None  # who has no running statistics uses the batch's
-    scale = torch.rsqrt(_wide(var) + norm.eps)
+    scale = torch.rsqrt(widened(var) + norm.eps)
     if norm.weight is not None:
-        scale = scale * _wide(norm.weight)
-    shift = -_wide(mean) * scale
+        scale = scale * widened(norm.weight)
+    shift = -widened(mean) * scale
     if norm.bias is not None:
-        shift = shift + _wide(norm.bias)
+        shift = shift + widened(norm.bias)
     return Affine(scale, shift)
 
 
@@ -78,8 +79,9 @@ def update_running_statistics(norm: Norm, mean: Tensor, var: Tensor, count: Tens
         return
     with torch.no_grad():
         unbiased = var * (count / (count - 1).clamp(min=1))
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+        for running, found in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            # not lerp_, which makes a NaN of what is infinite
+            running.mul_(1 - norm.momentum).add_(found.to(running.dtype), alpha=norm.momentum)
 
 
 def synchronise(mean: Tensor, var: Tensor, count: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +124,7 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
         return F.batch_norm(
             x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
             norm.batch_statistics, norm.momentum, norm.eps)
-    wide = _wide(x)
+    wide = widened(x)
     if fused:
         affine = fold(norm, norm.running_mean, norm.running_var)
     else:

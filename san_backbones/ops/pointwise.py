@@ -52,12 +52,13 @@ def stem(image: Tensor, weight: Tensor, norm: Norm) -> Tensor:
     kind = image.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
     with torch.autocast(kind, enabled=False):
+        image = image.to(dtype)  # first: statistics are of what is normalised by them
         if norm.batch_statistics:
             mean, var, count = _linear_statistics(image, weight)
-            affine = fold_batch(norm, mean, var, torch.tensor(float(count)))
+            affine = fold_batch(norm, mean, var, mean.new_full((), count))
         else:
             affine = fold(norm, norm.running_mean, norm.running_var)
-        return native.stem(image.to(dtype), (weight.float() * affine.scale[:, None]).float(), affine.shift.float())
+        return native.stem(image, (weight.float() * affine.scale[:, None]).float(), affine.shift.float())
 
 
 def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

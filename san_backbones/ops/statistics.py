@@ -3,7 +3,7 @@
 Batch statistics of norm1 (of delta and the position channels) from sums over the maps: a footprint is a separable box,
 so that, for the subtraction, E[q_i - k_j] = E[q] - E[box k] and E[(q_i - k_j)^2] = E[q^2] - 2 E[q box k] + E[box k^2].
 Maps are centred first, since a variance must not be the small difference of two large sums. Exact, differentiable, in
-float32 or wider.
+float64, which has room for squares of whatever is finite in float32.
 """
 from typing import Any
 
@@ -63,7 +63,7 @@ def _difference(q: Tensor, k: Tensor, spec: Spec) -> _Moments:
 
 
 def _product(q: Tensor, k: Tensor, spec: Spec) -> _Moments:
-    q, k = q.double(), k.double()  # a product has no centre to take out
+    # a product has no centre to take out
     mean = _mean(q * _box(k, spec))
     return mean, _mean(q * q * _box(k * k, spec)) - mean * mean
 
@@ -101,11 +101,9 @@ def relation_statistics(query: Tensor, key: Tensor, place: Tensor | None, spec: 
         spec: One of `SUPPORTED`.
 
     Returns:
-        Mean and biased variance, (width,) each, in float32 (float64 for float64 maps), and how many values each
-        channel has.
+        Mean and biased variance, (width,) each, in float64, and how many values each channel has.
     """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    query, key = query.to(dtype), key.to(dtype)
+    query, key = query.double(), key.double()
     pixels = query.shape[0] * query.shape[2] * query.shape[3]
     parts: list[_Moments]
     if not spec.pairwise:
@@ -119,7 +117,7 @@ def relation_statistics(query: Tensor, key: Tensor, place: Tensor | None, spec: 
     else:
         parts = [_plain(query), _boxed(key, spec)]
     if place is not None:
-        place = place.to(dtype)
+        place = place.double()
         parts.append(_difference(place, place, spec) if spec.position == 'relative' else _boxed(place, spec))
-    mean, var = (torch.cat([moment.to(dtype) for moment in moments]) for moments in zip(*parts))
+    mean, var = (torch.cat(moments) for moments in zip(*parts))
     return mean, var.clamp(min=0), pixels * (spec.kernel_size ** 2 if spec.pairwise else 1)

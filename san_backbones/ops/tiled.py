@@ -165,8 +165,9 @@ class _Statistics(torch.autograd.Function):
 
 
 def _scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    scale, shift = (t.to(x.dtype).view(-1, 1, 1, 1) for t in (scale, shift))
-    return torch.addcmul(shift, x, scale).relu_()
+    wide = torch.promote_types(x.dtype, torch.float32)  # as batch norm: half precision has no room for mean / deviation
+    scale, shift = (t.to(wide).view(-1, 1, 1, 1) for t in (scale, shift))
+    return torch.addcmul(shift, x.to(wide), scale).relu_().to(x.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -186,7 +187,8 @@ def attend(
     batch, _, height, width = value.shape
     hidden_width = max(gamma.weight1.shape[:2])
     area = spec.kernel_size ** 2 if spec.pairwise else 1
-    depth = max(area * hidden_width, spec.kernel_size ** 2 * value.shape[1])
+    products = query.shape[1] * spec.kernel_size ** (4 if spec.relation == 'clique' else 2)  # before they are summed
+    depth = max(area * hidden_width, spec.kernel_size ** 2 * value.shape[1], products)
     cuts = list(tiles(batch, height, width, depth, 2 * pad))
 
     query_kind = HALO if spec.relation == 'clique' else OWN

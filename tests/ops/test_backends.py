@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from san_backbones import PairwiseAttention, PatchwiseAttention, ops
 from san_backbones.ops import backends, tiled
@@ -26,6 +27,31 @@ def _request(**kwargs):
     request = backends.Request(ops.Spec(True, 'subtraction', 'relative', 7, 1), torch.device('cpu'), torch.float32,
                                (1, 64, 8, 8), False, False, None)
     return request._replace(**kwargs)
+
+
+class _Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that an operator makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize('cls, relation', [
+    (cls, relation) for cls in (PairwiseAttention, PatchwiseAttention) for relation in cls.relations])
+def test_no_tensor_is_larger_than_a_tile(cls, relation, monkeypatch):
+    monkeypatch.setattr(tiled, 'TILE_ELEMENTS', 1 << 16)
+    layer = cls(64, rel_planes=12, out_planes=8, kernel_size=5, relation=relation).eval()
+    with torch.no_grad(), ops.use_backend('tiled'), _Largest() as largest:
+        layer(torch.zeros(1, 64, 16, 16))
+    assert 1 << 14 < largest.numbers <= 1 << 16
 
 
 def test_default_choice(monkeypatch):

@@ -36,6 +36,48 @@ def _close(actual, expected, bound=1e-5):
     assert (actual.double() - expected.double()).norm().item() / scale < bound
 
 
+@pytest.mark.parametrize('pool', [
+    nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 2, ceil_mode=True), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, 2, dilation=2),
+    nn.MaxPool2d((2, 3), 2), nn.MaxPool2d(2, (1, 2)), nn.MaxPool2d(2, 2, (0, 1)), nn.MaxPool2d((2, 2), (2, 2), (0, 0)),
+    nn.AvgPool2d(2)], ids=str)
+def test_any_pooling(pool):
+    stem = _stem().eval()
+    stem.pool = pool
+    image = torch.randn(2, 3, 13, 17)
+    with torch.no_grad():
+        torch.testing.assert_close(stem(image), pool(stem.act(stem.norm(stem.conv(image)))), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_statistics_are_of_the_rounded_image(dtype):
+    """A black picture has no variance, whatever autocast rounds it to."""
+    stem = _stem().train()
+    nn.init.zeros_(stem.norm.bias)
+    black = torch.tensor([-2.1179, -2.0357, -1.8044])[None, :, None, None].expand(2, 3, 32, 32)
+    with torch.no_grad(), torch.autocast('cpu', dtype):
+        assert stem(black).abs().max() < 1e-3
+
+
+@needs_loops
+def test_not_a_number_goes_back_as_through_modules():
+    stem = _stem().eval()
+    image = torch.randn(2, 3, 8, 10)
+    image[0, 1, 2, 3] = image[0, 0, 3, 3] = image[1, 2, 6, 0] = float('nan')
+    image.requires_grad_()
+    found = []
+    for y in (stem(image), stem.pool(stem.act(stem.norm(stem.conv(image))))):
+        found.append(torch.autograd.grad(y.sum(), [image, *stem.parameters()]))
+    for actual, expected in zip(*found):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def test_relu_of_fake_tensors():
+    from torch._subclasses import FakeTensorMode
+    with FakeTensorMode() as mode, torch.no_grad():
+        x, scale = mode.from_tensor(torch.zeros(6, 4)), mode.from_tensor(torch.zeros(4))
+        assert ops.scale_shift_relu(x, scale, scale).shape == (6, 4)
+
+
 @needs_loops
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('size', [(2, 3), (8, 8), (9, 14), (33, 2)])

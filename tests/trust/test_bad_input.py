@@ -283,6 +283,29 @@ def test_not_a_number_reaches_what_it_should_and_no_more(path, case, data):
 
 
 @pytest.mark.parametrize('path', PATHS)
+@machine(40)
+@given(case=cases(dtypes=(torch.float32,), least=1, layouts=('contiguous',)), data=st.data())
+def test_not_a_number_reaches_every_gradient_that_it_should(path, case, data):
+    """A ReLU whose output is NaN passes gradients on, as torch's does."""
+    case.build(smooth=True)
+    x = case.maps[data.draw(st.integers(0, 2))]
+    x[tuple(data.draw(st.integers(0, n - 1)) for n in x.shape)] = float('nan')
+    if case.refusal(path) is not None:
+        return
+    found = []
+    for way in (path, 'reference'):
+        maps, gamma = [x.detach().requires_grad_() for x in case.maps], case.gamma()
+        leaves = [*maps, *(x.requires_grad_() for x in (gamma.weight1, gamma.weight2))]
+        if not case.spec.pairwise:  # what all neighbours share does not change a softmax
+            leaves.append(gamma.bias2.requires_grad_())
+        with ops.use_backend(way):
+            output = ops.footprint_attention(*maps, case.place, gamma, case.spec)
+        found.append(torch.autograd.grad(output.sum(), leaves))
+    for actual, expected in zip(*found):
+        assert torch.equal(actual.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize('path', PATHS)
 @machine(60)
 @given(case=cases(dtypes=(torch.float32, torch.bfloat16), training=(False, True)),
        magnitude=st.sampled_from([1e-30, 1e-5, 1e2, 1e4, 1e6]))
@@ -400,6 +423,6 @@ def test_triton_in_the_interpreter():
     files = [pathlib.Path(__file__).with_name(f'test_{name}.py') for name in ('bad_input', 'refusals', 'numbers')]
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', *files, '-k',
-         'triton and not interpreter and not (deterministic or threads or company)'],
+         'triton and not interpreter and not (defaults or deterministic or threads or company)'],
         env={**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -120,6 +120,52 @@ def test_variance_of_hidden_vectors_beside_a_large_mean(path, cls, bias):
     assert (actual - expected).norm() < (1e-5 + 1e-6 * bias) * expected.norm()
 
 
+@pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 0.02), (torch.float16, 0.002)])
+@pytest.mark.parametrize('cls, relation', FORMS)
+@pytest.mark.parametrize('path', ['auto', *PATHS])
+def test_no_variance_in_half_precision(path, cls, relation, dtype, bound):
+    """A picture of one colour: mean / deviation is beyond float16, and its difference beyond bfloat16."""
+    layer = _layer(cls, 64, kernel_size=3, relation=relation).train()
+    with torch.no_grad():
+        layer.query.bias.fill_(4.7)
+        layer.key.bias.fill_(-4.3)
+    x = torch.zeros(2, 64, 8, 8)
+    with torch.no_grad(), ops.use_backend('reference'):
+        expected = copy.deepcopy(layer).double()(x.double())
+    if path in ('native', 'triton') and (layer.is_pairwise, relation) not in statistics.SUPPORTED:
+        return
+    with torch.no_grad(), torch.autocast('cpu', dtype), ops.use_backend(path):
+        actual = layer(x)
+    assert (actual.double() - expected).norm() < bound * expected.norm()  # false where it is NaN
+
+
+@pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_squares_beyond_float32(path, cls):
+    """Batch statistics and a step of maps of 1e20, whose variance is 1e40."""
+    layer = _layer(cls, kernel_size=3).train()
+    for conv in (layer.query, layer.key):
+        torch.nn.init.normal_(conv.weight, std=1e20)
+    leaf = torch.randn(2, 32, 7, 8, requires_grad=True)
+    with ops.use_backend(path):
+        y = layer(leaf)
+        y.square().sum().backward()
+    assert y.isfinite().all() and leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_infinite_running_statistics_stay_so(path, cls):
+    layer = _layer(cls, kernel_size=3).train()
+    norm, batch_norm = layer.weight_mlp.norm1, copy.deepcopy(layer.weight_mlp.norm1)
+    for one in (norm, batch_norm):
+        one.running_var.fill_(float('inf'))
+    with torch.no_grad(), ops.use_backend(path):
+        layer(torch.randn(2, 32, 7, 8))
+        batch_norm(torch.randn(2, norm.num_features, 7, 8))
+    assert torch.equal(norm.running_var, batch_norm.running_var) and norm.running_mean.isfinite().all()
+
+
 @pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 @pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
 @pytest.mark.parametrize('path', PATHS)
@@ -174,6 +220,27 @@ def test_deterministic_algorithms(name, path, deterministic):
     torch.manual_seed(0)
     model, image = timm.create_model(name, num_classes=3), torch.randn(2, 3, 64, 64)
     for a, b in zip(_step(model, image, path), _step(model, image, path)):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def defaults():
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+
+
+@pytest.mark.parametrize('default', [torch.float64, torch.bfloat16, torch.float16, 'meta'])
+@pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('name', ['test_san_pairwise', 'test_san_patchwise'])
+def test_defaults_of_torch_do_not_matter(name, path, default, defaults):
+    """For new tensors; and float16 counts to 65504 only."""
+    torch.manual_seed(0)
+    model, image = timm.create_model(name, num_classes=3), torch.randn(5, 3, 128, 128)
+    expected = _step(model, image, path)
+    torch.set_default_device(default) if default == 'meta' else torch.set_default_dtype(default)
+    for a, b in zip(_step(model, image, path), expected):
         assert torch.equal(a, b)
 
 

@@ -66,6 +66,11 @@ def _call(form=PairwiseAttention, **changes):
     (dict(bias2=lambda x: x.to('meta')), 'bias2 of gamma is on meta'),
     (dict(norm1_weight=lambda x: x[:1]), r'norm1.weight of gamma must be \[4\].*got \[1\]'),
     (dict(norm2_running_var=lambda x: x[None]), 'norm2.running_var of gamma'),
+    (dict(norm1_running_mean=lambda x: None), 'norm1 of gamma has no running_mean or.*batch_statistics=True'),
+    (dict(norm2_running_var=lambda x: None), 'norm2 of gamma has no'),
+    (dict(norm1_momentum=lambda x: None), 'momentum of norm1 of gamma must be a number, got None'),
+    (dict(weight1=lambda x: x.cfloat()), 'weight1 of gamma must be of a floating dtype, got torch.complex64'),
+    (dict(norm2_weight=lambda x: x.long()), 'norm2.weight of gamma must be of a floating dtype, got torch.int64'),
     (dict(shift=torch.zeros(7)), r'shift must be a floating tensor \[8\] on cpu, got shift \[7\]'),
 ], ids=lambda changes: '-'.join(changes) if isinstance(changes, dict) else '')
 def test_attention(path, changes, message):

@@ -30,11 +30,15 @@ def _to_float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 else x.to(torch.float32, memory_format=torch.contiguous_format)
 
 
+def _zeros(like: Tensor, *size: int) -> Tensor:
+    return like.new_zeros(size, dtype=torch.float32)  # whatever the default dtype and device
+
+
 def _readable(x: Tensor | None) -> Tensor | None:
     """x, or a copy of it, with memory behind it, since the loops read whole vectors beyond its end."""
     if x is None or (x.dim() == 4 and x.shape[-1] % library.width() == 0):
         return x
-    memory = torch.empty(x.numel() + library.width(), dtype=x.dtype)
+    memory = x.new_empty(x.numel() + library.width())
     return memory[:x.numel()].view(x.shape).copy_(x)
 
 
@@ -73,11 +77,11 @@ def _run_backward(shape: Shape, maps: _Tensors, folded: _Tensors,
     parameters: Any = None
     sums: Any = None
     if mode == STATISTICS:
-        sums = torch.zeros(slots, 2, hidden, dtype=torch.float64)
+        sums = query.new_zeros(slots, 2, hidden, dtype=torch.float64)
     else:
-        outputs = [None if x is None else torch.zeros(task.batch, *x.shape[1:3], _padded(x.shape[3]) if i < 2 else
-                                                      x.shape[3]) for i, x in enumerate(maps)]
-        parameters = torch.zeros(slots, sum(sizes))
+        outputs = [None if x is None else _zeros(x, task.batch, *x.shape[1:3], _padded(x.shape[3]) if i < 2 else
+                                                 x.shape[3]) for i, x in enumerate(maps)]
+        parameters = _zeros(query, slots, sum(sizes))
     transposed = [pad(weight1[:, :task.hidden_used].t(), padded).contiguous(),
                   None if weight2 is None else pad(weight2.flatten(1).t(), hidden).contiguous()]
     backward = library.Backward(
@@ -104,7 +108,7 @@ def output(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None)
     """
     value = maps[2]
     arguments = _Arguments(shape, maps, folded, value.shape[3])
-    result = torch.empty(value.shape, dtype=torch.float32)
+    result = value.new_empty(value.shape, dtype=torch.float32)
     arguments.task.output = result.data_ptr()
     arguments.task.shift = None if shift is None else shift.data_ptr()
     library.run('san', arguments.task)

@@ -66,7 +66,7 @@ INLINE void relu_backward(int64_t rows, int64_t columns, const float *after, flo
         vec total = *(vec *)(sum + c);
         for (int64_t m = 0; m < rows; m++) {
             vec *g = (vec *)(gradient + m * columns + c);
-            *g = choose(*(const vec *)(after + m * columns + c) > (vec){0}, *g, (vec){0});
+            *g = positive_backward(*(const vec *)(after + m * columns + c), *g);
             total += *g;
         }
         *(vec *)(sum + c) = total;
@@ -101,7 +101,7 @@ INLINE vec norm_backward(vec x, int64_t used, const float *d, const float *g, co
                          float *d_shift) {
     ivec counts;
     for (int l = 0; l < WIDTH; l++) counts[l] = -(l < used);
-    const vec e = choose(counts & (at(d) > (vec){0}), at(g), (vec){0});
+    const vec e = choose(counts, positive_backward(at(d), at(g)), (vec){0});
     *(vec *)d_scale += choose(counts, e * x, (vec){0});
     *(vec *)d_shift += e;
     return choose(counts, e * at(scale), (vec){0});
@@ -121,7 +121,7 @@ INLINE void dot_backward(const struct task *t, const float *restrict q, const fl
                          float d, float g, float *restrict d_q, float *restrict d_k, float *d_scale, float *d_shift) {
     float x = 0;
     for (int64_t c = 0; c < t->rel; c++) x += q[c] * k[c];
-    g = d > 0 ? g : 0;
+    g = d <= 0 ? 0 : g;
     d_scale[channel] += g * x;
     d_shift[channel] += g;
     g *= t->scale1[channel];
@@ -152,7 +152,7 @@ INLINE void relate_backward(const struct task *t, const float *restrict q, const
     }
     if (p_j)
         for (int64_t c = 0; c < 2; c++, width++) {
-            const float e = d[width] > 0 ? g[width] : 0, e_p = e * t->scale1[width];
+            const float e = d[width] <= 0 ? 0 : g[width], e_p = e * t->scale1[width];
             d_scale[width] += e * (t->absolute ? p_j[c] : p_i[c] - p_j[c]);
             d_shift[width] += e;
             if (t->absolute) d_p_j[c] += e_p;

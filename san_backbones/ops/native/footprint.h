@@ -59,6 +59,9 @@ INLINE vec larger(vec x, vec y) {
 
 INLINE vec positive(vec x) { return larger(x, (vec){0}); } /* ReLU; NaN stays NaN */
 
+/* The gradient of a ReLU's input, given its input or output and its output's gradient; torch's passes where NaN is. */
+INLINE vec positive_backward(vec x, vec gradient) { return choose(x <= (vec){0}, (vec){0}, gradient); }
+
 enum relation { SUBTRACTION, SUMMATION, HADAMARD, CONCATENATION, DOT, PATCH_CONCATENATION, PATCH_STAR };
 
 struct task {

@@ -45,12 +45,12 @@ INLINE void stem_pixel_backward(const struct stem *t, const float *const *x, con
         four_pixels(t, x, c, sum);
         vec top = sum[0];
         ivec mine[4] = {(ivec){0} - 1};
-        for (int p = 1; p < 4; p++) { /* the first of equals, as torch's pooling */
-            mine[p] = sum[p] > top;
-            top = larger(top, sum[p]);
+        for (int p = 1; p < 4; p++) { /* the first of equals and the last NaN, as torch's pooling */
+            mine[p] = (sum[p] > top) | (sum[p] != sum[p]);
+            top = choose(mine[p], sum[p], top);
             for (int before = 0; before < p; before++) mine[before] &= ~mine[p];
         }
-        const vec g = choose(top + at(t->bias + c) > (vec){0}, at(line + c), (vec){0});
+        const vec g = positive_backward(top + at(t->bias + c), at(line + c));
         *(vec *)(d_parameters + t->inputs * t->out_padded + c) += g;
         for (int p = 0; p < 4; p++) *(vec *)(shares + p * t->out_padded + c) = choose(mine[p], g, (vec){0});
         for (int64_t k = 0; k < t->inputs; k++) {

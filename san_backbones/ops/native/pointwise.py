@@ -31,7 +31,8 @@ def _task(image: Tensor, weight: Tensor, bias: Tensor):
 @torch.library.custom_op('san_backbones::stem', mutates_args=(), device_types='cpu')
 def _stem(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     task, _tensors = _task(image, weight, bias)
-    output = torch.empty(_output_shape(image, weight), dtype=torch.float32, memory_format=torch.channels_last)
+    output = torch.empty(_output_shape(image, weight), dtype=torch.float32, device=image.device,
+                         memory_format=torch.channels_last)
     task.output = output.data_ptr()
     library.run('san_stem', task)
     return output.to(image.dtype)
@@ -53,8 +54,8 @@ def _stem_backward(gradient: Tensor, image: Tensor, weight: Tensor, bias: Tensor
     out, inputs = weight.shape
     task, _tensors = _task(image, weight, bias)
     gradient = gradient.float().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
-    parameters = torch.zeros(SLOTS, inputs + 1, task.out_padded)
-    d_image = torch.zeros(image.shape[0], *image.shape[2:], inputs) if of_image else None
+    parameters = weight.new_zeros(SLOTS, inputs + 1, task.out_padded, dtype=torch.float32)
+    d_image = image.new_zeros(image.shape[0], *image.shape[2:], inputs, dtype=torch.float32) if of_image else None
     task.gradient, task.d_parameters = gradient.data_ptr(), parameters.data_ptr()
     task.d_image = None if d_image is None else d_image.data_ptr()
     library.run('san_stem', task)
@@ -97,6 +98,7 @@ def stem(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _stem(image, weight, bias)
 
 
+@torch.library.custom_op('san_backbones::scale_shift_relu', mutates_args=(), device_types='cpu')
 def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """relu(scale x + shift) in one pass; no gradients.
 
@@ -112,3 +114,8 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     task = library.Scaled(x.numel() // x.shape[-1], x.shape[-1], *(t.data_ptr() for t in (x, scale, shift, output)))
     library.run('san_scaled', task)
     return output
+
+
+@scale_shift_relu.register_fake
+def _(x, scale, shift):
+    return torch.empty_like(x)

@@ -435,12 +435,12 @@ def attend_pairwise_backward(
                                         VALUE_ROW, B, C, M)
                 d_logits = w * (d_w - dot)
                 d_w2 += _product(tl.trans(h), d_logits, KIND, PRECISION)
-                d_u = tl.where(h > 0, _product(d_logits, tl.trans(w2), KIND, PRECISION), 0.)
+                d_u = tl.where(h <= 0, 0., _product(d_logits, tl.trans(w2), KIND, PRECISION))
             else:
                 d_u = tl.where(live[:, None], slope0[None, :] + slope1[None, :] * u, 0.)
             sum_u += d_u
             d_w1 += _product(tl.trans(e), d_u, KIND, PRECISION)
-            d_a = tl.where(e > 0, _product(d_u, tl.trans(w1), KIND, PRECISION), 0.)
+            d_a = tl.where(e <= 0, 0., _product(d_u, tl.trans(w1), KIND, PRECISION))
             sum_a += d_a
             sum_ax += d_a * x
             d_q, d_k = _relate_backward(d_a * s1[None, :], q, k, d_q, RELATION)
@@ -452,8 +452,8 @@ def attend_pairwise_backward(
                 e_y = _relu(py * sy + tl.load(shift1 + LAST + 1))
                 sum_x += e_x[:, None] * d_u
                 sum_y += e_y[:, None] * d_u
-                d_x = tl.where(e_x > 0, tl.sum(d_u * wx[None, :], 1), 0.)
-                d_y = tl.where(e_y > 0, tl.sum(d_u * wy[None, :], 1), 0.)
+                d_x = tl.where(e_x <= 0, 0., tl.sum(d_u * wx[None, :], 1))
+                d_y = tl.where(e_y <= 0, 0., tl.sum(d_u * wy[None, :], 1))
                 d_p1 += tl.where(which == 0, (d_x * px)[:, None], tl.where(which == 1, (d_y * py)[:, None], tl.where(
                     which == 2, d_x[:, None], d_y[:, None])))
                 d_x *= sx
@@ -472,7 +472,7 @@ def attend_pairwise_backward(
         if RELATION == PAIR_CONCATENATION:
             w_q = _read_matrix(weight1, HIDDEN, REL, HIDDEN, R, H)
             d_wq += _product(tl.trans(e_q), sum_u, KIND, PRECISION)
-            d_a = tl.where(e_q > 0, _product(sum_u, tl.trans(w_q), KIND, PRECISION), 0.)
+            d_a = tl.where(e_q <= 0, 0., _product(sum_u, tl.trans(w_q), KIND, PRECISION))
             d_sq += tl.sum(d_a * q, 0)
             d_tq += tl.sum(d_a, 0)
             d_q += d_a * _read_vector(scale1, REL, R)[None, :]
@@ -606,7 +606,7 @@ def patchwise_hidden_backward(
                                     VALUE_ROW, B, C, M)
             d_h += _product(d_w, tl.trans(w2), KIND, PRECISION)
         h = _relu(u)
-        d_u = tl.where(h > 0, d_h, 0.)
+        d_u = tl.where(h <= 0, 0., d_h)
         tl.store(_channel_pointers(hidden, pixel, HIDDEN, H), h, mask=mask)
     else:
         d_u = _read_vector(slopes, HIDDEN, H)[None, :] + _read_vector(slopes + HIDDEN, HIDDEN, H)[None, :] * u
@@ -660,7 +660,7 @@ def attend_patchwise_backward(
         x = _relate(q, k, RELATION)
         e = _relu(x * s1[None, :] + t1[None, :])
         d_w1 += _product(tl.trans(e), d_u, KIND, PRECISION)
-        d_a = tl.where(e > 0, _product(d_u, tl.trans(w1), KIND, PRECISION), 0.)
+        d_a = tl.where(e <= 0, 0., _product(d_u, tl.trans(w1), KIND, PRECISION))
         d_s1 += tl.sum(d_a * x, 0)
         d_t1 += tl.sum(d_a, 0)
         d_q, d_k = _relate_backward(d_a * s1[None, :], q, k, tl.zeros((M, R), tl.float32), RELATION)
