@@ -104,17 +104,21 @@ class _FootprintAttention(nn.Module):
         if position is None:
             return None
         xy = geometry.coordinates(x, self.position_step)
-        if not torch.jit.is_scripting() and not is_pointwise(position):
-            return self._place_by_module(xy)
+        if not torch.jit.is_scripting():
+            mapped = self._place_by_module(xy)
+            if mapped is not None:
+                return mapped
         weight, bias = position.weight.to(xy.dtype), position.bias
         assert bias is not None
         mapped = weight[:, 0] * xy[0] + weight[:, 1] * xy[1] + bias.to(xy.dtype)[:, None, None]
         return mapped.unsqueeze(0)
 
     @torch.jit.ignore
-    def _place_by_module(self, xy: Tensor) -> Tensor:
-        """Of a position layer that does more than the convolution: one with hooks (pruning), an adapter."""
+    def _place_by_module(self, xy: Tensor) -> Tensor | None:
+        """By a position layer that is more than a convolution (with hooks, as of pruning; an adapter); otherwise None."""
         position: Any = self.position
+        if isinstance(xy, torch.fx.Proxy) or is_pointwise(position):
+            return None
         like = next(position.parameters(), xy)
         with torch.autocast('cpu' if xy.device.type == 'meta' else xy.device.type, enabled=False):
             return position(xy.unsqueeze(0).to(like.dtype)).to(xy.dtype)

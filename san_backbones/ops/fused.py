@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .folding import Shape, channels_first, channels_last, fold_gamma, in_loop_order, memory_format, pad, round_up
-from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_double_backward
+from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_other_backward
 from .native import library
 from .statistics import relation_statistics
 
@@ -90,7 +90,7 @@ def _spread(gradients: list[Tensor], has_place: bool, maps: int) -> list[Tensor 
 
 
 def _differentiate_attend(ctx, gradient):
-    refuse_double_backward()
+    refuse_other_backward(gradient)
     tensors = ctx.saved_tensors  # once: checkpointing recomputes them when they are asked for
     *tensors, shift = tensors
     if shift is not None:
@@ -134,7 +134,7 @@ def _(gradient, query, key, place, scale1, shift1, weight1, shape):
 
 
 def _differentiate_hidden_sums(ctx, gradient):
-    refuse_double_backward()
+    refuse_other_backward(gradient)
     tensors = ctx.saved_tensors  # once: checkpointing recomputes them when they are asked for
     gradients = _hidden_sums_backward(gradient, *tensors, ctx.shape)
     return *_spread(gradients, tensors[2] is not None, 2), None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'fold_batch', 'need_several_values', 'normalise',
-           'refuse_double_backward', 'synchronise', 'update_running_statistics', 'widened']
+           'refuse_other_backward', 'synchronise', 'update_running_statistics', 'widened']
 
 
 class Spec(NamedTuple):
@@ -134,8 +134,12 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     return (wide * affine.scale[:, None, None] + affine.shift[:, None, None]).to(x.dtype)
 
 
-def refuse_double_backward() -> None:
-    """Raises where a gradient is to be differentiated again (`create_graph=True`)."""
+def refuse_other_backward(gradient: Tensor) -> None:
+    """Raises where a gradient is to be differentiated again (`create_graph=True`), or many are computed at once."""
+    if torch._C._functorch.is_batchedtensor(gradient) or torch._C._functorch.is_legacy_batchedtensor(gradient):
+        raise RuntimeError('this path of footprint attention takes one gradient at a time, and no batch of them '
+                           '(is_grads_batched, vectorize, vmap): compute them under '
+                           "san_backbones.ops.use_backend('reference')")
     if torch.is_grad_enabled():
         raise RuntimeError('this path of footprint attention has no second derivatives: compute them under '
                            "san_backbones.ops.use_backend('reference')")

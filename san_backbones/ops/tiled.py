@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import geometry, reference
-from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_double_backward
+from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_other_backward
 
 __all__ = ['TILE_ELEMENTS', 'attend']
 
@@ -116,7 +116,7 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
+        refuse_other_backward(grad_output)
 
         def seed(output: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
             return output, grad_output[tile.images, :, tile.rows, tile.columns].to(output.dtype)
@@ -152,7 +152,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
+        refuse_other_backward(grad_mean)
         mean, *inputs = ctx.saved_tensors
         shape = (1, -1, 1, 1, 1)
         to_mean, to_var, centre = (t.view(shape) for t in (grad_mean / ctx.count, 2 * grad_var / ctx.count, mean))

@@ -56,6 +56,24 @@ def test_first_and_second_derivatives(path, cls, relation, training):
                 torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True)
 
 
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+@pytest.mark.parametrize('path', PATHS)
+def test_many_gradients_at_once(path, cls, training):
+    layer, x = _layer(cls, kernel_size=3).train(training), torch.randn(1, 32, 4, 5, requires_grad=True)
+    seeds = torch.randn(3, 1, 8, 4, 5)
+    with ops.use_backend(path):
+        y = layer(x)
+        if path == 'reference':
+            together, = torch.autograd.grad(y, x, seeds, is_grads_batched=True, retain_graph=True)
+            for gradient, seed in zip(together, seeds):
+                alone, = torch.autograd.grad(y, x, seed, retain_graph=True)
+                torch.testing.assert_close(gradient, alone, rtol=1e-3, atol=1e-4)
+        else:
+            with pytest.raises(RuntimeError, match="no batch of them.*use_backend\\('reference'\\)"):
+                torch.autograd.grad(y, x, seeds, is_grads_batched=True)
+
+
 @needs_loops
 def test_stem_refuses_second_derivatives():
     stem = SAN(depths=(1,), widths=(32,), kernel_sizes=3).stem

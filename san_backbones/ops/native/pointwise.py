@@ -5,7 +5,7 @@ import typing
 import torch
 from torch import Tensor
 
-from ..gamma import refuse_double_backward
+from ..gamma import refuse_other_backward
 from . import library
 
 SLOTS = 64
@@ -75,7 +75,7 @@ def _keep(ctx, inputs, output):
 
 
 def _differentiate(ctx, gradient):
-    refuse_double_backward()
+    refuse_other_backward(gradient)
     image, weight, bias = ctx.saved_tensors
     d_weight, d_bias, *d_image = _stem_backward(gradient, image, weight, bias, ctx.needs_input_grad[0])
     return d_image[0] if d_image else None, d_weight, d_bias
