@@ -115,7 +115,7 @@ class _FootprintAttention(nn.Module):
 
     @torch.jit.ignore
     def _place_by_module(self, xy: Tensor) -> Tensor | None:
-        """By a position layer that is more than a convolution (with hooks, as of pruning; an adapter); otherwise None."""
+        """By a position layer that is more than a convolution (with hooks, as of pruning; an adapter), else None."""
         position: Any = self.position
         if isinstance(xy, torch.fx.Proxy) or is_pointwise(position):
             return None
