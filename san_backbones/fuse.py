@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from . import ops
@@ -78,14 +79,22 @@ def _fold_block(block: Any, offset: Tensor) -> tuple[FoldedBlock, Tensor]:
     projections[2] = value_weight * out_scale[:, None], value_bias * out_scale
     weight, bias = (torch.cat(parts).to(dtype) for parts in zip(*projections))
     gamma = attention.gamma()._replace(cache={})
-    folded = FoldedBlock(scale, shift, weight, bias, attention, gamma, out_shift, out_weight.t().to(dtype), {})
+    # copies, also where nothing is folded: what is written into a parameter unseen must not meet the rest half way
+    out_weight = out_weight.t().to(dtype, copy=True)
+    folded = FoldedBlock(scale, shift, weight, bias, attention, gamma, out_shift, out_weight, {})
     return folded, offset + out_bias
 
 
 def _obstacle(stage: Any) -> str | None:
     """Why the stage has no inference form as it stands, or None."""
     layers = [('conv', stage.conv, 'conv'), ('norm', stage.norm, 'norm'), ('act', stage.act, 'relu')]
+    if not is_plain(stage.blocks, (nn.Sequential.forward,)):
+        return f'blocks is a {type(stage.blocks).__name__} and not a Sequential without hooks'
     for name, block in stage.blocks.named_children():
+        if not is_plain(block, (stage.block_type.forward,)):
+            return f'blocks.{name} is a {type(block).__name__} and not a block of SAN without hooks'
+        if not is_plain(block.drop_path, (nn.Identity.forward, DropPath.forward)):
+            return f'blocks.{name}.drop_path is a {type(block.drop_path).__name__} and not a DropPath without hooks'
         if not is_plain(block.attn, (_FootprintAttention.forward,)):
             return f'blocks.{name}.attn is a {type(block.attn).__name__} and not a SAN attention without hooks'
         layers += [(f'blocks.{name}.{layer}', block.get_submodule(layer), kind) for layer, kind in (
@@ -117,7 +126,9 @@ class _Watch:
     """Tells whether anything changed that a stage was folded from: modules, their settings, tensors, their versions."""
 
     def __init__(self, stage: nn.Module):
-        self.modules = [(module, len(module._modules)) for module in stage.modules() if module is not stage]
+        # not the stage itself, which would then hold itself
+        self.modules = [(module, type(module), len(module._modules)) for module in stage.modules()
+                        if module is not stage]
         self.entries: list[tuple[dict[str, Any], str, Any, Any]] = []
         for module in stage.modules():
             self.entries += [(module._modules, name, child, None) for name, child in module._modules.items()]
@@ -126,6 +137,8 @@ class _Watch:
             for tensors in (module._parameters, module._buffers):
                 self.entries += [(tensors, name, x, None if x is None else self._state(x))
                                  for name, x in tensors.items()]
+        # kept, so that no other tensor comes to lie at the same address
+        self.storages = [x.untyped_storage() for x in (*stage.parameters(), *stage.buffers())]
 
     @staticmethod
     def _state(x: Any) -> Any:
@@ -135,9 +148,9 @@ class _Watch:
     def unchanged(self, stage: nn.Module) -> bool:
         if self.entries[0][0] is not stage._modules:  # a replica of DataParallel begins with the original's attributes
             return False
-        for module, children in self.modules:
+        for module, kind, children in self.modules:
             if module.training or module._forward_hooks or module._forward_pre_hooks or 'forward' in module.__dict__ \
-                    or len(module._modules) != children:
+                    or type(module) is not kind or len(module._modules) != children:
                 return False
         for holder, name, item, state in self.entries:
             if holder.get(name) is not item or (state is not None and self._state(item) != state):
@@ -184,10 +197,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     what they are, and outputs are equal up to rounding. Training, gradients (call the model under `torch.no_grad()` or
     `torch.inference_mode()`), autocast, tracing, scripting and torch.compile run the modules as before, and so does a
     stage with forward hooks inside. Folding happens in the first call and anew when parameters or buffers have been
-    loaded, moved, converted, trained or replaced. Only what torch does not count as a write goes unseen: what goes
-    through `tensor.data`, and collectives such as `torch.distributed.broadcast`. Call this again after those. Where
-    parameters or buffers were themselves made under `torch.inference_mode()`, torch does not count writes into them,
-    and every call folds anew, which costs time; make or load the model outside it.
+    loaded, moved, converted, trained or replaced. Only what torch does not count as a write goes unseen: through
+    `tensor.data` or NumPy, by collectives such as `torch.distributed.broadcast`, by another process into shared memory.
+    Call this again after those. Where parameters or buffers were themselves made under `torch.inference_mode()`, torch
+    does not count writes into them, and every call folds anew, which costs time; make or load the model outside it.
 
     Args:
         model: A SAN, a SANBackbone, or anything that holds one: a feature extractor, a detector.

@@ -28,7 +28,6 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
@@ -137,6 +136,8 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Max pool (unless the stem pooled, or dilated instead), 1x1 conv to the stage width, blocks, norm, ReLU."""
 
+    block_type = Block
+
     def __init__(
             self,
             in_dim: int,
@@ -181,7 +182,7 @@ class Stage(nn.Module):
     @torch.jit.ignore
     def _checkpointed(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """block(x), computed again in the backward pass, where it leaves its running statistics alone."""
-        if torch.compiler.is_compiling():  # which traces the block once, and takes no context
+        if ops.is_compiling(x):  # which traces the block once, and takes no context
             return checkpoint(block, x, use_reentrant=False)
         return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _spare_buffers(block)))
 
@@ -194,13 +195,13 @@ class Stage(nn.Module):
     @torch.jit.ignore
     def _inference_form(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The folded stage, if x calls for it."""
-        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling():
+        if isinstance(x, torch.fx.Proxy) or ops.is_compiling(x):
             return None
         if self.training or torch.is_grad_enabled():
             self._folded = [None]  # torch's fused optimizers do not count their writes into parameters
         if self.training or torch.is_autocast_enabled(x.device.type) or ops.symbolic_caller(x) is not None:
             return None
-        if type(x) not in (torch.Tensor, nn.Parameter) or _get_current_dispatch_mode() is not None:
+        if not ops.is_plain_tensor(x):
             return None  # what such tensors and modes make of a fold is of use to nobody else
         if torch.is_grad_enabled():
             warnings.warn('a model fused for inference was called where gradients are enabled, and runs unfused; call '

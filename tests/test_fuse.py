@@ -11,6 +11,7 @@ from torch import nn
 
 import san_backbones
 from san_backbones import SAN, fuse_for_inference, ops
+from san_backbones.san import Block
 
 
 def _model(attention='patchwise', **kwargs):
@@ -42,14 +43,13 @@ def _error(model, image):
 def _runs_folded(model, image):
     """Whether the blocks' modules are passed by."""
     called = []
-    inner = type(model.stages[1].blocks[0]).forward
-    block = model.stages[1].blocks[0]
-    block.forward = lambda x: called.append(1) or inner(block, x)
+    inner = Block.forward
+    Block.forward = lambda block, x: called.append(block) or inner(block, x)
     try:
         model(image)
     finally:
-        del block.forward
-    return not called
+        Block.forward = inner
+    return model.stages[1].blocks[0] not in called
 
 
 @pytest.mark.parametrize('backend', ['auto', 'reference', 'tiled'])
@@ -138,7 +138,9 @@ def test_changes_are_seen(change):
         assert _runs_folded(model, image)
 
 
-@pytest.mark.parametrize('change', ['a layer more', 'another forward'])
+@pytest.mark.parametrize('change', [
+    'a layer more', 'another forward', 'another forward of a block', 'a block more', 'a block of another kind',
+    'another drop_path', 'blocks of another kind'])
 def test_what_does_not_fold_any_more_runs_as_modules(change):
     model, image = fuse_for_inference(_model()), _image()
     with torch.no_grad():
@@ -146,8 +148,19 @@ def test_what_does_not_fold_any_more_runs_as_modules(change):
         block = model.stages[1].blocks[0]
         if change == 'a layer more':
             block.attn.weight_mlp.append(nn.Tanh())
-        else:
+        elif change == 'another forward':
             block.act2.forward = lambda x: x.relu().square()
+        elif change == 'another forward of a block':
+            block.forward = lambda x: 2 * x
+        elif change == 'a block more':
+            model.stages[1].blocks.append(copy.deepcopy(block))
+        elif change == 'a block of another kind':
+            block.__class__ = type('Halved', (Block,), {'forward': lambda self, x: Block.forward(self, x) / 2})
+        elif change == 'another drop_path':
+            block.drop_path = nn.Tanh()
+        else:
+            model.stages[1].blocks.__class__ = type(
+                'Halved', (nn.Sequential,), {'forward': lambda self, x: nn.Sequential.forward(self, x) / 2})
         found = model(image)
         assert not torch.allclose(found, before, rtol=1e-2)
         for stage in model.stages:
@@ -177,6 +190,51 @@ def test_fused_optimizers_count_no_writes(mode, optimizer, lr):
     model.eval()
     with torch.no_grad():
         assert not torch.equal(model(image), before)
+    assert _error(model, image) < 2e-6
+
+
+def test_addresses_that_are_used_again():
+    """Parameters become views of a vector that is freed, time and again: others lie where they lay."""
+    from torch.nn.utils import parameters_to_vector, vector_to_parameters
+    fused, plain = (_model().bfloat16() for _ in range(2))
+    fuse_for_inference(fused)
+    vector, image = parameters_to_vector(fused.parameters()).detach(), _image().bfloat16()
+    with torch.no_grad():
+        for _ in range(6):
+            candidate, found = vector * torch.empty_like(vector).uniform_(0.5, 1.5), []
+            for model in (fused, plain):
+                vector_to_parameters(candidate, model.parameters())
+                found.append(model(image).float())
+                vector_to_parameters(vector, model.parameters())
+            del candidate
+            assert (found[0] - found[1]).norm() < 0.1 * found[1].norm()
+
+
+def test_writes_of_others_are_seen_whole_or_not_at_all():
+    """Into shared memory, say: a fold holds copies only."""
+    model, image = fuse_for_inference(_model().share_memory()), _image()
+    with torch.no_grad():
+        x = model.stages[0].conv(model.stages[0].pool(model.stem(image)))
+        folded = model.stages[0]._inference_form(x)
+        before = folded(x.clone())
+        for parameter in model.stages.parameters():
+            parameter.detach().numpy()[...] *= 1.5
+        assert model.stages[0]._inference_form(x) is folded  # unseen
+        assert torch.equal(folded(x.clone()), before)
+
+
+def test_parameters_can_be_swapped():
+    model, image = fuse_for_inference(_model()), _image()
+    other = {
+        name: tensor * 1.1 if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model(image)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(other)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
     assert _error(model, image) < 2e-6
 
 

@@ -10,7 +10,9 @@ from .backends import (
     available_backends,
     choose_backend,
     compiled_backend,
+    is_compiling,
     is_exporting,
+    is_plain_tensor,
     make_request,
     serves,
     symbolic_caller,
@@ -39,6 +41,8 @@ __all__ = [
     'fold',
     'footprint',
     'footprint_attention',
+    'is_compiling',
+    'is_plain_tensor',
     'native',
     'padding',
     'reflect_pad',
@@ -84,7 +88,7 @@ def footprint_attention(
     """
     if not torch.jit.is_tracing():  # where sizes are tensors
         check_attention(query, key, value, place, gamma, spec, shift)
-    if torch.compiler.is_compiling():  # the choice is made while compiling, and stays out of the graph
+    if is_compiling(value):  # the choice is made while compiling, and stays out of the graph
         statistics = gamma.norm1.batch_statistics or gamma.norm2.batch_statistics
         name = 'reference' if is_exporting() or value.device.type not in ('cpu', 'cuda') else compiled_backend(
             str(value.device), str(value.dtype), spec.pairwise, spec.relation, torch.is_grad_enabled(), statistics,

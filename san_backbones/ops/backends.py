@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import fused, native, reference, statistics, tiled, triton
 from .folding import power_of_2
@@ -36,8 +37,19 @@ _logger = logging.getLogger('san_backbones.ops')
 
 AUTO = 'auto'
 ENVIRONMENT_VARIABLE = 'SAN_BACKBONES_BACKEND'
-_overrides: tuple[list[str], ...] = ()  # of the whole process, since backward passes run in threads of autograd
+_overrides: tuple[tuple[str, int], ...] = ()  # paths and threads; for all threads, since autograd has its own
 _entering = threading.Lock()
+
+
+def _in_child() -> None:
+    """After a fork: threads that held the lock, or were in a block, are not here."""
+    global _entering, _overrides
+    _entering = threading.Lock()
+    _overrides = tuple(override for override in _overrides if override[1] == threading.get_ident())
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 class Request(NamedTuple):
@@ -120,9 +132,22 @@ def _wanted() -> tuple[str, str]:
     return os.environ.get(ENVIRONMENT_VARIABLE, '') or AUTO, f'the environment variable {ENVIRONMENT_VARIABLE}'
 
 
+def is_plain_tensor(x: Tensor) -> bool:
+    """Whether nothing but torch itself sees what is done with x: neither a subclass nor a dispatch mode."""
+    return type(x) in (Tensor, torch.nn.Parameter) and _get_current_dispatch_mode() is None
+
+
+def is_compiling(x: Tensor) -> bool:
+    """Whether torch.compile or torch.export traces what is done with x.
+
+    torch.compiler.is_compiling() alone is true in all threads while one of them compiles or exports.
+    """
+    return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_plain_tensor(x))
+
+
 def symbolic_caller(x: Tensor) -> str | None:
     """Names the tool that traces instead of running, or None."""
-    if torch.compiler.is_compiling():
+    if is_compiling(x):
         return 'torch.compile or torch.export'
     if torch.jit.is_tracing():
         return 'torch.jit.trace'
@@ -224,7 +249,7 @@ def use_backend(name: str) -> Iterator[None]:
     if name != AUTO:
         _named(name, 'use_backend')
     global _overrides
-    override = [name]  # another one each time, whatever the name
+    override = (name, threading.get_ident())  # told from others by identity
     with _entering:
         _overrides = (*_overrides, override)
     try:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .folding import Shape, channels_first, channels_last, fold_gamma, in_loop_order, memory_format, pad, round_up
 from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_other_backward
+from .native import attention as native_attention
 from .native import library
 from .statistics import relation_statistics
 
 __all__ = ['attend_native', 'attend_triton']
 
 PATHS = ('native', 'triton')
-_MODULES = ('.native.attention', '.triton.launch')
 _DEVICES = ('cpu', 'cuda')
 # torch 2.6 takes no list[int] in operators
 _Ints = typing.List[int]  # noqa: UP006
@@ -28,7 +28,9 @@ _Tensors = Sequence[Any]  # tensors, and None in the place of one that there is 
 
 
 def _loops(shape: list[int]) -> Any:
-    return importlib.import_module(_MODULES[Shape(*shape).path], __package__)
+    # Triton's are imported when they are first used; the others are here already, for a process that is forked while
+    # another thread imports waits for ever
+    return native_attention if Shape(*shape).path == 0 else importlib.import_module('.triton.launch', __package__)
 
 
 def _maps(*maps: Tensor | None) -> list[Tensor | None]:

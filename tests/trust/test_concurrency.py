@@ -10,6 +10,7 @@ import faulthandler
 import http.server
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -374,6 +375,54 @@ def test_the_path_asked_for_by_several_threads():
                 assert ops.backends._wanted()[0] in ('reference', 'tiled')
     in_threads(*(lambda name=name: enter(name) for name in ('reference', 'tiled') * 2))
     assert not ops.backends._overrides
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+def test_a_fork_takes_no_other_threads_path_along():
+    """Nor the lock that another thread holds while it enters or leaves a block."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with ops.use_backend('reference'):
+            entered.set()
+            leave.wait(PATIENCE)
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(PATIENCE)
+    with ops.use_backend('tiled'), ops.backends._entering:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            with ops.use_backend('tiled'):
+                pass
+            os._exit([name for name, _ in ops.backends._overrides] != ['tiled'])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    leave.set()
+    thread.join()
+
+
+@pytest.mark.parametrize('tool', ['torch.export', 'torch.compile'])
+def test_threads_are_not_traced_by_another(tool):
+    """The path of a call, and so its bits, are what they are while another thread compiles or exports."""
+    model, other, picture = fuse_for_inference(make()), make(NAMES[1]), images(1)[0]
+    expected, counts, working = logits(model, picture), [0, 0], True
+
+    def infer():
+        while working:
+            counts[0] += 1
+            counts[1] += not torch.equal(logits(model, picture), expected)
+
+    def trace():
+        nonlocal working
+        try:
+            if tool == 'torch.export':
+                torch.export.export(other, (picture,))
+            else:
+                torch.compile(other, backend='aot_eager')(picture)
+        finally:
+            working = False
+    in_threads(trace, infer)
+    assert counts[0] > 10 and counts[1] == 0
 
 
 # --- Weights from the Hub --------------------------------------------------------------------------------------------
