@@ -55,7 +55,7 @@ def make(folder, train=320, val=40, size=192, seed=0, report=print):
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     recipe = dict(train=train, val=val, size=size, seed=seed, code=code)
     note = folder / 'recipe.json'  # written last: a data set that was interrupted has none
-    if note.exists() and json.loads(note.read_text()) == recipe:
+    if note.exists() and note.read_text() == json.dumps(recipe):
         report(f'data set: {train} + {val} pictures of {size}x{size}, made earlier, in {folder}')
         return folder
     if folder.exists():

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._files import written_whole
 from ._requirements import LEAST_FOR_ONNX, check
 from .attention import _FootprintAttention
 from .ops import geometry, reference
@@ -259,8 +260,9 @@ def _verify(model: nn.Module, path: pathlib.Path, sizes: Iterable[tuple[int, ...
             wanted = wanted.cpu().double()
             error = float((torch.from_numpy(given).double() - wanted).abs().max())
             if not error <= tolerance * max(1e-6, float(wanted.abs().max())):
-                raise RuntimeError(f'{path} is wrong: for images {list(size)} onnxruntime computes {output.name} with '
-                                   f'an error of {error:.2g}, values being up to {float(wanted.abs().max()):.2g}')
+                raise RuntimeError(f'{path.name} is wrong, and is not kept: for images {list(size)} onnxruntime '
+                                   f'computes {output.name} with an error of {error:.2g}, values being up to '
+                                   f'{float(wanted.abs().max()):.2g}')
 
 
 def export_onnx(
@@ -295,7 +297,7 @@ def export_onnx(
     Raises:
         ImportError: onnx or onnxscript are missing, or torch is too old; the message says what to install.
         ValueError: An argument is out of range, the model is in training mode, or it has no SAN attention.
-        RuntimeError: What onnxruntime computes differs from what torch computes.
+        RuntimeError: What onnxruntime computes differs from what torch computes. The file is not written then.
     """
     check('export_onnx', LEAST_FOR_ONNX)
     onnx, _ = _need('onnx', 'onnxscript')
@@ -342,13 +344,15 @@ def export_onnx(
                                       ops.onnx_aggregate.default: _onnx_aggregate})
         assert program is not None  # torch's own None is that of the exporter before this one
         _simplify(program.model)
-        program.save(str(path))
-    onnx.checker.check_model(str(path), full_check=True)
-    if verify:
-        more = 32 if 2 in dims else 0
-        sizes = {(batch_size, channels, height, width),
-                 (batch_size + (1 if 0 in dims else 0), channels, height + more, width + more)}
-        _verify(original, path, sizes, like)
+    with written_whole(path) as part:
+        with _quiet():
+            program.save(str(part))
+        onnx.checker.check_model(str(part), full_check=True)
+        if verify:
+            more = 32 if 2 in dims else 0
+            sizes = {(batch_size, channels, height, width),
+                     (batch_size + (1 if 0 in dims else 0), channels, height + more, width + more)}
+            _verify(original, part, sizes, like)
     return path
 
 
@@ -424,8 +428,9 @@ def quantize_onnx(
         if not chosen:
             raise ValueError(f'keep_float={tuple(keep_float)!r} leaves none of the {len(maps)} linear maps of {path} '
                              'to quantise')
-        q.quantize_static(
-            str(prepared), str(out), reader, quant_format=q.QuantFormat.QDQ, per_channel=True,
-            reduce_range=reduce_range, op_types_to_quantize=['Conv', 'Gemm'], nodes_to_quantize=chosen,
-            activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, calibrate_method=methods[method])
+        with written_whole(out) as part:
+            q.quantize_static(
+                str(prepared), str(part), reader, quant_format=q.QuantFormat.QDQ, per_channel=True,
+                reduce_range=reduce_range, op_types_to_quantize=['Conv', 'Gemm'], nodes_to_quantize=chosen,
+                activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, calibrate_method=methods[method])
     return out

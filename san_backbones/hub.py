@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 from typing import Any
 
 import huggingface_hub
@@ -79,13 +80,16 @@ def check(path: str | os.PathLike, model: str, origin: str, sha256: str | None =
     """Makes sure that a file is the safetensors file it should be.
 
     Raises:
-        WeightsError: It is not one, or `sha256` is given and not its digest.
+        WeightsError: It is not one, cannot be read, or `sha256` is given and not its digest.
     """
-    if sha256 is not None:
-        found = digest(path)
-        if found != sha256:
-            raise WeightsError(f'{path}, from {origin}, is not the file that the manifest pins for {model}: SHA-256 '
-                               f'{found}, expected {sha256}. {_ways_out(model)}')
+    try:
+        found = None if sha256 is None else digest(path)
+    except OSError as error:
+        raise WeightsError(f'{path}, from {origin}, cannot be read ({error}); expected the weights of {model}. '
+                           f'{_ways_out(model)}') from error
+    if found != sha256:
+        raise WeightsError(f'{path}, from {origin}, is not the file that the manifest pins for {model}: SHA-256 '
+                           f'{found}, expected {sha256}. {_ways_out(model)}')
     try:
         with safe_open(path, 'pt') as file:
             names = file.keys()
@@ -115,16 +119,22 @@ def find_local(model: str) -> pathlib.Path | None:
             if path.is_file():
                 check(path, model, origin, (manifest().get(model) or {}).get('sha256'))
                 return path
+            if os.path.lexists(path):
+                raise WeightsError(f'{path}, in {origin}, is no file (a folder, or a link to nothing); expected the '
+                                   f'weights of {model}, or nothing of this name')
             _logger.debug('no %s', path)
     return None
 
 
-def _reason(error: BaseException, where: str, filename: str, revision: str | None) -> str:
+def _reason(error: BaseException, where: str, filename: str, revision: str | None, cache: str) -> str:
     """What went wrong, in words for who asked for the weights."""
     cause = error.__cause__ or error
     status = getattr(getattr(cause, 'response', None), 'status_code', None)
-    if getattr(error, 'errno', None) == errno.ENOSPC or getattr(cause, 'errno', None) == errno.ENOSPC:
-        return f'the disk with the cache ({constants.HF_HUB_CACHE}) is full'
+    numbers = {getattr(error, 'errno', None), getattr(cause, 'errno', None)}
+    if errno.ENOSPC in numbers:
+        return f'the disk with the cache ({cache}) is full'
+    if numbers & {errno.EROFS, errno.EACCES}:
+        return f'the cache ({cache}) cannot be written to, and the file is not in it'
     if isinstance(error, errors.GatedRepoError):
         return 'the repository is gated: accept its terms on its page, then log in (hf auth login) or set HF_TOKEN'
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
@@ -134,7 +144,7 @@ def _reason(error: BaseException, where: str, filename: str, revision: str | Non
         return f'the repository has no revision {revision!r}'
     if isinstance(error, errors.LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
-            return f'offline mode is on (HF_HUB_OFFLINE) and the file is not in the cache ({constants.HF_HUB_CACHE})'
+            return f'offline mode is on (HF_HUB_OFFLINE) and the file is not in the cache ({cache})'
         if status is not None:
             return f'{where} answered {status}' + (' (too many requests: wait, or log in)' if status == 429 else '')
         return f'{where} cannot be reached ({type(cause).__name__}: {cause}) and the file is not in the cache'
@@ -159,7 +169,8 @@ def fetch(
         repository: ORGANISATION/NAME.
         model: Whose weights they are, for messages.
         revision: Branch, tag or commit; None for the main branch.
-        sha256: Digest that the file must have, or None. A file with another is removed from the cache.
+        sha256: Digest that the file must have; None for that which the Hub names it by, if it does. A file with another
+            is removed from the cache.
         filename: The file in the repository.
         cache_dir: Another cache than huggingface_hub's.
 
@@ -177,18 +188,27 @@ def fetch(
             repository, filename, revision=revision, cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             library_name='san-backbones')
     except Exception as error:
-        raise WeightsError(f'cannot get {filename}, the weights of {model}, from {origin}: '
-                           f'{_reason(error, where, filename, revision)}. {_ways_out(model)}') from error
+        reason = _reason(error, where, filename, revision, str(cache_dir or constants.HF_HUB_CACHE))
+        raise WeightsError(f'cannot get {filename}, the weights of {model}, from {origin}: {reason}. '
+                           f'{_ways_out(model)}') from error
     if not filename.endswith('.safetensors'):
         raise WeightsError(f'{filename} of {origin} is not a safetensors file, and no other kind is read. '
                            f'{_ways_out(model)}')
     try:
         check(path, model, origin, sha256)
-    except WeightsError:
-        for leftover in {os.path.realpath(path), path}:  # lest the next call finds it again
-            if os.path.lexists(leftover):
-                os.remove(leftover)
-        raise
+        name = os.path.basename(os.path.realpath(path))  # of large files, their digest
+        if sha256 is None and re.fullmatch('[0-9a-f]{64}', name) and digest(path) != name:
+            raise WeightsError(f'{path}, from {origin}, is not the file that the Hub has: SHA-256 {digest(path)}, '
+                               f'expected {name}. {_ways_out(model)}')
+    except WeightsError as error:
+        try:
+            for leftover in {os.path.realpath(path), path}:  # lest the next call finds it again
+                if os.path.lexists(leftover):
+                    os.remove(leftover)
+        except OSError as reason:
+            raise WeightsError(f'{error} The file could not be removed from the cache ({reason}): remove it, or it '
+                               'will be found again.') from error
+        raise WeightsError(f'{error} The file was removed from the cache: running again downloads it anew.') from error
     return path
 
 

@@ -196,8 +196,11 @@ class TestOnnx:
                              op.Constant(value_int=1))
             return op.Clip(place, op.Constant(value_int=0), op.Squeeze(op.Sub(size, op.Constant(value_ints=[1]))))
 
-        with pytest.raises(RuntimeError, match=r'is wrong: for images \[1, 32, 6, 6\] onnxruntime computes features_1'):
-            export_onnx(settle(PatchwiseAttention(32, kernel_size=3)), tmp_path / 'layer.onnx', 6, dynamic=False)
+        path = tmp_path / 'layer.onnx'
+        path.write_text('an older one')
+        with pytest.raises(RuntimeError, match=r'not kept: for images \[1, 32, 6, 6\] onnxruntime computes features_1'):
+            export_onnx(settle(PatchwiseAttention(32, kernel_size=3)), path, 6, dynamic=False)
+        assert [file.read_text() for file in tmp_path.iterdir()] == ['an older one']
 
     @pytest.mark.parametrize('kwargs, message', [
         (dict(image_size=0), 'positive integers, got height 0'),

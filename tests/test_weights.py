@@ -254,11 +254,60 @@ def test_a_pickle_is_not_read(server):
         hub.weights(REPOSITORY, 'pytorch_model.bin')
 
 
-def test_a_full_disk(server, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', full)
-    assert 'is full' in _error()
+@pytest.mark.parametrize('number, message', [
+    (errno.ENOSPC, r'the disk with the cache \(.*elsewhere\) is full'),
+    (errno.EROFS, r'the cache \(.*elsewhere\) cannot be written to, and the file is not in it'),
+    (errno.EACCES, r'the cache \(.*elsewhere\) cannot be written to')])
+def test_a_disk_that_cannot_be_written_to(number, message, server, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', fail)
+    with pytest.raises(WeightsError, match=message):
+        hub.weights(REPOSITORY, cache_dir=tmp_path / 'elsewhere')
+
+
+def test_a_wrong_file_that_cannot_be_removed(server, monkeypatch):
+    server.put(REPOSITORY, hub.FILENAME, b'no safetensors')
+
+    def fail(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(os, 'remove', fail)
+    message = _error()
+    assert 'is not a safetensors file' in message and 'could not be removed from the cache' in message
+
+
+def test_what_the_hub_calls_by_another_digest(server):
+    """Two halves of two files, say, of a server that changed between them: the name in the cache is the digest."""
+    content = _content(2.)
+    server.put(REPOSITORY, hub.FILENAME, content)
+    path = pathlib.Path(hub.weights(REPOSITORY))
+    assert path.resolve().name == hashlib.sha256(content).hexdigest()
+    path.resolve().write_bytes(content[:-1] + b'?')
+    assert 'not the file that the Hub has: SHA-256' in _error() and not path.exists()
+    assert pathlib.Path(hub.weights(REPOSITORY)).read_bytes() == content
+
+
+@pytest.mark.parametrize('what', ['folder', 'dangling link', 'loop'])
+@pytest.mark.parametrize('name', ['model.tag.safetensors', f'model.tag/{hub.FILENAME}'])
+def test_what_is_no_file_in_the_folder(name, what, monkeypatch, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir() if what == 'folder' else path.symlink_to(path if what == 'loop' else 'nowhere')
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(WeightsError, match=f'{path.name}, in the folder that SAN_BACKBONES_WEIGHTS names, is no file'):
+        hub.find_local('model.tag')
+
+
+def test_a_file_that_cannot_be_read(monkeypatch, tmp_path):
+    (tmp_path / 'model.tag.safetensors').write_bytes(_content())
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(hub, 'manifest', lambda: {'model.tag': {'sha256': '0' * 64}})
+
+    def fail(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    monkeypatch.setattr(hub, 'digest', fail)
+    with pytest.raises(WeightsError, match='model.tag.safetensors, from .*, cannot be read'):
+        hub.find_local('model.tag')
 
 
 @pytest.mark.parametrize('options', [{}, dict(num_classes=7), dict(features_only=True)])

@@ -1,10 +1,11 @@
 """What the scripts beside this file share: the manifest's file, files that appear whole or not at all, errors."""
+import contextlib
 import functools
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from san_backbones.hub import WeightsError
@@ -14,27 +15,56 @@ MANIFEST = pathlib.Path(__file__).resolve().with_name('manifest.json')
 TAG = 'in1k'  # of the authors' weights
 
 
-def replace_files(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
-    """Writes files into a folder, made if it is not there, all of them beside their places before the first is moved.
+@contextlib.contextmanager
+def _alone_in(folder: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process is in this block, with this folder; a process that dies leaves it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
-    An interruption leaves each file as it was or as it is to be; the next call overwrites what lies beside.
+
+def replace_files(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files into a folder, made if it is not there; those that hold the same already stay.
+
+    All of them are written beside their places before the first is moved. Of several that change, the last is moved
+    last, and what lay in its place is removed first: an interruption leaves all as it was, or all as it is to be, or
+    the last file missing, but never the last of one set beside others of another. The next call overwrites what lies
+    beside. Processes that write into the same folder wait for one another.
 
     Raises:
         WeightsError: They cannot be written.
     """
-    beside = {name: folder / f'.{name}.tmp' for name in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with _alone_in(folder):
+            _replace_files(folder, contents)
+    except OSError as error:
+        raise WeightsError(f'cannot write {", ".join(contents)} to {folder} ({error}); make room or name a folder that '
+                           'can be written to') from error
+
+
+def _replace_files(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+    contents = {name: content for name, content in contents.items()
+                if not (folder / name).is_file() or (folder / name).read_bytes() != content}
+    beside = {name: folder / f'.{name}.tmp' for name in contents}
+    try:
         for name, content in contents.items():
             with open(beside[name], 'wb') as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+        if len(contents) > 1:
+            (folder / [*contents][-1]).unlink(missing_ok=True)
         for name in contents:
             os.replace(beside[name], folder / name)
-    except OSError as error:
-        raise WeightsError(f'cannot write {", ".join(contents)} to {folder} ({error}); make room or name a folder that '
-                           'can be written to') from error
     finally:
         for path in beside.values():
             if path.exists():
@@ -55,10 +85,18 @@ def read_manifest(path: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def record(path: pathlib.Path, model: str, **fields: Any) -> None:
-    """Sets fields of a model in the manifest, leaving the rest of it as it is."""
-    content = json.loads(path.read_text(encoding='utf-8'))
-    content['models'][model].update(fields)
-    replace_files(path.parent, {path.name: (json.dumps(content, indent=2) + '\n').encode()})
+    """Sets fields of a model in the manifest, leaving the rest of it as it is, and what another process wrote there.
+
+    Raises:
+        WeightsError: It cannot be written.
+    """
+    try:
+        with _alone_in(path.parent):
+            content = json.loads(path.read_text(encoding='utf-8'))
+            content['models'][model].update(fields)
+            _replace_files(path.parent, {path.name: (json.dumps(content, indent=2) + '\n').encode()})
+    except OSError as error:
+        raise WeightsError(f'cannot write {path} ({error}); make room or name another manifest') from error
 
 
 def architecture_of(model: str) -> str:

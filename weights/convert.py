@@ -330,7 +330,7 @@ def write(folder: pathlib.Path, contents: Mapping[str, bytes], force: bool) -> N
     if other and not force:
         raise WeightsError(f'{folder} already holds {" and ".join(other)} with other content; give another --out, or '
                            '--force to overwrite')
-    common.replace_files(folder, {name: content for name, content in contents.items() if present.get(name) != content})
+    common.replace_files(folder, contents)
 
 
 def convert(

@@ -18,6 +18,7 @@ import typer
 import typer.core
 
 from .. import __version__, hub, measure
+from .._files import written_whole
 from ..attention import _FootprintAttention
 from ..count import count_multiply_adds, count_parameters, multiply_adds_by_part
 from ..san import SAN
@@ -490,11 +491,12 @@ def features(
 
 
 def _save(path: pathlib.Path, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:
-    if path.suffix == '.npz':
-        import numpy
-        numpy.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
-    else:
-        safetensors.torch.save_file(tensors, path, metadata=about)
+    with written_whole(path) as part:
+        if path.suffix == '.npz':
+            import numpy
+            numpy.savez(part, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
+        else:
+            safetensors.torch.save_file(tensors, part, metadata=about)
 
 
 @app.command()

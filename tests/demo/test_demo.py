@@ -59,6 +59,11 @@ class TestShapes:
         (folder / 'train' / '000001.jpg').unlink()
         shapes.make(folder, train=2, val=1, size=SIZE, report=lambda line: None)
         assert (folder / 'train' / '000001.jpg').exists()
+        for note in ('', (folder / 'recipe.json').read_text()[:20]):  # cut short while it was written
+            (folder / 'recipe.json').write_text(note)
+            (folder / 'train' / '000001.jpg').unlink()
+            shapes.make(folder, train=2, val=1, size=SIZE, report=lambda line: None)
+            assert (folder / 'train' / '000001.jpg').exists()
 
     def test_never_deletes_what_it_did_not_write(self, tmp_path):
         (tmp_path / 'thesis.tex').touch()

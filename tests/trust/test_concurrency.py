@@ -182,6 +182,28 @@ def test_processes(tmp_path):
     assert len(said) == 7 or sys.platform != 'linux' or ops.native.unavailable()
 
 
+FORK = """
+import os, signal, timm, torch, san_backbones
+model, image = timm.create_model('test_san_patchwise').eval(), torch.rand(1, 3, 96, 96)
+torch.set_num_threads(2)
+torch.rand(1 << 20).double().mul_(2)  # by several threads, and not of this package
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    with torch.no_grad():
+        model(image)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or ops.native.unavailable() is not None, reason='no compiled loops')
+def test_a_fork_after_threads_of_torch():
+    done = subprocess.run([sys.executable, '-c', FORK], capture_output=True, text=True)
+    assert done.stdout == '0\n', done.stderr
+    assert 'it goes on with one thread' in done.stderr or not ops.native.library._torch_parallel()[1]
+
+
 # --- Weights that change ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('how', ['modules', 'fused', 'fused, assigned'])

@@ -1,5 +1,7 @@
 """A few kills of each kind, as tests/trust/run_kills.py does many; and files that are cut short at any place."""
+import os
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -9,6 +11,7 @@ from huggingface_hub import constants
 from safetensors.torch import save
 
 from san_backbones import _requirements, hub
+from san_backbones._files import written_whole
 
 if sys.platform == 'win32':
     pytest.skip('kills children of fork', allow_module_level=True)
@@ -131,6 +134,30 @@ def test_a_whole_checkpoint_is_not_called_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, '_load_from_local', no_memory)
     with pytest.raises(torch.OutOfMemoryError, match='^CUDA out of memory$'):
         checkpoints.load_from_local(str(tmp_path / 'whole.pth'), 'cpu')
+
+
+# --- Files of exports and features ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('ends', ['whole', 'error', 'killed'])
+def test_what_lay_there_stays_until_all_is_written(ends, tmp_path):
+    path = tmp_path / 'file.npz'
+    path.write_bytes(b'older')
+    child = os.fork()
+    if child == 0:
+        try:
+            with written_whole(path) as part:
+                assert part.name == path.name
+                part.write_bytes(b'newer, the first half')
+                if ends == 'error':
+                    raise OSError('no room')
+                if ends == 'killed':
+                    os.kill(os.getpid(), signal.SIGKILL)
+                part.write_bytes(b'newer')
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert path.read_bytes() == (b'newer' if ends == 'whole' else b'older')
+    assert ends == 'killed' or [*tmp_path.iterdir()] == [path]
 
 
 # --- Safetensors -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """weights/convert.py: the authors' files and own checkpoints become what timm reads; everything else is an error."""
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -375,6 +376,34 @@ def test_other_content_is_not_overwritten(released, manifest, tmp_path, capsys):
     assert run(other, *options, '--force') == 0
     after = content(out)
     assert after['notes.txt'] == b'mine' and after['model.safetensors'] != before['model.safetensors']
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+def test_side_by_side_into_one_folder(tmp_path):
+    """All files are of one of them, and nobody meets half a file."""
+    sets = [{name: bytes([i]) * 300_000 for name in ('README.md', 'config.json', 'model.safetensors')} for i in (1, 2)]
+    running = set()
+    for i in range(4):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for _ in range(30):
+                    common.replace_files(tmp_path, sets[i % 2])
+                status = 0
+            finally:
+                os._exit(status)
+        running.add(child)
+    while running:
+        for path in tmp_path.glob('[!.]*'):
+            with contextlib.suppress(FileNotFoundError):
+                assert path.read_bytes() in [files[path.name] for files in sets]
+        for child in [*running]:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                running.remove(child)
+                assert status == 0
+    assert content(tmp_path) in sets
 
 
 @pytest.mark.parametrize('interrupted_at', [0, 1, 2])

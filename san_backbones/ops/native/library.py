@@ -4,7 +4,6 @@ import functools
 import os
 import pathlib
 import sys
-import threading
 import warnings
 
 import torch
@@ -130,19 +129,31 @@ def _torch_parallel() -> tuple[int | None, bool]:
     return None, False
 
 
-_team = threading.local()  # .process: in which this thread has made OpenMP threads, which no fork takes along
+_threads_at_fork, _left_threads_behind = 1, False
+
+
+def _before_fork() -> None:
+    global _threads_at_fork
+    _threads_at_fork = len(os.listdir('/proc/self/task'))
+
+
+def _in_child() -> None:
+    global _left_threads_behind
+    _left_threads_behind = _left_threads_behind or _threads_at_fork > 1
+
+
+if sys.platform.startswith('linux'):
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
 def _threads(lost_in_fork: bool) -> int:
     """How many threads may work: as torch is told, but one where more would be waited for for ever."""
-    threads, process = torch.get_num_threads(), os.getpid()
-    if threads > 1 and lost_in_fork and getattr(_team, 'process', process) != process:
+    threads = torch.get_num_threads()
+    if threads > 1 and lost_in_fork and _left_threads_behind:
         torch.set_num_threads(threads := 1)
-        warnings.warn('this process was forked from one that computed with several OpenMP threads, which torch would '
-                      'wait for in vain here: it goes on with one thread. Call torch.set_num_threads(1) before the '
+        warnings.warn('this process was forked from one with several threads; if those were of OpenMP, torch would '
+                      'wait for them in vain here: it goes on with one thread. Call torch.set_num_threads(1) before the '
                       'fork or first in the new process, or start it by spawn', RuntimeWarning, stacklevel=2)
-    if threads > 1:
-        _team.process = process
     return threads
 
 
