@@ -152,8 +152,8 @@ def _threads(lost_in_fork: bool) -> int:
     if threads > 1 and lost_in_fork and _left_threads_behind:
         torch.set_num_threads(threads := 1)
         warnings.warn('this process was forked from one with several threads; if those were of OpenMP, torch would '
-                      'wait for them in vain here: it goes on with one thread. Call torch.set_num_threads(1) before the '
-                      'fork or first in the new process, or start it by spawn', RuntimeWarning, stacklevel=2)
+                      'wait for them in vain here: it goes on with one thread. Call torch.set_num_threads(1) before '
+                      'the fork or first in the new process, or start it by spawn', RuntimeWarning, stacklevel=2)
     return threads
 
 
