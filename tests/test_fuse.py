@@ -61,7 +61,7 @@ def test_outputs(attention, options, backend):
     model = _model(attention, **options)
     assert fuse_for_inference(model) is model
     with ops.use_backend(backend):
-        for size in ((2, 3, 36, 44), (1, 3, 32, 32), (1, 3, 67, 40)):  # sizes in turn: places are kept by size
+        for size in ((2, 3, 36, 44), (1, 3, 32, 32), (1, 3, 67, 40), (1, 3, 40, 67)):  # places are kept by size
             assert _error(model, _image(*size)) < 2e-6
     with torch.inference_mode():
         assert _runs_folded(model, _image())
@@ -139,7 +139,8 @@ def test_changes_are_seen(change):
 
 
 @pytest.mark.parametrize('change', [
-    'a layer more', 'another forward', 'another forward of a block', 'a block more', 'a block of another kind',
+    'a layer more', 'another forward', 'another forward of a block', 'an attention of another kind',
+    'an activation of another kind', 'a block more', 'a block of another kind',
     'another drop_path', 'blocks of another kind'])
 def test_what_does_not_fold_any_more_runs_as_modules(change):
     model, image = fuse_for_inference(_model()), _image()
@@ -152,6 +153,11 @@ def test_what_does_not_fold_any_more_runs_as_modules(change):
             block.act2.forward = lambda x: x.relu().square()
         elif change == 'another forward of a block':
             block.forward = lambda x: 2 * x
+        elif change == 'an attention of another kind':
+            kind = type(block.attn)
+            block.attn.__class__ = type('Halved', (kind,), {'forward': lambda self, x: kind.forward(self, x) / 2})
+        elif change == 'an activation of another kind':
+            block.act1 = type('Leaky', (nn.ReLU,), {'forward': lambda self, x: nn.functional.leaky_relu(x, 0.5)})()
         elif change == 'a block more':
             model.stages[1].blocks.append(copy.deepcopy(block))
         elif change == 'a block of another kind':
@@ -277,7 +283,13 @@ def test_hooks_are_called(where):
         kept = seen[0].clone()
         handle.remove()
         model(image)
-    assert torch.equal(seen[0], kept)  # nobody wrote into what a hook took
+        assert torch.equal(seen[0], kept)  # nobody wrote into what a hook took
+        handle = model.get_submodule(where).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        model(image)
+        assert len(seen) == 2
+        handle.remove()
+        model(image)
+    assert len(seen) == 2
 
 
 def test_copies_and_pickles():
@@ -349,6 +361,10 @@ def test_what_cannot_be_folded_is_an_error():
     model = _model()
     model.stages[1].blocks[1].act2 = nn.GELU()
     with pytest.raises(ValueError, match='stages.1: blocks.1.act2 is a GELU and not a ReLU'):
+        model.fuse_for_inference()
+    model = _model()
+    model.stages[0].blocks[0].norm2 = nn.BatchNorm2d(8, track_running_stats=False)
+    with pytest.raises(ValueError, match='stages.0: blocks.0.norm2 has no running statistics'):
         model.fuse_for_inference()
     with pytest.raises(ValueError, match='no SAN in this Linear'):
         fuse_for_inference(nn.Linear(2, 2))

@@ -95,10 +95,12 @@ def test_unknown_model_and_keyword():
     (dict(attention='pairwise', position='learned'), "'relative'.*got 'learned'"),
     (dict(kernel_sizes=4), 'odd.*got 4'),
     (dict(kernel_sizes=(3, 7)), 'each of the 5 stages'),
+    (dict(widths=(64, 64.0, 64, 64, 64)), 'widths.*one integer for each of the 5 stages'),
     (dict(kernel_sizes=7.0), 'each of the 5 stages.*got 7.0'),
     (dict(depths=()), 'depths'),
     (dict(in_chans=0), 'in_chans.*got 0'),
     (dict(drop_path_rate=1.5), 'drop_path_rate.*got 1.5'),
+    (dict(drop_path_rate=1), 'drop_path_rate.*got 1'),
     (dict(attention='patchwise', position='garbage'), "'relative'.*got 'garbage'"),
     (dict(position_ref_size='224'), "at least 64.*got '224'"),
     (dict(widths=(48, 64, 64, 64, 64)), 'multiple of 32'),
@@ -120,6 +122,101 @@ def test_bad_images():
         model(torch.randn(3, 64, 64))
 
 
+def test_a_reference_map_of_one_pixel():
+    with pytest.raises(ValueError, match='at least 2 pixels, got 1'):
+        PairwiseAttention(32, position_ref_size=1)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('pool, width', [('avg', 128), ('catavgmax', 256), ('', 128)])
+def test_another_head(pool, width, dtype):
+    """In the model's dtype, on its device and in its mode; as wide as what it pools."""
+    for options in ({}, dict(num_classes=0)):
+        model = timm.create_model('test_san_patchwise', global_pool=pool, **options).eval().to(dtype)
+        assert model.head_hidden_size == width
+        model.reset_classifier(5, 'max')
+        assert model.head_hidden_size == 128 and model.num_classes == 5
+        model.reset_classifier(7, pool)
+        assert model.head_hidden_size == width and model.get_classifier().weight.dtype == dtype
+        assert not any(module.training for module in model.modules())
+        if pool:
+            assert model(torch.randn(2, 3, 32, 32).to(dtype)).shape == (2, 7)
+            pooled = model.forward_head(model.forward_features(torch.randn(2, 3, 32, 32).to(dtype)), pre_logits=True)
+            assert pooled.shape == (2, width)
+        model.train().reset_classifier(0)
+        assert all(module.training for module in model.modules()) and model.head.global_pool.pool_type == pool
+    assert timm.create_model('test_san_patchwise', device='meta').reset_classifier(3) is None
+
+
+def test_what_pruning_leaves():
+    model, image = timm.create_model('test_san_pairwise', num_classes=5).eval(), torch.randn(1, 3, 64, 64)
+    whole, features = model.forward_intermediates(image)
+    last, one = model.forward_intermediates(image, indices=[1], stop_early=True)
+    assert torch.equal(last, features[1]) and len(one) == 1 and torch.equal(one[0], features[1])
+    assert torch.equal(model.forward_intermediates(image, indices=[1])[0], whole)
+    assert model.prune_intermediate_layers([1, 2], prune_head=False) == [1, 2]
+    assert len(model.stages) == 3 and model.num_features == model.head_hidden_size == 64
+    assert model.num_classes == 0 and isinstance(model.get_classifier(), nn.Identity)  # it was made for what is gone
+    assert torch.equal(model.forward_features(image), features[2])
+    assert model(torch.randn(1, 3, 8, 8)).shape == (1, 64, 1, 1)  # 8 pixels are enough now
+    model.reset_classifier(3, 'avg')
+    assert model(image).shape == (1, 3)
+
+
+@pytest.mark.parametrize('change', [
+    'activation', 'a layer more', 'no bias', 'frozen norms with their eps', 'statistics not tracked'])
+def test_what_gamma_is_made_of_counts(change):
+    """On every path."""
+    from torchvision.ops import FrozenBatchNorm2d
+    torch.manual_seed(0)
+    layer, x = PatchwiseAttention(64, kernel_size=3).eval(), torch.randn(2, 64, 5, 6)
+    mlp = layer.weight_mlp
+    nn.init.uniform_(mlp.fc2.bias)
+    if change == 'activation':
+        mlp.act1 = nn.GELU()
+    elif change == 'a layer more':
+        mlp.append(nn.Tanh())
+    elif change == 'no bias':
+        mlp.fc2.bias = None
+    elif change == 'frozen norms with their eps':
+        mlp.norm1, mlp.norm2 = (FrozenBatchNorm2d(norm.num_features, eps=0.7) for norm in (mlp.norm1, mlp.norm2))
+    else:
+        layer.train()
+        mlp.norm1.track_running_stats = False
+    with torch.no_grad():
+        pad = ops.padding(3, 1)
+        query, key, value = layer.query(x), layer.key(x), ops.reflect_pad(layer.value(x), pad)
+        relation = ops.reference.relate(query, ops.reflect_pad(key, pad), None, None, *layer.spec())
+        h = copy.deepcopy(mlp)(relation.flatten(3)).unflatten(3, (5, 6))
+        expected = ops.reference.aggregate(h, value, False, 3, 1)
+        for path in ops.available_backends():
+            other = copy.deepcopy(layer)
+            with ops.use_backend(path):
+                torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
+            if change == 'statistics not tracked':
+                assert torch.equal(other.weight_mlp.norm1.running_mean, mlp.norm1.running_mean)
+
+
+@pytest.mark.parametrize('name', ['weight_mlp.fc1', 'weight_mlp.fc2', 'query'])
+@pytest.mark.parametrize('kind', ['forward', 'forward_pre', 'full_backward', 'full_backward_pre'])
+def test_hooks_are_called(name, kind):
+    layer, calls = PairwiseAttention(64, kernel_size=3), []
+    getattr(layer.get_submodule(name), f'register_{kind}_hook')(lambda *arguments: calls.append(1))
+    layer(torch.randn(2, 64, 4, 5, requires_grad=True)).sum().backward()
+    assert calls == [1]
+
+
+def test_a_compiled_step_recomputes_blocks():
+    torch.manual_seed(0)
+    model, image = timm.create_model('test_san_pairwise', num_classes=3), torch.randn(2, 3, 64, 64)
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    model(image).square().sum().backward()
+    torch.compile(other, backend='aot_eager')(image).square().sum().backward()
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert (p.grad - q.grad).norm() < 1e-2 * p.grad.norm() + 1e-4
+
+
 def test_options_reach_the_layers():
     model = SAN('pairwise', relation='hadamard', depths=(1, 1, 1, 2, 1), widths=(32, 32, 64, 64, 96), stem_width=24,
                 kernel_sizes=(3, 5, 7, 9, 11), position='absolute', position_ref_size=128, output_stride=8,
@@ -133,7 +230,8 @@ def test_options_reach_the_layers():
     assert model.stem.conv.weight.shape == (24, 1, 1, 1)
     assert model.head.fc.out_features == 3 and model.head.drop.p == 0.25
     assert model.head.global_pool.pool_type == 'max'
-    assert [getattr(block.drop_path, 'drop_prob', 0.) for stage in model.stages for block in stage.blocks][-1] == 0.5
+    rates = [getattr(block.drop_path, 'drop_prob', 0.) for stage in model.stages for block in stage.blocks]
+    assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == 0.5 and len({*rates}) == len(rates)
     assert [info['reduction'] for info in model.feature_info] == [2, 4, 8, 8, 8]
     assert model(torch.randn(2, 1, 32, 40)).shape == (2, 3)
 

@@ -266,6 +266,42 @@ def test_a_disk_that_cannot_be_written_to(number, message, server, monkeypatch, 
         hub.weights(REPOSITORY, cache_dir=tmp_path / 'elsewhere')
 
 
+def test_a_full_disk_below_another_error(server, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError('it broke off') from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', fail)
+    assert 'is full' in _error()
+
+
+def test_what_create_model_passes_on(server, monkeypatch, tmp_path):
+    """The cache's folder, the file's name, what an overlay says besides, whether weights must fit."""
+    state = timm.create_model('test_san_patchwise').state_dict()
+    server.add_repo('someone/small')
+    server.put('someone/small', 'other.safetensors', save({**state, 'stem.conv.weight': state['stem.conv.weight'] + 1}))
+    overlay = dict(hf_hub_id='someone/small', hf_hub_filename='other.safetensors', mean=(0.1, 0.2, 0.3))
+    model = timm.create_model('test_san_patchwise', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=1000,
+                              cache_dir=tmp_path / 'elsewhere')
+    assert torch.equal(model.stem.conv.weight, state['stem.conv.weight'] + 1)
+    assert model.pretrained_cfg['mean'] == (0.1, 0.2, 0.3)
+    assert not {'file', 'source'} & {key for key, value in model.pretrained_cfg.items() if value}
+    assert [*(tmp_path / 'elsewhere').rglob('other.safetensors')] and not [*(tmp_path / 'cache').rglob('*.safetensors')]
+    server.put('someone/small', 'other.safetensors', save({'stem.conv.weight': state['stem.conv.weight'] + 2}))
+    with pytest.raises(WeightsError, match='missing'):
+        timm.create_model('test_san_patchwise', pretrained=True, pretrained_cfg_overlay=overlay)
+    model = timm.create_model('test_san_patchwise', pretrained=True, pretrained_cfg_overlay=overlay,
+                              pretrained_strict=False)
+    assert torch.equal(model.stem.conv.weight, state['stem.conv.weight'] + 2)
+
+
+def test_only_the_model_file_lies_in_local_folders(server, monkeypatch):
+    server.add_repo('san-backbones/test_san_patchwise.shapes')
+    server.put('san-backbones/test_san_patchwise.shapes', 'other.safetensors', _content(3.))
+    path = hub.weights('san-backbones/test_san_patchwise.shapes', 'other.safetensors')
+    assert pathlib.Path(path).read_bytes() == _content(3.)
+    monkeypatch.setenv(hub.ORGANISATION_VARIABLE, '')
+    assert hub.repository('model') == 'san-backbones/model'
+
+
 def test_a_wrong_file_that_cannot_be_removed(server, monkeypatch):
     server.put(REPOSITORY, hub.FILENAME, b'no safetensors')
 

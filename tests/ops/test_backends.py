@@ -1,4 +1,5 @@
 """The choice of a path, and that paths agree in what is particular to them: tiles, statistics, precision."""
+import copy
 import logging
 import re
 import shutil
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from san_backbones import PairwiseAttention, PatchwiseAttention, ops
 from san_backbones.ops import backends, tiled
+from san_backbones.ops.gamma import normalise
 
 
 def _layers(**kwargs):
@@ -49,9 +51,104 @@ class _Largest(TorchDispatchMode):
 def test_no_tensor_is_larger_than_a_tile(cls, relation, monkeypatch):
     monkeypatch.setattr(tiled, 'TILE_ELEMENTS', 1 << 16)
     layer = cls(64, rel_planes=12, out_planes=8, kernel_size=5, relation=relation).eval()
-    with torch.no_grad(), ops.use_backend('tiled'), _Largest() as largest:
-        layer(torch.zeros(1, 64, 16, 16))
-    assert 1 << 14 < largest.numbers <= 1 << 16
+    for size in ((1, 16, 16), (40, 3, 3)):
+        with torch.no_grad(), ops.use_backend('tiled'), _Largest() as largest:
+            layer(torch.zeros(size[0], 64, *size[1:]))
+        assert 1 << 14 < largest.numbers <= 1 << 16
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_tiles_of_a_part_of_a_batch(cls, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = cls(64, kernel_size=3).eval(), torch.randn(2, 64, 4, 5)
+    with torch.no_grad(), ops.use_backend('reference'):
+        expected = layer(x)
+    monkeypatch.setattr(tiled, 'TILE_ELEMENTS', 9 * 16 * 4 * 5)
+    assert len([*tiled.tiles(2, 4, 5, 9 * 16, 2)]) == 2
+    with torch.no_grad(), ops.use_backend('tiled'):
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize('cls, relation', [(PairwiseAttention, 'dot'), (PatchwiseAttention, 'star')])
+def test_tiles_of_half_precision_sum_in_float32(cls, relation, monkeypatch):
+    """Statistics, and gradients of parameters over thousands of tiles."""
+    monkeypatch.setattr(tiled, 'TILE_ELEMENTS', 1 << 11)
+    torch.manual_seed(0)
+    layer = cls(32, kernel_size=3, relation=relation).train()
+    nn.init.constant_(layer.weight_mlp.norm2.bias, 3.)  # no ReLU's input rounds to the other side of 0
+    x, exact = torch.randn(2, 32, 24, 30), copy.deepcopy(layer).double()
+    exact(x.double()).square().sum().backward()
+    layer.to(torch.bfloat16)
+    for norm in (layer.weight_mlp.norm1, layer.weight_mlp.norm2):
+        norm.float()
+    with ops.use_backend('tiled'):
+        layer(x.bfloat16()).square().sum().backward()
+    for name, bound in (('fc1', 0.05), ('fc2', 0.05)):
+        found, expected = (m.get_submodule(f'weight_mlp.{name}').weight.grad.double() for m in (layer, exact))
+        assert (found - expected).norm() < bound * expected.norm(), name
+    mean, expected = layer.weight_mlp.norm1.running_mean.double(), exact.weight_mlp.norm1.running_mean
+    assert (mean - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_norm_keeps_the_dtype_of_its_maps():
+    norm = ops.Norm(torch.ones(4), torch.zeros(4), None, None, True, 0.1, 1e-5)
+    assert normalise(torch.randn(2, 4, 3, 3).bfloat16(), norm).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('training', ['norm1', 'norm2'])
+@pytest.mark.parametrize('cls, relation', [(cls, relation) for cls in (PairwiseAttention, PatchwiseAttention)
+                                           for relation in cls.relations])
+def test_one_norm_in_training_mode(cls, relation, training):
+    torch.manual_seed(0)
+    layer, x = cls(32, kernel_size=3, relation=relation).eval(), torch.randn(2, 32, 5, 6)
+    layer.weight_mlp.get_submodule(training).train()
+    exact = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        actual = layer(x)
+        with ops.use_backend('reference'):
+            expected = exact(x.double())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+    for name, buffer in layer.named_buffers():
+        torch.testing.assert_close(buffer.double(), exact.get_buffer(name).double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('path', ops.available_backends())
+def test_shift_in_any_dtype(path):
+    layer, x = _layers()[0].eval(), torch.randn(1, 64, 5, 6)
+    shift = torch.randn(16)
+    for dtype in (torch.float32, torch.bfloat16):
+        maps = [m(x).to(dtype) for m in (layer.query, layer.key, layer.value)]
+        results = []
+        with torch.no_grad(), ops.use_backend(path):
+            for s in (shift, shift.double()):
+                results.append(ops.footprint_attention(*maps, layer.place(x), copy.deepcopy(layer).to(dtype).gamma(),
+                                                       layer.spec(), s))
+        assert results[0].dtype == results[1].dtype == dtype
+        torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize('transform', ['vmap', 'jvp', 'dual numbers'])
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_transforms_see_the_definition(cls, transform):
+    torch.manual_seed(0)
+    layer = cls(32, kernel_size=3).eval().requires_grad_(False).double()
+    x, t = torch.randn(2, 3, 32, 4, 5).double()
+    if transform == 'vmap':
+        torch.testing.assert_close(torch.func.vmap(lambda one: layer(one[None])[0])(x), layer(x))
+        return
+    if transform == 'jvp':
+        slope = torch.func.jvp(layer, (x,), (t,))[1]
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            slope = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, t))).tangent
+    torch.testing.assert_close(slope, (layer(x + 1e-6 * t) - layer(x - 1e-6 * t)) / 2e-6, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_step_of_a_relation_without_statistics():
+    torch.manual_seed(0)
+    layer, x = PairwiseAttention(32, kernel_size=3, relation='dot').train(), torch.randn(2, 32, 5, 6)
+    expected = copy.deepcopy(layer)(x)
+    torch.testing.assert_close(torch.compile(layer, backend='aot_eager')(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_default_choice(monkeypatch):
@@ -59,6 +156,21 @@ def test_default_choice(monkeypatch):
     assert ops.choose_backend(_request()).name == ops.available_backends()[0]
     assert ops.choose_backend(_request(symbolic='torch.export')).name == 'reference'
     assert set(ops.available_backends()) >= {'tiled', 'reference'}
+
+
+def test_blocks_of_one_path_in_one_another(monkeypatch):
+    with ops.use_backend('tiled'):
+        with ops.use_backend('tiled'):
+            pass
+        assert ops.choose_backend(_request()).name == 'tiled'
+        assert not ops.serves(torch.zeros(1))
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, '')
+    assert ops.choose_backend(_request()).name == ops.available_backends()[0]
+
+
+def test_a_path_asked_for_yields_where_a_tool_looks():
+    with ops.use_backend('tiled'):
+        assert ops.choose_backend(_request(symbolic='torch.export')).name == 'reference'
 
 
 def test_environment_variable_and_context_manager(monkeypatch):

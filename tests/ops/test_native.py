@@ -1,7 +1,9 @@
 """The compiled loops, against the float64 definition, on every instruction set that this processor has."""
 import copy
+import ctypes
 import itertools
 import os
+import platform
 import subprocess
 import sys
 
@@ -116,6 +118,96 @@ def projected(layer, x):
     generator = torch.Generator().manual_seed(0)
     sizes = (layer.rel_planes, layer.rel_planes, layer.out_planes)
     return [torch.randn(x.shape[0], size, *x.shape[2:], generator=generator) for size in sizes] + [layer.place(x)]
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_wide_layers(cls):
+    """More channels than registers take at a time, with the finish fused."""
+    layer = _layer(cls, 1024, kernel_size=3)
+    x, shift = torch.randn(2, 1024, 5, 6), torch.randn(256)
+    assert _error(layer, x) < 1e-5
+    maps = [layer.query(x), layer.key(x), layer.value(x), layer.place(x)]
+    with torch.no_grad(), ops.use_backend('native'):
+        finished = ops.footprint_attention(*maps, layer.gamma(), layer.spec(), shift)
+        plain = ops.footprint_attention(*maps, layer.gamma(), layer.spec())
+    torch.testing.assert_close(finished, torch.relu(plain + shift[:, None, None]))
+
+
+def test_the_finish_has_no_gradients():
+    layer, x = _layer(PairwiseAttention, kernel_size=3), torch.randn(1, 64, 4, 5)
+    maps = [layer.query(x), layer.key(x), layer.value(x), layer.place(x)]
+    shift = torch.randn(16)
+    y = ops.fused.attend_native(*maps, layer.gamma(), layer.spec(), shift)
+    with pytest.raises(RuntimeError, match='call it without `shift`'):
+        y.sum().backward()
+    with ops.use_backend('native'):  # which the operator's users get by themselves
+        y = ops.footprint_attention(*maps, layer.gamma(), layer.spec(), shift)
+        found = torch.autograd.grad(y.sum(), layer.query.weight, retain_graph=True)
+        plain = ops.footprint_attention(*maps, layer.gamma(), layer.spec())
+        expected = torch.autograd.grad(torch.relu(plain + shift[:, None, None]).sum(), layer.query.weight)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
+def test_a_gradient_that_is_a_part_of_a_wider_map(cls):
+    layer, x = _layer(cls, kernel_size=3), torch.randn(2, 64, 5, 6)
+    wide = torch.randn(2, 48, 5, 6).contiguous(memory_format=torch.channels_last)
+    found = []
+    for gradient in (wide[:, 16:32], wide[:, 16:32].contiguous()):
+        with ops.use_backend('native'):
+            found.append(torch.autograd.grad(layer(x), [*layer.parameters()], gradient))
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
+
+
+def test_the_output_has_the_memory_format_of_the_value():
+    layer, x = _layer(PairwiseAttention, kernel_size=3), torch.randn(2, 64, 5, 6)
+    query, key, value, place = layer.query(x), layer.key(x), layer.value(x), layer.place(x)
+    wide = torch.cat([value, value], 1).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), ops.use_backend('native'):
+        y = ops.footprint_attention(query, key, wide[:, 16:], place, layer.gamma(), layer.spec())
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert ops.footprint_attention(query, key, value, place, layer.gamma(), layer.spec()).is_contiguous()
+
+
+@pytest.mark.parametrize('tap', range(9))
+def test_softmax_with_its_maximum_at_any_neighbour(tap):
+    """Logits of 1e3 and one of 1e4."""
+    layer = _layer(PairwiseAttention, kernel_size=3)
+    query, key, value, place = projected(layer, torch.zeros(1, 64, 8, 8))
+    key[0, :, 3 + tap // 3, 3 + tap % 3] += torch.randn(4)
+    gamma = layer.gamma()
+    gamma = gamma._replace(weight2=1e4 * gamma.weight2)
+    with torch.no_grad():
+        found = []
+        for path, maps in (('native', (query, key, value, place)), ('reference', (query, key, value, place))):
+            with ops.use_backend(path):
+                found.append(ops.footprint_attention(*maps, gamma, layer.spec()))
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(found[0][0, :, 4, 4], found[1][0, :, 4, 4], rtol=1e-3, atol=1e-3)
+
+
+def test_libraries_of_other_sources_and_processors(monkeypatch):
+    class Longer(ctypes.Structure):
+        _fields_ = [('task', native.library.Task), ('more', ctypes.c_int64)]
+    load = native.library._load.__wrapped__
+    monkeypatch.setitem(native.library._STRUCTURES, 'san', Longer)
+    loaded, reason = load()
+    assert loaded is None and 'was built from another version of its source; reinstall' in reason
+    monkeypatch.undo()
+    if platform.machine() in ('x86_64', 'AMD64'):
+        for capability, build in (('AVX2', 'avx2'), ('DEFAULT', 'baseline'), ('AVX512', 'avx512')):
+            monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda capability=capability: capability)
+            assert build in load()[1]
+
+
+def test_no_memory_for_a_thread(monkeypatch):
+    class Library:
+        def san_run(self, address, parallel, threads):
+            native.library.Task.from_address(address).failed = 1
+    monkeypatch.setattr(native.library, '_loaded', Library)
+    with pytest.raises(MemoryError, match=r'working space of a thread of the native loops \(san\)'):
+        native.library.run('san', native.library.Task())
 
 
 def test_softmax_does_not_overflow():

@@ -36,6 +36,23 @@ def _close(actual, expected, bound=1e-5):
     assert (actual.double() - expected.double()).norm().item() / scale < bound
 
 
+def test_gradients_of_scale_shift_relu():
+    x = torch.randn(6, 4, requires_grad=True)
+    ops.scale_shift_relu(x, torch.full((4,), 2.), torch.ones(4)).sum().backward()
+    torch.testing.assert_close(x.grad, 2. * (2 * x.detach() + 1 > 0))
+
+
+@pytest.mark.parametrize('conv', [
+    nn.Conv2d(3, 20, 1, stride=2, bias=False), nn.Conv2d(3, 20, 1, padding=1, bias=False), nn.Conv2d(3, 20, 1),
+    nn.Conv2d(3, 21, 1, groups=3, bias=False), nn.Conv2d(3, 20, 3, bias=False)], ids=str)
+def test_any_convolution(conv):
+    stem = _stem(width=conv.out_channels).eval()
+    stem.conv = conv
+    image = torch.randn(2, 3, 12, 14)
+    with torch.no_grad():
+        torch.testing.assert_close(stem(image), stem.pool(stem.act(stem.norm(conv(image)))), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('pool', [
     nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 2, ceil_mode=True), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, 2, dilation=2),
     nn.MaxPool2d((2, 3), 2), nn.MaxPool2d(2, (1, 2)), nn.MaxPool2d(2, 2, (0, 1)), nn.MaxPool2d((2, 2), (2, 2), (0, 0)),

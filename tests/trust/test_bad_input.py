@@ -74,6 +74,8 @@ LAYOUTS = {
     'crop': lambda x: _inside(x, (1, 2, 3), (1, 1, 2)),
     'corner': lambda x: _inside(x, (1, 2, 3), (0, 0, 0)),
     'every third': lambda x: _inside(x, (0, 0, 0), (0, 1, 0), 3),
+    'every second image': lambda x: torch.stack([x, torch.full_like(x, float('nan'))], 1).flatten(0, 1).contiguous(
+        memory_format=torch.channels_last)[::2],
     'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     'batch last': lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     'flipped': lambda x: x.flip(2, 3),

@@ -112,7 +112,9 @@ class Array:
 @contextlib.contextmanager
 def allocations():
     """Bytes behind every address that Python code allocates meanwhile."""
-    known, plain = {}, {name: getattr(torch, name) for name in ('empty', 'zeros', 'empty_like', 'zeros_like')}
+    known, plain = {}, {(owner, name): getattr(owner, name) for owner, names in (
+        (torch, ('empty', 'zeros', 'empty_like', 'zeros_like')), (torch.Tensor, ('new_empty', 'new_zeros')))
+        for name in names}
 
     def recorded(allocate):
         def wrapped(*args, **kwargs):
@@ -121,13 +123,13 @@ def allocations():
             return x
         return wrapped
 
-    for name, allocate in plain.items():
-        setattr(torch, name, recorded(allocate))
+    for (owner, name), allocate in plain.items():
+        setattr(owner, name, recorded(allocate))
     try:
         yield known
     finally:
-        for name, allocate in plain.items():
-            setattr(torch, name, allocate)
+        for (owner, name), allocate in plain.items():
+            setattr(owner, name, allocate)
 
 
 def guarded(at_end, calls, known):

@@ -1,8 +1,10 @@
 """A few kills of each kind, as tests/trust/run_kills.py does many; and files that are cut short at any place."""
+import logging
 import os
 import pathlib
 import signal
 import sys
+import types
 
 import pytest
 import timm
@@ -112,6 +114,36 @@ def test_one_checkpoint_is_too_few(training, tmp_path, monkeypatch):
     assert 'keep 2 or more' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
 
 
+@pytest.mark.parametrize('case, taken', [
+    ('cut', 'iter_10.pth'), ('not resumed', None), ('another is named', None), ('of an address', None),
+    ('a folder', None), ('elsewhere', 'iter_10.pth'), ('nothing saved', RuntimeError)])
+def test_which_checkpoint_is_taken(case, taken, tmp_path):
+    checkpoints = pytest.importorskip('san_backbones.mm.checkpoints', reason='needs the mm extra')
+    from mmengine.hooks import CheckpointHook
+    work = tmp_path / 'work'
+    folder = tmp_path / 'elsewhere' / 'work' if case == 'elsewhere' else work
+    for path in (work, folder):
+        path.mkdir(parents=True, exist_ok=True)
+    for name in ('iter_2.pth', 'iter_9.pth', 'iter_10.pth') if case != 'nothing saved' else ():
+        torch.save({}, folder / name)
+    named = {'of an address': 's3://bucket/iter_9.pth',
+             'a folder': str(work / 'iter_9')}.get(case, f'{work}/iter_11.pth')
+    (work / 'last_checkpoint').write_text(named)
+    (work / 'iter_9').mkdir()
+    hook = CheckpointHook(interval=1)
+    hook.out_dir, hook.filename_tmpl = str(tmp_path / 'elsewhere' if case == 'elsewhere' else work), 'iter_{}.pth'
+    runner = types.SimpleNamespace(
+        _resume=case != 'not resumed', _load_from='given.pth' if case == 'another is named' else None, hooks=[hook],
+        work_dir=str(work), logger=logging.getLogger('test'))
+    if taken is RuntimeError:
+        with pytest.raises(RuntimeError, match='iter_11.pth, which is missing or cut short.*found: none'):
+            checkpoints.resume_from_whole(runner)
+        return
+    checkpoints.resume_from_whole(runner)
+    expected = 'given.pth' if case == 'another is named' else None if taken is None else str(folder / taken)
+    assert runner._load_from == expected
+
+
 @pytest.mark.parametrize('share', [0., 0.001, 0.3, 0.999])
 def test_a_checkpoint_that_is_cut_short_is_named(share, training, tmp_path):
     from mmengine.runner.checkpoint import CheckpointLoader
@@ -133,6 +165,16 @@ def test_a_whole_checkpoint_is_not_called_damaged(tmp_path, monkeypatch):
     assert checkpoints.load_from_local('~/whole.pth', 'cpu') == {'state_dict': {}}
     monkeypatch.setattr(checkpoints, '_load_from_local', no_memory)
     with pytest.raises(torch.OutOfMemoryError, match='^CUDA out of memory$'):
+        checkpoints.load_from_local(str(tmp_path / 'whole.pth'), 'cpu')
+    (tmp_path / 'old.pth').write_bytes(b'of a format that is no archive')
+    with pytest.raises(torch.OutOfMemoryError, match='^CUDA out of memory$'):
+        checkpoints.load_from_local(str(tmp_path / 'old.pth'), 'cpu')
+
+    def other(*arguments):
+        raise RuntimeError('something else')
+
+    monkeypatch.setattr(checkpoints, '_load_from_local', other)
+    with pytest.raises(RuntimeError, match='^something else$'):
         checkpoints.load_from_local(str(tmp_path / 'whole.pth'), 'cpu')
 
 

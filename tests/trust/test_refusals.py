@@ -66,6 +66,7 @@ def _call(form=PairwiseAttention, **changes):
     (dict(bias2=lambda x: x.to('meta')), 'bias2 of gamma is on meta'),
     (dict(norm1_weight=lambda x: x[:1]), r'norm1.weight of gamma must be \[4\].*got \[1\]'),
     (dict(norm2_running_var=lambda x: x[None]), 'norm2.running_var of gamma'),
+    (dict(weight2=lambda x: x[:0], bias2=lambda x: x[:0]), '8 channels and weight2 of gamma with 0 rows'),
     (dict(norm1_running_mean=lambda x: None), 'norm1 of gamma has no running_mean or.*batch_statistics=True'),
     (dict(norm2_running_var=lambda x: None), 'norm2 of gamma has no'),
     (dict(norm1_momentum=lambda x: None), 'momentum of norm1 of gamma must be a number, got None'),
@@ -118,8 +119,10 @@ def test_scale_shift_relu():
     x, scale, shift = torch.randn(6, 4).t(), torch.randn(6), torch.randn(6)
     expected = torch.relu(x * scale + shift)
     with torch.no_grad():
-        for s, t in ((scale, shift), (scale.double(), shift.double()), (torch.stack([scale, scale], 1)[:, 0], shift)):
-            torch.testing.assert_close(ops.scale_shift_relu(x, s, t), expected)  # strided, and in other dtypes
+        for y in (x, x.contiguous()):
+            strided = torch.stack([scale, scale], 1)[:, 0]
+            for s, t in ((scale, shift), (scale.double(), shift.double()), (strided, shift)):
+                torch.testing.assert_close(ops.scale_shift_relu(y, s, t), expected)  # strided, and in other dtypes
         assert ops.scale_shift_relu(torch.empty(0, 6), scale, shift).shape == (0, 6)
         for bad, message in (((x, scale[:1], shift), r'scale must be .*\[6\].*got scale \[1\]'),
                              ((x, scale, shift.long()), 'shift must be a floating.*int64'),
