@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -404,6 +405,50 @@ def test_side_by_side_into_one_folder(tmp_path):
                 running.remove(child)
                 assert status == 0
     assert content(tmp_path) in sets
+
+
+def test_who_comes_second_waits(tmp_path, monkeypatch):
+    sets = [{name: bytes([i]) for name in ('README.md', 'model.safetensors')} for i in (1, 2)]
+    real, first_writes, first_may_end = os.replace, threading.Event(), threading.Event()
+
+    def replace(*paths):
+        first_writes.set()
+        assert first_may_end.wait(60)
+        real(*paths)
+
+    monkeypatch.setattr(os, 'replace', replace)
+    first, second = (threading.Thread(target=common.replace_files, args=(tmp_path, files)) for files in sets)
+    first.start()
+    assert first_writes.wait(60)
+    second.start()
+    second.join(0.5)
+    assert (tmp_path / '.README.md.tmp').read_bytes() == sets[0]['README.md']
+    first_may_end.set()
+    first.join()
+    second.join()
+    assert content(tmp_path) == sets[1]
+
+
+@pytest.mark.parametrize('interrupted_at', [0, 1, 2])
+def test_interrupted_while_writing_over_others(interrupted_at, tmp_path, monkeypatch):
+    """The weights lie beside what belongs to them or not at all."""
+    sets = [{name: bytes([i]) for name in ('README.md', 'config.json', 'model.safetensors')} for i in (1, 2)]
+    common.replace_files(tmp_path, sets[0])
+    real, calls = os.replace, []
+
+    def replace(*paths):
+        calls.append(paths)
+        if len(calls) == interrupted_at + 1:
+            raise KeyboardInterrupt
+        real(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', replace)
+        with pytest.raises(KeyboardInterrupt):
+            common.replace_files(tmp_path, sets[1])
+    assert content(tmp_path) in sets or 'model.safetensors' not in content(tmp_path)
+    common.replace_files(tmp_path, sets[1])
+    assert content(tmp_path) == sets[1]
 
 
 @pytest.mark.parametrize('interrupted_at', [0, 1, 2])
