@@ -40,7 +40,7 @@ class Corner(NamedTuple):
 
 CORNERS = (
     Corner('oldest', '3.10', ('torch==2.4.0', 'torchvision==0.19.0', 'timm==1.0.26', 'huggingface_hub==1.0.1')),
-    Corner('oldest torch of the newest Python', '3.13', ('torch==2.5.0', 'timm==1.0.26', 'huggingface_hub<2')),
+    Corner('oldest torch of the newest Python', '3.13', ('torch==2.6.0', 'timm==1.0.26', 'huggingface_hub<2')),
     Corner('oldest of the mm extra', '3.10', ('torch==2.6.0', 'timm==1.0.26', 'huggingface_hub<2', 'mmengine==0.10.7',
                                               'mmcv-lite==2.0.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2'), '[mm]'),
     Corner('newest of the mm extra', '3.13', extras='[mm]'),

@@ -6,6 +6,7 @@ that are spawned: they import `mmcv.ops` first. Started this way, `san_backbones
 Under torchrun (`torchrun --nproc-per-node=2 -m san_backbones.mm.run SCRIPT ... --launcher pytorch`) it also makes the
 process group where there is no GPU, over gloo: MMEngine would ask for one.
 """
+import atexit
 import os
 import sys
 
@@ -17,6 +18,8 @@ if __name__ == '__main__':
         sys.exit(f'{__doc__}\ngiven: {" ".join(sys.argv[1:]) or "nothing"}; expected the path of a Python script')
     if dist.is_available() and dist.is_torchelastic_launched() and not torch.cuda.is_available():
         dist.init_process_group('gloo')
+        # MMEngine leaves it to the end of the process, where a thread of gloo that still runs aborts it now and then
+        atexit.register(dist.destroy_process_group)
     del sys.argv[0]
     __file__ = os.path.abspath(sys.argv[0])
     sys.path[0] = os.path.dirname(__file__)

@@ -177,6 +177,7 @@ def test_torchrun_trains_as_one_process(folder, same_as_in_one_process):
         [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-addr=127.0.0.1',
          f'--master-port={_port()}', '-m', 'san_backbones.mm.run',
          str(pathlib.Path(mmseg.__file__).parent / '.mim/tools/train.py'), str(folder / 'config.py'),
-         '--launcher', 'pytorch'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+         '--launcher', 'pytorch'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        cwd=folder)  # where no other san_backbones lies than the one installed
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     same_as_in_one_process(folder / 'two/epoch_1.pth')
