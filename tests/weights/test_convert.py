@@ -429,21 +429,28 @@ def test_who_comes_second_waits(tmp_path, monkeypatch):
     assert content(tmp_path) == sets[1]
 
 
-@pytest.mark.parametrize('interrupted_at', [0, 1, 2])
-def test_interrupted_while_writing_over_others(interrupted_at, tmp_path, monkeypatch):
-    """The weights lie beside what belongs to them or not at all."""
-    sets = [{name: bytes([i]) for name in ('README.md', 'config.json', 'model.safetensors')} for i in (1, 2)]
-    common.replace_files(tmp_path, sets[0])
+@contextlib.contextmanager
+def interruption(monkeypatch, after):
+    """Stops whoever replaces files when it has replaced so many."""
     real, calls = os.replace, []
 
     def replace(*paths):
         calls.append(paths)
-        if len(calls) == interrupted_at + 1:
+        if len(calls) == after + 1:
             raise KeyboardInterrupt
         real(*paths)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, 'replace', replace)
+        yield
+
+
+@pytest.mark.parametrize('interrupted_at', [0, 1, 2])
+def test_interrupted_while_writing_over_others(interrupted_at, tmp_path, monkeypatch):
+    """The weights lie beside what belongs to them or not at all."""
+    sets = [{name: bytes([i]) for name in ('README.md', 'config.json', 'model.safetensors')} for i in (1, 2)]
+    common.replace_files(tmp_path, sets[0])
+    with interruption(monkeypatch, interrupted_at):
         with pytest.raises(KeyboardInterrupt):
             common.replace_files(tmp_path, sets[1])
     assert content(tmp_path) in sets or 'model.safetensors' not in content(tmp_path)
@@ -455,16 +462,7 @@ def test_interrupted_while_writing_over_others(interrupted_at, tmp_path, monkeyp
 def test_interrupted_while_writing(interrupted_at, released, manifest, tmp_path, monkeypatch):
     source, out = released('test_san_patchwise'), tmp_path / 'out'
     options = (source, '--model', 'test_san_patchwise', '--out', out, '--manifest', manifest)
-    real, calls = os.replace, []
-
-    def replace(*paths):
-        calls.append(paths)
-        if len(calls) == interrupted_at + 1:
-            raise KeyboardInterrupt
-        real(*paths)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, 'replace', replace)
+    with interruption(monkeypatch, interrupted_at):
         assert run(*options) == 130
     assert len(content(out)) == interrupted_at and 'model.safetensors' not in content(out)
     assert run(*options) == 0
