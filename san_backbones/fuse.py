@@ -14,6 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from . import ops
+from .activations import BoundedReLU
 from .attention import _FootprintAttention
 from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
 from .ops.gamma import widened
@@ -27,6 +28,7 @@ class FoldedBlock(NamedTuple):
     """A block in inference form."""
     scale: Tensor  # (C,), of norm1
     shift: Tensor
+    limit: float | None  # of the ReLU behind it
     weight: Tensor  # (2 r + m, C): query, key and value
     bias: Tensor
     attention: Any  # a PairwiseAttention or PatchwiseAttention
@@ -47,7 +49,8 @@ class FoldedBlock(NamedTuple):
     def __call__(self, x: Tensor) -> None:
         """Adds the block's branch to x (N, H, W, C), contiguous, in place."""
         attention, flat = self.attention, x.view(-1, x.shape[-1])
-        projected = F.linear(ops.scale_shift_relu(flat, self.scale, self.shift), self.weight, self.bias)
+        rectified = ops.scale_shift_relu(flat, self.scale, self.shift, self.limit)
+        projected = F.linear(rectified, self.weight, self.bias)
         widths = (attention.rel_planes, attention.rel_planes, attention.out_planes)
         query, key, value = projected.view(*x.shape[:3], sum(widths)).permute(0, 3, 1, 2).split(widths, 1)
         y = ops.footprint_attention(
@@ -81,7 +84,8 @@ def _fold_block(block: Any, offset: Tensor) -> tuple[FoldedBlock, Tensor]:
     gamma = attention.gamma()._replace(cache={})
     # copies, also where nothing is folded: what is written into a parameter unseen must not meet the rest half way
     out_weight = out_weight.t().to(dtype, copy=True)
-    folded = FoldedBlock(scale, shift, weight, bias, attention, gamma, out_shift, out_weight, {})
+    limit = getattr(block.act1, 'limit', None)  # torch's own ReLU has none
+    folded = FoldedBlock(scale, shift, limit, weight, bias, attention, gamma, out_shift, out_weight, {})
     return folded, offset + out_bias
 
 
@@ -98,11 +102,12 @@ def _obstacle(stage: Any) -> str | None:
         if not is_plain(block.attn, (_FootprintAttention.forward,)):
             return f'blocks.{name}.attn is a {type(block.attn).__name__} and not a SAN attention without hooks'
         layers += [(f'blocks.{name}.{layer}', block.get_submodule(layer), kind) for layer, kind in (
-            ('norm1', 'norm'), ('act1', 'relu'), ('attn.query', 'conv'), ('attn.key', 'conv'), ('attn.value', 'conv'),
-            ('norm2', 'norm'), ('act2', 'relu'), ('conv', 'conv'))]
+            ('norm1', 'norm'), ('act1', 'bounded'), ('attn.query', 'conv'), ('attn.key', 'conv'),
+            ('attn.value', 'conv'), ('norm2', 'norm'), ('act2', 'relu'), ('conv', 'conv'))]
     fits = {'conv': is_pointwise, 'norm': is_batch_norm,
-            'relu': lambda layer: is_plain(layer, (nn.ReLU.forward,))}
-    wanted = {'conv': '1x1 convolution', 'norm': 'batch norm', 'relu': 'ReLU'}
+            'relu': lambda layer: is_plain(layer, (nn.ReLU.forward,)),
+            'bounded': lambda layer: is_plain(layer, (nn.ReLU.forward, BoundedReLU.forward))}
+    wanted = {'conv': '1x1 convolution', 'norm': 'batch norm', 'relu': 'ReLU', 'bounded': 'ReLU'}
     for name, layer, kind in layers:
         if not fits[kind](layer):
             return f'{name} is a {type(layer).__name__} and not a {wanted[kind]} without hooks'
@@ -119,7 +124,7 @@ def _obstacle(stage: Any) -> str | None:
 
 # attributes that say what a norm, a convolution or an attention computes
 _SETTINGS = ('eps', 'stride', 'padding', 'groups', 'kernel_size', 'dilation', 'relation', 'position_mode',
-             'position_step')
+             'position_step', 'limit')
 
 
 class _Watch:

@@ -31,6 +31,7 @@ from timm.models._features import feature_take_indices
 from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
+from .activations import BoundedReLU, is_setting, resolve_bound
 from .attention import PairwiseAttention, PatchwiseAttention
 from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
 from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
@@ -40,6 +41,7 @@ __all__ = ['SAN']
 # an attention layer stays one node of a traced feature extractor, so that it keeps its mode and its fast paths there
 register_notrace_module(PairwiseAttention)
 register_notrace_module(PatchwiseAttention)
+register_notrace_module(BoundedReLU)
 
 DEPTHS = {'san10': (2, 1, 2, 4, 1), 'san15': (3, 2, 3, 5, 2), 'san19': (3, 3, 4, 6, 3)}
 RELATIONS = {'pairwise': PAIRWISE_RELATIONS, 'patchwise': PATCHWISE_RELATIONS}
@@ -101,7 +103,10 @@ def _spare_buffers(module: nn.Module) -> Iterator[None]:
 
 
 class Block(nn.Module):
-    """Pre-activation residual block: x + conv1x1( relu(norm2( attn( relu(norm1(x)) ) )) )."""
+    """Pre-activation residual block: x + conv1x1( relu(norm2( attn( relu(norm1(x)) ) )) ).
+
+    The first ReLU may have an upper bound.
+    """
 
     def __init__(
             self,
@@ -109,13 +114,14 @@ class Block(nn.Module):
             attention: Callable[..., PairwiseAttention | PatchwiseAttention],
             norm_layer: type[nn.Module] = nn.BatchNorm2d,
             drop_path: float = 0.,
+            act1_layer: Callable[..., nn.Module] = BoundedReLU,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm1 = norm_layer(dim, **dd)
-        self.act1 = nn.ReLU(inplace=True)
+        self.act1 = act1_layer(inplace=True, **dd)
         self.attn = attention(dim, **dd)
         self.norm2 = norm_layer(self.attn.out_planes, **dd)
         self.act2 = nn.ReLU(inplace=True)
@@ -132,6 +138,11 @@ class Block(nn.Module):
         x += residual  # in place: one map less to find memory for
         return x
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if isinstance(self.act1, BoundedReLU) and any(name.startswith(f'{prefix}conv.') for name in state_dict):
+            self.act1.follow(state_dict.get(f'{prefix}act1.bound'))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class Stage(nn.Module):
     """Max pool (unless the stem pooled, or dilated instead), 1x1 conv to the stage width, blocks, norm, ReLU."""
@@ -147,6 +158,7 @@ class Stage(nn.Module):
             downsample: bool = True,
             norm_layer: type[nn.Module] = nn.BatchNorm2d,
             drop_path_rates: Sequence[float] = (),
+            act1_layer: Callable[..., nn.Module] = BoundedReLU,
             device=None,
             dtype=None,
     ):
@@ -162,7 +174,8 @@ class Stage(nn.Module):
         self.pool = nn.MaxPool2d(2, 2) if downsample else nn.Identity()
         self.conv = nn.Conv2d(in_dim, dim, 1, bias=False, **dd)
         self.blocks = nn.Sequential(*[
-            Block(dim, attention, norm_layer=norm_layer, drop_path=drop_path_rates[i] if drop_path_rates else 0., **dd)
+            Block(dim, attention, norm_layer=norm_layer, drop_path=drop_path_rates[i] if drop_path_rates else 0.,
+                  act1_layer=act1_layer, **dd)
             for i in range(depth)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -270,6 +283,9 @@ class SAN(nn.Module):
         global_pool: Pooling of the head, '' for none.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, growing linearly over the blocks.
+        relu_bound: Upper bound of the first ReLU of each block; float('inf') for none. None: what loaded weights were
+            made with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
+            pairwise one. A number given here holds whatever is loaded.
         norm_layer: Norm of all layers, called with the number of channels.
         device: Where parameters are made.
         dtype: Their dtype.
@@ -295,6 +311,7 @@ class SAN(nn.Module):
             global_pool: str = 'avg',
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
+            relu_bound: float | None = None,
             norm_layer: type[nn.Module] = nn.BatchNorm2d,
             device=None,
             dtype=None,
@@ -321,6 +338,7 @@ class SAN(nn.Module):
             raise ValueError(
                 f'position_ref_size must be None or an integer of at least {2 ** (len(depths) + 1)} (2 pixels in the '
                 f'last of {len(depths)} stages), got {position_ref_size!r}')
+        act1_layer = partial(BoundedReLU, resolve_bound(relu_bound, attention), relu_bound is not None)
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.feature_info: list[dict[str, Any]] = []
@@ -344,7 +362,7 @@ class SAN(nn.Module):
                 layer = partial(PatchwiseAttention, **options)
             stages.append(Stage(
                 in_dim, dim, depth, layer, downsample=downsample and i > 0, norm_layer=norm_layer,
-                drop_path_rates=drop_path_rates[i], **dd))
+                drop_path_rates=drop_path_rates[i], act1_layer=act1_layer, **dd))
             self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f'stages.{i}'))
             in_dim = dim
         self.stages = nn.Sequential(*stages)
@@ -588,6 +606,8 @@ def misfits(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tens
         first = f' ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})' if names else ''
         return f'{kind} {len(names)}{first}'
 
+    given, expected = ({name: tensor for name, tensor in tensors.items() if not is_setting(name)}
+                       for tensors in (given, expected))
     missing = [name for name in expected if name not in given]
     wrong = [f'{name} {list(given[name].shape)} instead of {list(tensor.shape)}' for name, tensor in expected.items()
              if name in given and given[name].shape != tensor.shape and not name.startswith(any_shape)]

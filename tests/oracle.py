@@ -290,9 +290,15 @@ def under(state: State, prefix: str) -> State:
     return {name[len(prefix):]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def block(x: torch.Tensor, params: State, training: bool, running: State, **options) -> torch.Tensor:
-    """``x + conv(relu(bn2(attention(relu(bn1(x))))))``: the pre-activation residual block; ``params`` as released."""
+def block(x: torch.Tensor, params: State, training: bool, running: State, bound: float | None = None,
+          **options) -> torch.Tensor:
+    """``x + conv(relu(bn2(attention(relu(bn1(x))))))``: the pre-activation residual block; ``params`` as released.
+
+    Ours, not the paper's: the first ReLU may have an upper ``bound``.
+    """
     y = relu(batch_norm(x, params, 'bn1', training, running))
+    if bound is not None:
+        y = torch.where(y > bound, torch.full_like(y, bound), y)
     y, inner = attention(y, under(params, 'sam.'), training=training, **options)
     running.update({f'sam.{name}': tensor for name, tensor in inner.items()})
     y = relu(batch_norm(y, params, 'bn2', training, running))
@@ -311,6 +317,7 @@ def network(
         relation: str | None = None,
         position: str = 'relative',
         share: int = 8,
+        bound: float | None = None,
 ) -> dict:
     """The whole SAN (CVPR 2020, table 1).
 
@@ -335,7 +342,7 @@ def network(
         reference = None if position_ref_size is None else position_ref_size // 2 ** (stage + 1)
         for index in range(depth):
             inner = {}
-            x = block(x, under(state, f'layer{stage}.{index}.'), training, inner, attention=attention,
+            x = block(x, under(state, f'layer{stage}.{index}.'), training, inner, bound, attention=attention,
                       relation=relation, position=position, position_ref_size=reference, kernel_size=kernel_size,
                       dilation=dilation, share=share)
             running.update({f'layer{stage}.{index}.{name}': tensor for name, tensor in inner.items()})

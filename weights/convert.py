@@ -37,12 +37,13 @@ from torch import nn
 import san_backbones  # noqa: F401, registers the models
 from san_backbones import hub
 from san_backbones._requirements import LEAST_FOR_CONVERSION, check, check_pickles
+from san_backbones.activations import follow_bounds
 from san_backbones.hub import WeightsError
 from san_backbones.san import DEPTHS, SAN, checkpoint_filter_fn
 
 # arguments of SAN that the checkpoint, the architecture or the place decide
-NOT_OPTIONS = {'attention', 'in_chans', 'num_classes', 'global_pool', 'drop_rate', 'drop_path_rate', 'norm_layer',
-               'device', 'dtype'}
+NOT_OPTIONS = {'attention', 'in_chans', 'num_classes', 'global_pool', 'drop_rate', 'drop_path_rate', 'relu_bound',
+               'norm_layer', 'device', 'dtype'}
 OPTIONS = [name for name in inspect.signature(SAN).parameters if name not in NOT_OPTIONS]
 DATA_OPTIONS = ['input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode']
 MM_POSITION_REF_SIZE = 224  # the default of SANBackbone
@@ -196,9 +197,11 @@ def build(name: str, state: Mapping[str, torch.Tensor], options: Mapping[str, An
     in_chans = stem.shape[1] if stem is not None and stem.dim() == 4 else 3
     num_classes = 0 if classifier is None else classifier.shape[0] if classifier.dim() else 1
     try:
-        return timm.create_model(name, in_chans=in_chans, num_classes=num_classes, device='meta', **options)
+        model = timm.create_model(name, in_chans=in_chans, num_classes=num_classes, device='meta', **options)
     except (TypeError, ValueError) as error:
         raise WeightsError(f'{name} cannot be built with {dict(options)}: {error}') from error
+    follow_bounds(model, state)
+    return model
 
 
 def known_to_timm(architecture: str, tag: str | None) -> str:
@@ -391,7 +394,8 @@ def convert(
             raise WeightsError(f"{source} has the SHA-256 {source_sha256}; the authors' file for {architecture} has "
                                f"{entry['source_sha256']} (Google Drive id {entry['drive_id']}). Download it again; "
                                'or, if this is a training of your own, give it a --tag of its own')
-        net = timm.create_model(known_to_timm(architecture, tag), num_classes=IMAGENET_CLASSES, device='meta')
+        net = timm.create_model(known_to_timm(architecture, tag), num_classes=IMAGENET_CLASSES, device='meta',
+                                relu_bound=float('inf'))
         license = entry['license']
     else:
         if left_out >= 0:

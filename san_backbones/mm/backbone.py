@@ -64,6 +64,9 @@ class SANBackbone(BaseModule):
             effect). The default 224 is the size that the released models were trained at; None spans [-1, 1] over
             each image, as the released code does.
         drop_path_rate: Stochastic depth.
+        relu_bound: Upper bound of the first ReLU of each block; float('inf') for none. None: what loaded weights were
+            made with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
+            pairwise one. A number given here holds whatever is loaded.
         init_cfg: For instance dict(type='Pretrained', checkpoint='san15_patchwise.pth'). A checkpoint that does not
             fit is an error.
 
@@ -90,12 +93,14 @@ class SANBackbone(BaseModule):
             output_stride: int = 32,
             position_ref_size: int | None = 224,
             drop_path_rate: float = 0.,
+            relu_bound: float | None = None,
             init_cfg: dict[str, Any] | None = None,
     ):
         super().__init__(init_cfg=init_cfg)
         net = san.SAN(
             **self._architecture(arch), in_chans=in_channels, num_classes=0, norm_layer=_norm_layer(norm_cfg),
-            output_stride=output_stride, position_ref_size=position_ref_size, drop_path_rate=drop_path_rate)
+            output_stride=output_stride, position_ref_size=position_ref_size, drop_path_rate=drop_path_rate,
+            relu_bound=relu_bound)
         n_stages = len(net.stages)
         out_indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
         if not out_indices or any(not isinstance(i, int) or not 0 <= i < n_stages for i in out_indices) \
@@ -123,7 +128,7 @@ class SANBackbone(BaseModule):
                 raise ValueError(f'arch must be one of {", ".join(map(repr, ARCHITECTURES))} or a dict, got {arch!r}')
             return ARCHITECTURES[arch]
         reserved = {'self', 'in_chans', 'num_classes', 'global_pool', 'drop_rate', 'norm_layer', 'output_stride',
-                    'position_ref_size', 'drop_path_rate', 'device', 'dtype'}
+                    'position_ref_size', 'drop_path_rate', 'relu_bound', 'device', 'dtype'}
         allowed = [name for name in inspect.signature(san.SAN).parameters if name not in reserved]
         if not isinstance(arch, dict) or not set(arch) <= set(allowed):
             raise ValueError(f'arch must be a model name or a dict with keys of {allowed}, got {arch!r}')

@@ -1,4 +1,4 @@
-"""What surrounds the attention: the stem in one piece, and relu(s x + t)."""
+"""What surrounds the attention: the stem in one piece, and relu(s x + t), bounded or not."""
 
 import torch
 from torch import Tensor
@@ -61,13 +61,14 @@ def stem(image: Tensor, weight: Tensor, norm: Norm) -> Tensor:
         return native.stem(image, (weight.float() * affine.scale[:, None]).float(), affine.shift.float())
 
 
-def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """relu(scale x + shift), for inference: no gradients where a compiled loop serves.
+def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor, limit: float | None = None) -> Tensor:
+    """min(relu(scale x + shift), limit), for inference: no gradients where a compiled loop serves.
 
     Args:
         x: (..., C), C at least 1, any floating dtype.
         scale: (C,), float32.
         shift: (C,), float32.
+        limit: Largest value of the output, None for any.
 
     Returns:
         Like x.
@@ -80,5 +81,6 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     check_channels('scale', scale, x.shape[-1], x)
     check_channels('shift', shift, x.shape[-1], x)
     if x.dtype == torch.float32 and x.is_contiguous() and not torch.is_grad_enabled() and serves(x):
-        return native.scale_shift_relu(x, scale.float().contiguous(), shift.float().contiguous())
-    return torch.addcmul(shift, x, scale).relu_().to(x.dtype)
+        return native.scale_shift_relu(x, scale.float().contiguous(), shift.float().contiguous(), limit)
+    output = torch.addcmul(shift, x, scale).relu_()
+    return (output if limit is None else output.clamp_(max=limit)).to(x.dtype)

@@ -1,5 +1,6 @@
 """The stem in one piece and relu(s x + t), against float64 modules."""
 import copy
+import math
 
 import pytest
 import torch
@@ -242,14 +243,15 @@ def test_anything_else_runs_as_modules(change):
     assert seen[:1] == ([(2, 20, 6, 6)] if change == 'hook' else [])
 
 
-def test_scale_shift_relu():
-    for shape in ((3, 5, 20), (7, 16), (1, 3)):
+@pytest.mark.parametrize('limit', [None, 0.3])
+def test_scale_shift_relu(limit):
+    for shape in ((3, 5, 20), (7, 16), (9, 3)):
         x, scale, shift = torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])
-        expected = torch.relu(x.double() * scale.double() + shift.double())
+        expected = torch.relu(x.double() * scale.double() + shift.double()).clamp(max=limit or math.inf)
         for backend in ('auto', 'reference'):
             with ops.use_backend(backend), torch.no_grad():
-                _close(ops.scale_shift_relu(x, scale, shift), expected, 1e-6)
-                assert ops.scale_shift_relu(x.bfloat16(), scale, shift).dtype == torch.bfloat16
+                _close(ops.scale_shift_relu(x, scale, shift, limit), expected, 1e-6)
+                assert ops.scale_shift_relu(x.bfloat16(), scale, shift, limit).dtype == torch.bfloat16
 
 
 def test_stem_of_a_network_pools_once():

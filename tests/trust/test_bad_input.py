@@ -4,6 +4,7 @@ a stated bound, or refuses in words.
 Errors are measured pixel by pixel and channel by channel, as a part of sum_o |w_o| |v_o|, what the rounding of a
 weighted sum is proportional to; with patchwise weights, sums that may cancel, |w_o| is the largest of the channel's.
 """
+import math
 import os
 import pathlib
 import subprocess
@@ -337,8 +338,9 @@ def test_maps_that_do_not_fit_are_refused(path, case, data):
 
 @machine(100)
 @given(rows=st.integers(0, 70), channels=st.integers(1, 40), seed=st.integers(0, 99), backend=st.sampled_from(PATHS),
-       dtype=st.sampled_from(tuple(BOUNDS)), strided=st.booleans(), value=st.sampled_from((None, *NON_FINITE)))
-def test_scale_shift_relu(rows, channels, seed, backend, dtype, strided, value):
+       dtype=st.sampled_from(tuple(BOUNDS)), strided=st.booleans(), value=st.sampled_from((None, *NON_FINITE)),
+       limit=st.sampled_from((None, 0.5, 6.)))
+def test_scale_shift_relu(rows, channels, seed, backend, dtype, strided, value, limit):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, channels, generator=generator).to(dtype)
     if strided:
@@ -346,9 +348,9 @@ def test_scale_shift_relu(rows, channels, seed, backend, dtype, strided, value):
     if value is not None and rows:
         x[seed % rows, seed % channels] = value
     scale, shift = torch.randn(2, channels, generator=generator)
-    expected = torch.relu(x.double() * scale.double() + shift.double())
+    expected = torch.relu(x.double() * scale.double() + shift.double()).clamp(max=limit or math.inf)
     with torch.no_grad(), ops.use_backend(backend):
-        actual = ops.scale_shift_relu(x, scale, shift)
+        actual = ops.scale_shift_relu(x, scale, shift, limit)
     assert actual.dtype == dtype
     bound = {torch.bfloat16: 0.02, torch.float16: 0.002}.get(dtype, 1e-6)
     torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=bound, equal_nan=True)

@@ -57,6 +57,17 @@ INLINE vec larger(vec x, vec y) {
 #endif
 }
 
+/* The smaller; x where either is NaN. */
+INLINE vec smaller(vec x, vec y) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_min_ps((__m512)y, (__m512)x);
+#elif defined(__AVX__)
+    return (vec)_mm256_min_ps((__m256)y, (__m256)x);
+#else
+    return choose(x > y, y, x);
+#endif
+}
+
 INLINE vec positive(vec x) { return larger(x, (vec){0}); } /* ReLU; NaN stays NaN */
 
 /* The gradient of a ReLU's input, given its input or output and its output's gradient; torch's passes where NaN is. */

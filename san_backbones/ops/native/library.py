@@ -55,6 +55,7 @@ class Scaled(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ('pixels', 'channels')),
         *((name, ctypes.c_void_p) for name in ('x', 'scale', 'shift', 'output')),
+        ('limit', ctypes.c_float),
         *((name, ctypes.c_int64) for name in ('next', 'failed')),
     ]
 

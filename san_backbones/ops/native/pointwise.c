@@ -1,4 +1,5 @@
-/* What surrounds the attention: the stem, relu(max_pool_2x2(W x + b)), forwards and backwards, and relu(s x + t).
+/* What surrounds the attention: the stem, relu(max_pool_2x2(W x + b)), forwards and backwards, and
+ * min(relu(s x + t), limit).
  *
  * The stem's maps at full resolution are the largest of the network; here they are never in memory.
  */
@@ -110,12 +111,14 @@ struct scaled {
     int64_t pixels, channels;
     const float *x, *scale, *shift; /* x: [pixels][channels] */
     float *output;
+    float limit;                    /* infinite where there is none */
     int64_t next, failed;
 };
 
 static void work_scaled(void *argument) {
     struct scaled *t = argument;
     const int64_t some = 64;
+    const vec limit = (vec){0} + t->limit;
     for (;;) {
         const int64_t first = __atomic_fetch_add(&t->next, some, __ATOMIC_RELAXED);
         if (first >= t->pixels) break;
@@ -125,8 +128,11 @@ static void work_scaled(void *argument) {
             float *output = t->output + p * t->channels;
             int64_t c = 0;
             for (; c + WIDTH <= t->channels; c += WIDTH)
-                *(vec *)(output + c) = positive(at(x + c) * at(t->scale + c) + at(t->shift + c));
-            for (; c < t->channels; c++) output[c] = relu(x[c] * t->scale[c] + t->shift[c]);
+                *(vec *)(output + c) = smaller(positive(at(x + c) * at(t->scale + c) + at(t->shift + c)), limit);
+            for (; c < t->channels; c++) {
+                const float y = relu(x[c] * t->scale[c] + t->shift[c]);
+                output[c] = y > t->limit ? t->limit : y;
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 """The stem and relu(s x + t) by the compiled loops of pointwise.c."""
 import ctypes
+import math
 import typing
 
 import torch
@@ -12,7 +13,9 @@ SLOTS = 64
 """Partial sums of parameter gradients, each of a fixed share of the rows: results depend on no number of threads."""
 
 
-_Outputs = typing.List[Tensor]  # noqa: UP006, torch 2.6 takes no list[Tensor] in operators
+# in operators torch 2.6 takes neither list[Tensor] nor float | None
+_Outputs = typing.List[Tensor]  # noqa: UP006
+_Number = typing.Optional[float]  # noqa: UP045
 
 
 def _task(image: Tensor, weight: Tensor, bias: Tensor):
@@ -99,23 +102,25 @@ def stem(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.library.custom_op('san_backbones::scale_shift_relu', mutates_args=(), device_types='cpu')
-def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """relu(scale x + shift) in one pass; no gradients.
+def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor, limit: _Number = None) -> Tensor:
+    """min(relu(scale x + shift), limit) in one pass; no gradients.
 
     Args:
         x: (..., C), float32, contiguous.
         scale: (C,), float32, contiguous.
         shift: (C,), float32, contiguous.
+        limit: Largest value of the output, None for any.
 
     Returns:
         Like x.
     """
     output = torch.empty_like(x)
-    task = library.Scaled(x.numel() // x.shape[-1], x.shape[-1], *(t.data_ptr() for t in (x, scale, shift, output)))
+    task = library.Scaled(x.numel() // x.shape[-1], x.shape[-1], *(t.data_ptr() for t in (x, scale, shift, output)),
+                          math.inf if limit is None else limit)
     library.run('san_scaled', task)
     return output
 
 
 @scale_shift_relu.register_fake
-def _(x, scale, shift):
+def _(x, scale, shift, limit=None):
     return torch.empty_like(x)

@@ -1,0 +1,99 @@
+"""The ReLU before an attention layer, which may have an upper bound."""
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ['BoundedReLU', 'follow_bounds', 'is_setting', 'resolve_bound']
+
+AUTO_BOUND = 6.
+"""Bound of a new patchwise network."""
+
+
+def resolve_bound(relu_bound: float | None, attention: str) -> float | None:
+    """The bound of a new network, None for none; raises ValueError unless `relu_bound` asks for one."""
+    if relu_bound is None:
+        return AUTO_BOUND if attention == 'patchwise' else None
+    if isinstance(relu_bound, bool) or not isinstance(relu_bound, (int, float)) or not relu_bound > 0:
+        raise ValueError("relu_bound must be a positive number, float('inf') for no bound, or None for the default, "
+                         f'got {relu_bound!r}')
+    return None if relu_bound == math.inf else float(relu_bound)
+
+
+def is_setting(name: str) -> bool:
+    """Whether this entry of a state dict is a bound, which weights may lack, and no weight."""
+    return name.endswith('.act1.bound')
+
+
+class BoundedReLU(nn.ReLU):
+    """min(relu(x), bound); without a bound, ReLU.
+
+    The patchwise form has no softmax: attention multiplies two things that grow with its input, and a block squares an
+    excess. The bound keeps it to what was seen in training. Weights are run as they were trained: the bound is in the
+    state dict, as `bound`, where there is one. Loading weights that have another, or none, changes the layer, unless
+    the bound was `chosen`.
+
+    Args:
+        bound: Positive number, or None.
+        chosen: Whether the bound stays as it is when weights are loaded.
+        inplace: Write the output over the input.
+        device: Where the entry of the state dict is made.
+        dtype: Its dtype.
+
+    Shape:
+        Any, of a floating dtype, to the same.
+    """
+
+    bound: Tensor | None
+    limit: float | None  # what is computed with; `bound` repeats it for the state dict
+
+    def __init__(
+            self,
+            bound: float | None = None,
+            chosen: bool = False,
+            inplace: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(inplace)
+        self.chosen = chosen
+        self.limit = bound
+        self.register_buffer('bound', None if bound is None else torch.tensor(bound, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """min(relu(x), bound)."""
+        limit = self.limit
+        if limit is None:
+            return F.relu(x, inplace=self.inplace)
+        return F.hardtanh(x, 0., limit, inplace=self.inplace)
+
+    def follow(self, bound: Tensor | None) -> None:
+        """Takes the bound of weights that are being loaded, None where they have none, unless it was chosen."""
+        if self.chosen or (bound is not None and bound.is_meta):
+            return
+        self.limit = None if bound is None else float(bound)
+        self.bound = None if bound is None else bound.detach().clone()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing: the block calls `follow`, which knows whether its weights are there at all."""
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.limit is not None and self.bound is not None and not self.bound.is_meta:
+            with torch.no_grad():
+                self.bound.fill_(self.limit)  # what to_empty() makes holds anything
+        return self
+
+    def extra_repr(self) -> str:
+        return ', '.join(([] if self.limit is None else [f'bound={self.limit:g}']) +
+                         (['inplace=True'] if self.inplace else []))
+
+
+def follow_bounds(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Lets a model take the bounds of a state dict of all its weights, which is not loaded."""
+    for name, module in model.named_modules():
+        if isinstance(module, BoundedReLU):
+            module.follow(state_dict.get(f'{name}.bound'))
