@@ -8,7 +8,8 @@ Importing the package registers the models with timm:
 from . import _requirements, ops  # noqa: F401, refuses a torch or timm too old, and so comes first
 from ._version import __version__
 from .attention import PairwiseAttention, PatchwiseAttention
+from .diagnosis import diagnose
 from .fuse import fuse_for_inference
 from .san import SAN
 
-__all__ = ['SAN', 'PairwiseAttention', 'PatchwiseAttention', '__version__', 'fuse_for_inference', 'ops']
+__all__ = ['SAN', 'PairwiseAttention', 'PatchwiseAttention', '__version__', 'diagnose', 'fuse_for_inference', 'ops']

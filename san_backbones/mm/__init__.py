@@ -7,8 +7,8 @@ Importing this package
 - lets mmengine load its own checkpoints under torch 2.6 and later (`checkpoints`);
 - lets norms of type SyncBN, which torch restricts to GPUs, train where there is none (`norms`);
 - lets the error of a dataset that cannot be built name its annotation file (`checks`);
-- registers `SANBackbone`, `SANLayerDecayOptimWrapperConstructor`, `AutocastOptimWrapper`, `CheckSetupHook` and
-  `ExactResumeHook` in mmengine's root registries.
+- registers `SANBackbone`, `SANLayerDecayOptimWrapperConstructor`, `AutocastOptimWrapper`, `CheckSetupHook`,
+  `CheckInvalidFeaturesHook` and `ExactResumeHook` in mmengine's root registries.
 """
 from .._requirements import check_pickles
 
@@ -26,11 +26,12 @@ from .autocast import AutocastOptimWrapper  # noqa: E402
 from .backbone import SANBackbone  # noqa: E402
 from .checks import CheckSetupHook, name_files_of_datasets  # noqa: E402
 from .exact_resume import ExactResumeHook  # noqa: E402
+from .invalid_features import CheckInvalidFeaturesHook  # noqa: E402
 from .layer_decay import SANLayerDecayOptimWrapperConstructor  # noqa: E402
 from .norms import allow_sync_bn_on_cpu  # noqa: E402
 
 name_files_of_datasets()
 allow_sync_bn_on_cpu()
 
-__all__ = ['AutocastOptimWrapper', 'CheckSetupHook', 'ExactResumeHook', 'SANBackbone',
+__all__ = ['AutocastOptimWrapper', 'CheckInvalidFeaturesHook', 'CheckSetupHook', 'ExactResumeHook', 'SANBackbone',
            'SANLayerDecayOptimWrapperConstructor', 'operators_in_use']

@@ -44,7 +44,7 @@ def test_builds_trains_and_predicts(path, scope):
     assert 'custom_imports = ' in text and '# From random weights. Expected memory: ' in text
     assert config.model.backbone.init_cfg is None
     assert config.custom_imports['imports'] == ['san_backbones.mm'] and config.default_scope == 'mmpretrain'
-    assert config.custom_hooks == [dict(type='CheckSetupHook')]
+    assert config.custom_hooks == [dict(type='CheckSetupHook'), dict(type='CheckInvalidFeaturesHook')]
     name = path.stem[:5] + ('_pairwise' if 'pairwise' in path.stem else '_patchwise')
     assert config.model.backbone.arch == name
     model = MODELS.build(dict(**config.model, data_preprocessor=config.data_preprocessor))

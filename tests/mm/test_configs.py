@@ -144,7 +144,7 @@ def test_states_what_it_needs(config):
     assert config.optim_wrapper.optimizer.type == 'AdamW'
     preprocessor = config.model.data_preprocessor  # pads what is tested to what the network divides
     assert preprocessor.get('pad_size_divisor', preprocessor.get('test_cfg', {}).get('size_divisor')) == 32
-    assert config.custom_hooks == [dict(type='CheckSetupHook')]
+    assert config.custom_hooks == [dict(type='CheckSetupHook'), dict(type='CheckInvalidFeaturesHook')]
 
 
 def test_is_what_its_name_says(config):
