@@ -26,7 +26,8 @@ ANY = 'san_backbones/ops/**/*.py'  # code that may move between these files
 OPS, C = 'san_backbones/ops', 'san_backbones/ops/native'
 GEOMETRY, BACKENDS = 'tests/ops/test_geometry.py', 'tests/ops/test_backends.py'
 NATIVE, POINTWISE, STATISTICS = (f'tests/ops/test_{name}.py' for name in ('native', 'pointwise', 'statistics'))
-NETWORK, MODELS, FUSE, WEIGHTS = (f'tests/test_{name}.py' for name in ('network', 'models', 'fuse', 'weights'))
+NETWORK, MODELS, FUSE, WEIGHTS, BOUND, DIAGNOSIS = (f'tests/test_{name}.py' for name in (
+    'network', 'models', 'fuse', 'weights', 'bound', 'diagnosis'))
 EXPORT, CLI, VISUALIZE = 'tests/test_export.py', 'tests/test_cli.py', 'tests/test_visualize.py'
 KERNELS, TRITON = f'{OPS}/triton/kernels.py', 'tests/ops/test_triton.py'
 REFUSALS, NUMBERS, CONCURRENCY, INTERRUPTION = (f'tests/trust/test_{name}.py' for name in (
@@ -436,4 +437,31 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      'return mean, std, turned', (f'{VISUALIZE}::test_openmmlab_preprocessing',)),
     ('command line: errors exit with 0', 'san_backbones/cli/app.py', 'raise typer.Exit(1) from error',
      'raise typer.Exit(0) from error', (f'{CLI}::TestClassify::test_no_pictures',)),
+    # --- the bound
+    ('bound: folded blocks have none', 'san_backbones/fuse.py', "limit = getattr(block.act1, 'limit', None)",
+     'limit = None', (f'{BOUND}::test_folded_inference',)),
+    ('bound: folds do not follow a change', 'san_backbones/fuse.py', "'position_step', 'limit')", "'position_step')",
+     (f'{BOUND}::test_folds_follow_a_changed_bound',)),
+    ('C: bound of whole vectors', f'{C}/pointwise.c',
+     'smaller(positive(at(x + c) * at(t->scale + c) + at(t->shift + c)), limit)',
+     'positive(at(x + c) * at(t->scale + c) + at(t->shift + c))', (f'{POINTWISE}::test_scale_shift_relu',)),
+    ('C: bound of the last channels', f'{C}/pointwise.c', 'y > t->limit ? t->limit : y', 'y',
+     (f'{POINTWISE}::test_scale_shift_relu',)),
+    ('bound: other paths have none', f'{OPS}/pointwise.py', 'output if limit is None else output.clamp_(max=limit)',
+     'output', (f'{POINTWISE}::test_scale_shift_relu',)),
+    ('bound: weights do not bring theirs', 'san_backbones/activations.py', 'if self.chosen or (', 'if True or (',
+     (f'{BOUND}::test_weights_bring_their_bound',)),
+    ('bound: weights replace one that was given', 'san_backbones/activations.py', 'if self.chosen or (', 'if (',
+     (f'{BOUND}::test_weights_bring_their_bound',)),
+    ('bound: a part of the weights takes it away', 'san_backbones/san.py',
+     "isinstance(self.act1, BoundedReLU) and any(name.startswith(f'{prefix}conv.') for name in state_dict)",
+     'isinstance(self.act1, BoundedReLU)', (f'{BOUND}::test_a_part_of_the_weights_leaves_the_bound',)),
+    ('bound: pairwise networks have it too', 'san_backbones/activations.py', "if attention == 'patchwise' else None",
+     'if attention else None', (f'{BOUND}::test_new_networks',)),
+    ('bound: lost in memory made anew', 'san_backbones/activations.py', 'self.bound.fill_(self.limit)', 'pass',
+     (f'{BOUND}::test_new_networks',)),
+    ('diagnosis: the last layer is named', 'san_backbones/diagnosis.py', 'for layer in found if not',
+     'for layer in found[::-1] if not', (f'{DIAGNOSIS}::test_the_first_layer_out_of_range_is_named',)),
+    ('diagnosis: NaN is in range', 'san_backbones/diagnosis.py', 'if not layer.deviations <= threshold',
+     'if layer.deviations > threshold', (f'{DIAGNOSIS}::test_not_finite',)),
 ))
