@@ -258,6 +258,9 @@ class PatchwiseAttention(_FootprintAttention):
 
         y_i = sum_{j in R(i)} gamma( delta(x_R(i)) )_j * beta(x_j)
 
+    A new layer begins near a convolution with fixed random kernels, one for each weight channel: gamma's last linear
+    map has these as its bias and small weights. The paper leaves the initialisation open.
+
     Args:
         dim: Channels of the input.
         rel_planes: Channels r of phi and psi; default dim // 16.
@@ -292,6 +295,13 @@ class PatchwiseAttention(_FootprintAttention):
     ):
         super().__init__(dim, rel_planes, out_planes, share_planes, kernel_size, dilation, relation, 'none',
                          None, norm_layer, {'device': device, 'dtype': dtype})
+        self._begin_near_fixed_kernels()
+
+    @torch.no_grad()
+    def _begin_near_fixed_kernels(self) -> None:
+        fc2: Any = self.weight_mlp.fc2
+        fc2.weight.mul_(0.1)
+        fc2.bias.normal_(std=1 / self.kernel_size)  # squares sum to 1 over a kernel: as large out as in
 
     def _make_weight_mlp(self, weight_planes: int, norm_layer: type[nn.Module], dd: dict) -> nn.Sequential:
         area = self.kernel_size ** 2

@@ -1,0 +1,164 @@
+"""Does anything that is not finite come out of networks made from random weights, however they are trained?
+
+    python benchmarks/stability.py                   # hours; goes on where it was stopped
+    python benchmarks/stability.py --summary         # the table of what is there
+
+Crops of the photographs of scikit-image, the photograph is the class. A row holds, for one network and seed, the
+largest logit (NaN if one is not finite) over all crops in eval mode after
+
+- `update_bn`: two rounds of `torch.optim.swa_utils.update_bn` on 36 crops twice as large, untrained;
+- `lr_...`: three epochs of AdamW, one cycle, the norm of the gradient at most 1;
+- `ema`, `swa`, `precise_bn`: of the training at 2e-3, the exponential average of its weights, the average of its
+  epochs' weights with statistics of their own, and its last weights with statistics taken anew;
+- `batch_...`: the same at 2e-3 with small batches; `frozen_norms`: with every norm in eval mode from the first step;
+- `bf16`: trained and evaluated under bfloat16 autocast.
+
+`bf16_error` is that of the untrained network's logits in training mode under bfloat16 autocast, relative.
+One thread; seconds are processor time.
+"""
+import argparse
+import copy
+import csv
+import functools
+import math
+import pathlib
+import statistics
+import time
+
+import harness
+import small_data
+import torch
+import torch.nn.functional as F
+from skimage import data
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'rocket')
+MODELS = ('resnet26', *(f'{name}_{form}' for name in ('san10', 'san15', 'san19') for form in ('patchwise', 'pairwise')))
+RATES = (5e-4, 2e-3, 1e-2)
+
+
+def crops(number, size):
+    """(number, 3, size, size), normalised, and from which photograph each is."""
+    generator = torch.Generator().manual_seed(0)
+    photographs = [torch.tensor(getattr(data, name)()).permute(2, 0, 1) for name in PHOTOGRAPHS]
+    images, labels = [], torch.arange(number) % len(photographs)
+    for label in labels:
+        photograph = photographs[label]
+        top, left = (int(torch.randint(side - 2 * size, (), generator=generator)) for side in photograph.shape[1:])
+        crop = photograph[None, :, top:top + 2 * size, left:left + 2 * size].float()
+        images.append(F.avg_pool2d(crop, 2))
+    order = torch.randperm(number, generator=generator)
+    return small_data.normalised(torch.cat(images))[order], labels[order]
+
+
+def largest(model, images, bf16=False):
+    """The largest logit in eval mode; NaN if one is not finite."""
+    model.eval()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+        logits = torch.cat([model(part) for part in images.split(32)]).float()
+    return float(logits.abs().max()) if logits.isfinite().all() else float('nan')
+
+
+def train(model, images, labels, lr=2e-3, batch=32, epochs=3, frozen=False, bf16=False, averages=()):
+    steps = epochs * math.ceil(len(images) / batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1)
+    for _ in range(epochs):
+        model.train()
+        for module in model.modules():
+            if frozen and isinstance(module, _BatchNorm):
+                module.eval()
+        for rows in torch.randperm(len(images)).split(batch):
+            with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(model(images[rows]).float(), labels[rows], label_smoothing=.1)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            optimizer.step()
+            schedule.step()
+            for average in averages[:1]:
+                average.update_parameters(model)
+        for average in averages[1:]:
+            average.update_parameters(model)
+    return model
+
+
+def recalibrated(model, images):
+    for _ in range(2):
+        update_bn(images[:36].split(12), model)
+    return model
+
+
+def run(name, variant, seed, options):
+    """One row."""
+    started, row = time.process_time(), dict(model=name, variant=variant, seed=seed)
+    images, labels = crops(options.pictures, options.size)
+
+    def make(**options):
+        torch.manual_seed(seed)
+        return small_data.make(name, variant, len(PHOTOGRAPHS), **options)
+
+    row['update_bn'] = largest(recalibrated(make(), crops(36, 2 * options.size)[0]), images)
+    for lr in RATES:
+        model = make()
+        averages = (AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(.9), use_buffers=True),
+                    AveragedModel(model)) if lr == 2e-3 else ()
+        row[f'lr_{lr:g}'] = largest(train(model, images, labels, lr, averages=averages), images)
+        if averages:
+            ema, swa = averages
+            row['ema'], row['swa'] = largest(ema, images), largest(recalibrated(swa, images), images)
+            row['precise_bn'] = largest(recalibrated(copy.deepcopy(model), images), images)
+    for batch in (2, 8):
+        row[f'batch_{batch}'] = largest(train(make(), images, labels, batch=batch), images)
+    row['frozen_norms'] = largest(train(make(), images, labels, frozen=True), images)
+    row['bf16'] = largest(train(make(), images, labels, bf16=True), images, bf16=True)
+    # a ResNet of timm begins with zeros in its last norms, which hide what its products lose
+    model = make(**dict(zero_init_last=False) if name.startswith('resnet') else {}).train()
+    with torch.no_grad():
+        exact = model(images)
+        with torch.autocast('cpu', torch.bfloat16):
+            rounded = model(images).float()
+    row['bf16_error'] = float((rounded - exact).norm() / exact.norm())
+    return {key: f'{value:.3g}' if isinstance(value, float) else value for key, value in row.items()} | dict(
+        pictures=options.pictures, size=options.size, cpu_seconds=f'{time.process_time() - started:.0f}',
+        machine=harness.machine())
+
+
+def summary(rows):
+    """For each network and condition: runs that were not finite of all, and the median of the largest logits."""
+    for key in dict.fromkeys((row['model'], row['variant']) for row in rows):
+        same = [row for row in rows if (row['model'], row['variant']) == key]
+        table = {}
+        for condition in list(rows[0])[3:-4]:
+            values = [float(row[condition]) for row in same]
+            finite = [value for value in values if value == value]
+            middle = f'{statistics.median(finite):.2g}' if finite else '-'
+            table[condition] = middle if condition == 'bf16_error' else \
+                f'{len(values) - len(finite)}/{len(values)} ({middle}, at most {max(finite, default=0):.2g})'
+        print(*key, *(f'\n    {condition}: {text}' for condition, text in table.items()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', default=MODELS)
+    parser.add_argument('--variants', nargs='+', choices=small_data.VARIANTS, default=['package'])
+    parser.add_argument('--seeds', type=int, default=20, help='how many (default: %(default)s)')
+    parser.add_argument('--pictures', type=int, default=48, help='crops to train on (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=32, help='pixels of a crop (default: %(default)s)')
+    parser.add_argument('--summary', action='store_true', help='run nothing')
+    parser.add_argument('--results', type=pathlib.Path, default=harness.RESULTS, help='folder for the CSV')
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = options.results / 'stability.csv'
+    for seed in range(0 if options.summary else options.seeds):
+        for name in options.models:
+            for variant in options.variants:
+                key = dict(model=name, variant=variant, seed=seed, pictures=options.pictures, size=options.size)
+                small_data.once(path, key, functools.partial(run, name, variant, seed, options))
+    with open(path, newline='') as file:
+        summary(list(csv.DictReader(file)))
+
+
+if __name__ == '__main__':
+    main()
