@@ -2,6 +2,7 @@
 
     python benchmarks/stability.py                   # hours; goes on where it was stopped
     python benchmarks/stability.py --summary         # the table of what is there
+    python benchmarks/stability.py --precision       # minutes: what bfloat16 does to untrained networks
 
 Crops of the photographs of scikit-image, the photograph is the class. A row holds, for one network and seed, the
 largest logit (NaN if one is not finite) over all crops in eval mode after
@@ -14,6 +15,8 @@ largest logit (NaN if one is not finite) over all crops in eval mode after
 - `bf16`: trained and evaluated under bfloat16 autocast.
 
 `bf16_error` is that of the untrained network's logits in training mode under bfloat16 autocast, relative.
+`--precision` prints it for three seeds, and beside it the change that rounding nothing but the images to bfloat16 makes
+to the logits in float32: what the network makes of any disturbance.
 One thread; seconds are processor time.
 """
 import argparse
@@ -90,14 +93,27 @@ def recalibrated(model, images):
     return model
 
 
+def precision(name, variant, seed, images):
+    """Relative changes of untrained logits in training mode: by bfloat16 autocast, by rounding only the images."""
+    torch.manual_seed(seed)
+    # a ResNet of timm begins with zeros in its last norms, which hide what its products lose
+    ordinary = dict(zero_init_last=False) if name.startswith('resnet') else {}
+    model = small_data.make(name, variant, len(PHOTOGRAPHS), **ordinary).train()
+    with torch.no_grad():
+        exact, disturbed = model(images), model(images.bfloat16().float())
+        with torch.autocast('cpu', torch.bfloat16):
+            rounded = model(images).float()
+    return [float((logits - exact).norm() / exact.norm()) for logits in (rounded, disturbed)]
+
+
 def run(name, variant, seed, options):
     """One row."""
     started, row = time.process_time(), dict(model=name, variant=variant, seed=seed)
     images, labels = crops(options.pictures, options.size)
 
-    def make(**options):
+    def make():
         torch.manual_seed(seed)
-        return small_data.make(name, variant, len(PHOTOGRAPHS), **options)
+        return small_data.make(name, variant, len(PHOTOGRAPHS))
 
     row['update_bn'] = largest(recalibrated(make(), crops(36, 2 * options.size)[0]), images)
     for lr in RATES:
@@ -113,13 +129,7 @@ def run(name, variant, seed, options):
         row[f'batch_{batch}'] = largest(train(make(), images, labels, batch=batch), images)
     row['frozen_norms'] = largest(train(make(), images, labels, frozen=True), images)
     row['bf16'] = largest(train(make(), images, labels, bf16=True), images, bf16=True)
-    # a ResNet of timm begins with zeros in its last norms, which hide what its products lose
-    model = make(**dict(zero_init_last=False) if name.startswith('resnet') else {}).train()
-    with torch.no_grad():
-        exact = model(images)
-        with torch.autocast('cpu', torch.bfloat16):
-            rounded = model(images).float()
-    row['bf16_error'] = float((rounded - exact).norm() / exact.norm())
+    row['bf16_error'] = precision(name, variant, seed, images)[0]
     return {key: f'{value:.3g}' if isinstance(value, float) else value for key, value in row.items()} | dict(
         pictures=options.pictures, size=options.size, cpu_seconds=f'{time.process_time() - started:.0f}',
         machine=harness.machine())
@@ -147,9 +157,16 @@ def main():
     parser.add_argument('--pictures', type=int, default=48, help='crops to train on (default: %(default)s)')
     parser.add_argument('--size', type=int, default=32, help='pixels of a crop (default: %(default)s)')
     parser.add_argument('--summary', action='store_true', help='run nothing')
+    parser.add_argument('--precision', action='store_true', help='only that')
     parser.add_argument('--results', type=pathlib.Path, default=harness.RESULTS, help='folder for the CSV')
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.precision:
+        for name in (*options.models, 'resnet50'):
+            errors = [precision(name, 'package', seed, crops(options.pictures, options.size)[0]) for seed in range(3)]
+            print(name, *(f'{what} {min(values):.3f} to {max(values):.3f}' for what, values in zip(
+                ('autocast', 'images rounded'), zip(*errors))), flush=True)
+        return
     path = options.results / 'stability.csv'
     for seed in range(0 if options.summary else options.seeds):
         for name in options.models:
