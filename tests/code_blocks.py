@@ -159,6 +159,11 @@ def _check_own_command(words: list[str], command: str) -> None:
 
     from san_backbones.cli.app import app
     found = get_command(app)
+    if words[:1] == ['weights']:  # whose commands parse by themselves
+        from san_backbones.weights.__main__ import COMMANDS
+        _require(len(words) > 1 and words[1] in {*COMMANDS, '--help'}, command, f'there is no command {words[1:2]}')
+        _check_options(words[2:], _source_of_module(f'san_backbones.weights.{words[1]}'), command)
+        return
     if words and not words[0].startswith('-'):
         _require(words[0] in found.commands, command, f'there is no command {words[0]}')
         found = found.commands[words.pop(0)]

@@ -32,6 +32,7 @@ KERNELS, TRITON = f'{OPS}/triton/kernels.py', 'tests/ops/test_triton.py'
 REFUSALS, NUMBERS, CONCURRENCY, INTERRUPTION = (f'tests/trust/test_{name}.py' for name in (
     'refusals', 'numbers', 'concurrency', 'interruption'))
 CONVERT, BACKBONE = 'tests/weights/test_convert.py', 'tests/mm/test_backbone.py'
+CONVERTER = 'san_backbones/weights/convert.py'
 DEFINITION, GRADIENTS = f'{NATIVE}::test_definition', f'{NATIVE}::test_gradients'
 
 
@@ -379,24 +380,24 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ("checkpoint: the authors' names not translated", 'san_backbones/san.py',
      "if not any(name.startswith(('stem.', 'stages.')) for name in state_dict):", 'if False:',
      (f'{MODELS}::test_released_checkpoint_by_path',)),
-    ('converter: pickles are run', 'weights/convert.py', 'weights_only=True)', 'weights_only=False)',
+    ('converter: pickles are run', CONVERTER, 'weights_only=True)', 'weights_only=False)',
      (f'{CONVERT}::test_nothing_of_a_pickle_is_run',)),
-    ('converter: pickles with any torch', 'weights/convert.py', "check_pickles(f'reading {path}')", 'pass',
+    ('converter: pickles with any torch', CONVERTER, "check_pickles(f'reading {path}')", 'pass',
      (f'{CONVERT}::test_no_pickle_is_read_where_torch_may_run_it',)),
-    ('converter: any timm', 'weights/convert.py', "check('weights/convert.py', LEAST_FOR_CONVERSION)", 'pass',
+    ('converter: any timm', CONVERTER, "check('san-backbones weights convert', LEAST_FOR_CONVERSION)", 'pass',
      (f'{CONVERT}::test_what_an_older_timm_cannot_write',)),
     ('OpenMMLab with any torch', 'san_backbones/mm/__init__.py', "check_pickles('san_backbones.mm')", 'pass',
      ('tests/test_supply.py::test_pickles_are_read_by_no_older_torch',)),
-    ('converter: digest of the source', 'weights/convert.py',
+    ('converter: digest of the source', CONVERTER,
      "if entry['source_sha256'] not in (None, source_sha256):", 'if False:', (f'{CONVERT}::test_pinned_digests',)),
-    ('converter: digest of the result', 'weights/convert.py', "if entry['sha256'] not in (None, sha256):", 'if False:',
+    ('converter: digest of the result', CONVERTER, "if entry['sha256'] not in (None, sha256):", 'if False:',
      (f'{CONVERT}::test_pinned_digests',)),
-    ('converter: numbers that are none', 'weights/convert.py', 'if not tensor.isfinite().all():', 'if False:',
+    ('converter: numbers that are none', CONVERTER, 'if not tensor.isfinite().all():', 'if False:',
      (f'{CONVERT}::test_values_must_be_finite',)),
-    ('converter: two at once', 'weights/common.py', 'fcntl.flock(handle, fcntl.LOCK_EX)', 'pass',
+    ('converter: two at once', 'san_backbones/weights/common.py', 'fcntl.flock(handle, fcntl.LOCK_EX)', 'pass',
      (f'{CONVERT}::test_who_comes_second_waits',)),
-    ('converter: weights of one beside the config of another', 'weights/common.py', 'if len(contents) > 1:',
-     'if False:', (f'{CONVERT}::test_interrupted_while_writing_over_others',)),
+    ('converter: weights of one beside the config of another', 'san_backbones/weights/common.py',
+     'if len(contents) > 1:', 'if False:', (f'{CONVERT}::test_interrupted_while_writing_over_others',)),
     # --- OpenMMLab
     ('out_indices off by one', 'san_backbones/mm/backbone.py', 'if i in self.out_indices:\n                outputs',
      'if i + 1 in self.out_indices:\n                outputs', (f'{BACKBONE}::test_out_indices',)),
