@@ -51,7 +51,7 @@ class WeightsError(RuntimeError):
 
 
 class Unavailable(WeightsError):
-    """Weights that a place does not have or give, as against weights that are wrong: another place may have them.
+    """Weights that a place does not have or give, as against wrong ones: another place may have them.
 
     Args:
         problem: What was asked for where, and what came of it; a sentence without its full stop.
@@ -108,9 +108,9 @@ def ways_out(model: str) -> str:
     """What to do where a model's weights cannot be had, and the switches that decide where they come from."""
     name = model.partition('.')[0]
     switches = f'{AUTHORS_VARIABLE}=1 ' * authors_off() + 'HF_HUB_OFFLINE=0 ' * constants.HF_HUB_OFFLINE
-    return (f'To get them: {switches}san-backbones weights get {name}. To convert a file that you have: san-backbones weights '
-            f'convert model_best.pth --model {name} --out FOLDER/{model}, then set {FOLDER_VARIABLE}=FOLDER. Or name a '
-            f"mirror of the authors' files ({MIRROR_VARIABLE}), of the Hub (HF_ENDPOINT), another organisation "
+    return (f'To get them: {switches}san-backbones weights get {name}. To convert a file that you have: san-backbones '
+            f'weights convert model_best.pth --model {name} --out FOLDER/{model}, then set {FOLDER_VARIABLE}=FOLDER. '
+            f"Or name a mirror of the authors' files ({MIRROR_VARIABLE}), of the Hub (HF_ENDPOINT), another organisation "
             f"({ORGANISATION_VARIABLE}), another cache ({CACHE_VARIABLE}). {AUTHORS_VARIABLE}=0 turns the authors' "
             'files off, HF_HUB_OFFLINE=1 the network.')
 

@@ -104,7 +104,9 @@ def _source_of_module(name: str) -> str:
 def _source_of_script(name: str) -> str:
     """The text of a script of the checkout, or of MMDetection's and MMSegmentation's tools/."""
     if (ROOT / name).is_file():
-        return (ROOT / name).read_text()
+        text = (ROOT / name).read_text()
+        called = re.search(r'from (san_backbones[\w.]+) import main', text)  # the command that a thin script calls
+        return text + (_source_of_module(called[1]) if called else '')
     import importlib.util
     origins = (importlib.util.find_spec(package) for package in ('mmdet', 'mmseg'))
     paths = [pathlib.Path(spec.origin).parent / '.mim' / name for spec in origins if spec and spec.origin]
@@ -126,6 +128,8 @@ def _check_script(words: list[str], command: str) -> None:
         _require(source, command, f'there is no module {words[1]}')
         if words[1] == 'san_backbones.mm.run':
             _check_script(words[2:], command)
+        elif words[1] == 'san_backbones.weights':
+            _check_own_command(['weights', *words[2:]], command)
         else:
             _check_options(words[2:], source, command)
         return

@@ -244,8 +244,9 @@ def list_models(
     if as_json:
         show_json(found)
     else:
-        rows = [(m['name'], amount(m['parameters']), amount(m['multiply_adds']), m['weights'] + (
-            f', {m["download_bytes"] / 1e6:.0f} MB' if m['download_bytes'] else ''), m['license'] or '-') for m in found]
+        sizes = [f', {m["download_bytes"] / 1e6:.0f} MB' if m['download_bytes'] else '' for m in found]
+        rows = [(m['name'], amount(m['parameters']), amount(m['multiply_adds']), m['weights'] + size_of_file,
+                 m['license'] or '-') for m, size_of_file in zip(found, sizes, strict=True)]
         heading = ('model', 'parameters', f'multiply-adds at {_by(size)}', 'weights', 'licence')
         typer.echo(table([heading, *rows], 'lrrll'))
     if problems:
