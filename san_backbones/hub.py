@@ -110,9 +110,9 @@ def ways_out(model: str) -> str:
     switches = f'{AUTHORS_VARIABLE}=1 ' * authors_off() + 'HF_HUB_OFFLINE=0 ' * constants.HF_HUB_OFFLINE
     return (f'To get them: {switches}san-backbones weights get {name}. To convert a file that you have: san-backbones '
             f'weights convert model_best.pth --model {name} --out FOLDER/{model}, then set {FOLDER_VARIABLE}=FOLDER. '
-            f"Or name a mirror of the authors' files ({MIRROR_VARIABLE}), of the Hub (HF_ENDPOINT), another organisation "
-            f"({ORGANISATION_VARIABLE}), another cache ({CACHE_VARIABLE}). {AUTHORS_VARIABLE}=0 turns the authors' "
-            'files off, HF_HUB_OFFLINE=1 the network.')
+            f"Or name a mirror of the authors' files ({MIRROR_VARIABLE}) or of the Hub (HF_ENDPOINT), another "
+            f"organisation ({ORGANISATION_VARIABLE}), another cache ({CACHE_VARIABLE}). {AUTHORS_VARIABLE}=0 turns the "
+            "authors' files off, HF_HUB_OFFLINE=1 the network.")
 
 
 def check(path: str | os.PathLike, model: str, origin: str, sha256: str | None = None,
@@ -288,18 +288,18 @@ def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike 
     if not organisation or not model or '/' in model:
         raise WeightsError(f'{source!r} names no Hub repository: expected ORGANISATION/NAME or '
                            'ORGANISATION/NAME@REVISION')
-    if organisation != ORGANISATION:
-        return fetch(name, model, revision or None, None, filename, cache_dir)
-    name = repository(model)
-    if revision or filename != FILENAME:
+    if organisation == ORGANISATION:
+        name = repository(model)
+    if organisation != ORGANISATION or revision or filename != FILENAME:
         return fetch(name, model, revision or None, None, filename, cache_dir)
     local = find_local(model)
     if local is not None:
         return str(local)
     entry = manifest().get(model) or {}
-    if 'drive_id' not in entry:
-        return fetch(name, model, None, entry.get('sha256'), filename, cache_dir)
-    return _of_the_authors(name, model, entry['sha256'], cache_dir)
+    pinned = entry.get('sha256')
+    if 'drive_id' in entry:
+        return _of_the_authors(name, model, pinned, cache_dir)
+    return fetch(name, model, None, pinned, filename, cache_dir)
 
 
 def _of_the_authors(name: str, model: str, pinned: str | None, cache_dir: str | os.PathLike | None) -> str:

@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header('Location', f'https://{CONTENT}/download?id={file}&export=download')
             self.send_header('Content-Length', '0')
             self.end_headers()
-        elif drive.page == 'confirm' and self.host == CONTENT and query.get('confirm') == 't':
+        elif drive.page == 'confirm' and self.host == CONTENT and query.get('confirm') == drive.word:
             self._file(drive.files[file], 'model_best.pth')
         elif drive.page:
             self._text(200, PAGES[drive.page].replace('"ID"', f'"{file}"'))
@@ -171,6 +171,7 @@ class DriveServer:
 
     Attributes:
         redirect: Whether drive.google.com sends clients on to drive.usercontent.google.com, as it does.
+        word: That the file comes for after a page 'confirm', whose form says 't'.
         page: What comes instead of a file: 'confirm', after which the file does come; 'quota'; 'other'; or None.
         ranges: Whether the server goes on from where a client asks it to.
         cut_after, cuts: The connection ends at this byte of a file, so many times.
@@ -184,6 +185,7 @@ class DriveServer:
 
     def __init__(self, folder: pathlib.Path):
         self.redirect, self.page, self.ranges, self.status = True, None, True, 0
+        self.word = 't'
         self.cut_after, self.cuts, self.step, self.pause, self.delay = 0, 0, 1 << 16, 0., 0.
         self.files: dict[str, bytes] = {}
         self.mirrored: dict[str, bytes] = {}

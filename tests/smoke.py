@@ -36,7 +36,7 @@ for name in ('test_san_pairwise', 'test_san_patchwise'):
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 command = pathlib.Path(sys.executable).with_name('san-backbones')
-done = subprocess.run([command, 'weights', 'get', 'test_san_patchwise'], capture_output=True, text=True)  # needs no extra
+done = subprocess.run([command, 'weights', 'get', 'test_san_patchwise'], capture_output=True, text=True)  # no extra
 assert done.returncode == 0 and 'test_san_patchwise.shapes: ' in done.stdout, done.stdout + done.stderr
 # a first use, of a file in the authors' format, from a mirror
 NAMES = [(r'^stem\.conv', 'conv_in'), (r'^stem\.norm', 'bn_in'), (r'^stages\.(\d)\.conv', r'conv\1'),

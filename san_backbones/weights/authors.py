@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ __all__ = ['PROVENANCE', 'Source', 'cache_folder', 'cached', 'download', 'proven
 PROVENANCE = 'provenance.json'
 DRIVE = 'https://drive.google.com'
 PATIENCE = 60  # seconds without a byte
+FIRST_BYTE = 300  # seconds until the file begins, over all pages before it
 RETRIES = 3  # of a connection that breaks off
 STARTS = 3  # from the first byte, where the server cannot go on
 
@@ -239,7 +241,7 @@ def download(model: str, entry: Mapping[str, Any], folder: pathlib.Path) -> Sour
 
     Raises:
         Unavailable: It cannot be had.
-        OSError: The folder cannot be written to.
+        WeightsError: The folder cannot be written to.
     """
     mirror = _mirror()
     if mirror is None:
@@ -252,13 +254,15 @@ def download(model: str, entry: Mapping[str, Any], folder: pathlib.Path) -> Sour
     else:
         raise Unavailable(f'{MIRROR_VARIABLE} names {mirror!r}, which is neither a folder nor begins with http:// or '
                           'https://', model)
-    folder.mkdir(parents=True, exist_ok=True)
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for url in urls:
         # under a name of its source, so that no part of one is taken for the beginning of another
         path = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{entry["source_file"]}'
         try:
-            if path.is_file() or _fetch(url, path, f"{model}, the authors' file"):
-                return Source(path, public(url), True)
+            with _explained(folder):
+                if path.is_file() or _fetch(url, path, f"{model}, the authors' file"):
+                    return Source(path, public(url), True)
         except _Refused as error:
             remedy = '' if mirror else (
                 f' In a browser it is {DRIVE}/file/d/{entry["drive_id"]}/view. A quota there can last a day: wait, or '
@@ -287,19 +291,26 @@ def _fetch(url: str, path: pathlib.Path, title: str) -> bool:
     """
     try:
         import gdown
-        from gdown.exceptions import DownloadError, FileURLRetrievalError
+        from gdown.exceptions import DownloadCancelled, DownloadError, FileURLRetrievalError
         from requests import HTTPError, RequestException
     except ImportError as error:
         raise _Refused(f"gdown, which downloads it, is not installed ({error}): pip install 'gdown>=6.4'") from error
     for start in range(STARTS):
+        late = threading.Event()
+        watch = threading.Timer(FIRST_BYTE, late.set)  # gdown follows pages for as long as they come
+        watch.daemon = True
+        watch.start()
         try:
             with tqdm(desc=title, unit='B', unit_scale=True) as bar:
-                def progress(done: int, total: int | None, bar: Any = bar) -> None:
+                def progress(done: int, total: int | None, bar: Any = bar, watch: Any = watch) -> None:
+                    watch.cancel()
                     bar.total = total
                     bar.update(done - bar.n)
                 gdown.download(url, str(path), quiet=True, resume=True, timeout=PATIENCE, retries=RETRIES,
-                               progress=progress)
+                               progress=progress, cancel=late)
             return True
+        except DownloadCancelled as error:
+            raise _Refused(f'no file came within {FIRST_BYTE} s, only pages or nothing') from error
         except FileURLRetrievalError as error:
             said = re.search('Failed to retrieve file url:(.*)You may still', str(error), re.DOTALL)
             words = ' '.join((said[1] if said else str(error)).split()).rstrip('.')
@@ -313,7 +324,7 @@ def _fetch(url: str, path: pathlib.Path, title: str) -> bool:
             if error.response is not None and error.response.status_code == 404:
                 return False
             raise _Refused(f'the server refused ({error})') from error
-        except RequestException as error:
+        except (RequestException, ConnectionError, TimeoutError) as error:
             raise _Refused(f'the server cannot be reached ({type(error).__name__}: {error})') from error
         except OSError as error:
             if error.errno == errno.ENOSPC:  # nobody can go on with it while it fills the disk
@@ -322,6 +333,8 @@ def _fetch(url: str, path: pathlib.Path, title: str) -> bool:
         except (KeyError, TypeError, ValueError, AssertionError) as error:  # of an answer that gdown does not expect
             raise _Refused(f'the server gave an answer that is not understood ({type(error).__name__}: {error})'
                            ) from error
+        finally:
+            watch.cancel()
     return False
 
 

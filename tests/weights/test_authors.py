@@ -194,6 +194,14 @@ def test_a_drive_in_trouble(status, words, drive, cache):
 
 
 @over_the_network
+def test_pages_without_end(drive, cache, monkeypatch):
+    monkeypatch.setattr(authors, 'FIRST_BYTE', 0.5)
+    drive.page, drive.word = 'confirm', 'another'
+    assert 'no file came within 0.5 s, only pages' in fails(Unavailable) and nothing_loads(cache)
+    assert len(drive.requests) > 3
+
+
+@over_the_network
 def test_nobody_there(drive, cache, monkeypatch):
     monkeypatch.setenv(hub.MIRROR_VARIABLE, 'http://127.0.0.1:9/user')
     assert 'cannot be reached' in fails(Unavailable) or 'broke off' in fails(Unavailable)
@@ -452,19 +460,15 @@ def test_offline_asks_nobody(drive, cache, monkeypatch):
     assert 'HF_HUB_OFFLINE=0 san-backbones weights get' in message and not drive.requests
 
 
-FOLDER = 'from san_backbones.weights.authors import cache_folder; print(cache_folder())'
-
-
-@pytest.mark.parametrize('variables, expected', [
-    (dict(XDG_CACHE_HOME='/x'), '/x/huggingface/san-backbones'),
-    (dict(XDG_CACHE_HOME='/x', HF_HOME='/h'), '/h/san-backbones'),
-    (dict(HF_HOME='/h', SAN_BACKBONES_CACHE='~/c'), '/home/me/c')])
-def test_where_the_cache_is(variables, expected):
-    environment = {name: value for name, value in os.environ.items()
-                   if name not in ('XDG_CACHE_HOME', 'HF_HOME', hub.CACHE_VARIABLE)}
-    done = subprocess.run([sys.executable, '-c', FOLDER], capture_output=True, text=True,
-                          env={**environment, 'HOME': '/home/me', **variables})
-    assert done.stdout.strip() == expected, done.stderr
+def test_where_the_cache_is(monkeypatch):
+    """Beside huggingface_hub's, which follows HF_HOME and XDG_CACHE_HOME, unless named."""
+    monkeypatch.delenv(hub.CACHE_VARIABLE, raising=False)
+    monkeypatch.setattr(constants, 'HF_HOME', '/x/huggingface')
+    assert authors.cache_folder() == pathlib.Path('/x/huggingface/san-backbones')
+    monkeypatch.setenv(hub.CACHE_VARIABLE, '~/c')
+    monkeypatch.setenv('HOME', '/home/me')
+    assert authors.cache_folder() == pathlib.Path('/home/me/c')
+    assert authors.cache_folder('/y') == pathlib.Path('/y/san-backbones')
 
 
 # --- Several at once, and disks that refuse --------------------------------------------------------------------------
