@@ -415,7 +415,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      'return _first_use(', (f'{FIRST_USE}::test_eight_processes_at_once',)),
     ('authors: begun anew each time', AUTHORS, 'resume=True', 'resume=False',
      (f'{FIRST_USE}::test_an_interrupted_download_goes_on',)),
-    ('authors: parts of two sources joined', AUTHORS, 'hashlib.sha256(url.encode()).hexdigest()[:8]', "'x'",
+    ('authors: parts of two sources joined', AUTHORS, 'hashlib.sha256(url.encode()).hexdigest()[:8]', '0',
      (f'{FIRST_USE}::test_a_part_of_another_source_is_not_gone_on_from',)),
     ('authors: wrong files kept', AUTHORS, '(hub.discard(wrong, source.path) if source.ours else wrong)', 'wrong',
      (f'{FIRST_USE}::test_wrong_files_from_drive',)),

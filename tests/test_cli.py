@@ -483,3 +483,23 @@ class TestProgram:
         done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and done.stderr == ''
         assert [model['name'] for model in json.loads(done.stdout)] == ['san15']
+
+
+class TestWeights:
+    """The commands themselves are tried in tests/weights; here, that they are reached."""
+
+    def test_through_the_command_line(self, capsys):
+        assert 'convert' in run('weights', '--help').stdout
+        assert 'test_san_patchwise.shapes: ' in run('weights', 'get', 'test_san_patchwise').stdout
+        assert 'no command' in run('weights', 'sell', code=2).stderr
+        assert "there is no model 'san99'" in run('weights', 'get', 'san99', code=1).stderr
+        assert '--out' in run('weights', 'get', '--help').stdout
+
+    def test_without_the_extra(self, monkeypatch, capsys):
+        monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+        for words, code in ((['weights', 'get', 'test_san_patchwise'], 0), (['weights', 'get', 'san99'], 1)):
+            monkeypatch.setattr(sys, 'argv', ['san-backbones', *words])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert ended.value.code == code
+        assert 'licence apache-2.0' in capsys.readouterr().out

@@ -357,7 +357,7 @@ def _describe(model: SAN, size: tuple[int, int]) -> dict[str, Any]:
 
 @app.command(add_help_option=False, context_settings=dict(ignore_unknown_options=True, allow_extra_args=True))
 def weights(context: typer.Context) -> None:
-    """Gets, converts, verifies and publishes weights: `san-backbones weights --help`."""
+    """Weights: get, convert, verify and publish them."""
     from ..weights.__main__ import main
     raise typer.Exit(main(context.args))
 

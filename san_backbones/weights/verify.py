@@ -40,7 +40,7 @@ from . import common
 
 IMAGES = 50_000  # in ImageNet's validation set, over which the paper's figures are
 BATCHES_BETWEEN_SAVES = 20
-QUICK_SECONDS = 45  # for --quick, beside the imports
+QUICK_SECONDS = 30  # for --quick, beside imports and reading the weights
 QUICK_TOLERANCE = 15  # points: other pictures, and other classes, are easier or harder than all of ImageNet's
 
 

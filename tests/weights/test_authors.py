@@ -742,6 +742,16 @@ def test_what_the_command_line_says_of_places(real, monkeypatch):
     command('get', 'san10_pairwise')
     place = states()['san10_pairwise']
     assert place.state == 'authors cache' and place.path == str(authors.cached('san10_pairwise.in1k'))
+    from typer.testing import CliRunner
+
+    from san_backbones.cli.app import app
+    said = CliRunner().invoke(app, ['info', 'san10_pairwise']).stdout
+    note = authors.provenance('san10_pairwise.in1k')
+    for part in (place.path, 'mit', 'https://github.com/hszhao/SAN', note['origin'], note['source_sha256'],
+                 'taken on trust', note['date']):
+        assert part in said
+    facts = json.loads(CliRunner().invoke(app, ['info', 'san10_pairwise', '--json']).stdout)
+    assert facts['provenance'] == note and facts['weights']['state'] == 'authors cache'
     monkeypatch.setenv(hub.AUTHORS_VARIABLE, '0')
     place = states()['san10_pairwise']
     assert place.state == 'not here' and hub.AUTHORS_VARIABLE in place.note and place.download_bytes is None
