@@ -55,7 +55,7 @@ test-mutants: $(READY)
 test-long: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/trust/run_long.py
 
-# kill -9 at random moments of trainings, downloads, conversions and publications
+# kill -9 at random moments of trainings, downloads, the authors' files, conversions and publications
 test-kills: $(READY)
 	$(BIN)/python tests/trust/run_kills.py all
 

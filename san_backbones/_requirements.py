@@ -12,9 +12,9 @@ __all__ = ['LEAST', 'LEAST_FOR_CONVERSION', 'LEAST_FOR_ONNX', 'LEAST_FOR_PICKLES
 
 # as in setup.cfg, where the reasons are
 LEAST = {'torch': '2.4', 'timm': '1.0.26'}
-LEAST_FOR_PICKLES = {'torch': '2.6'}  # to read .pth files: of the mm extra, and of weights/convert.py
+LEAST_FOR_PICKLES = {'torch': '2.6'}  # to read .pth files: of the mm extra, and of san_backbones.weights
 LEAST_FOR_ONNX = {'torch': '2.8'}  # of the onnx extra
-LEAST_FOR_CONVERSION = {'timm': '1.0.31'}  # of weights/convert.py, whose config.json timm writes
+LEAST_FOR_CONVERSION = {'timm': '1.0.31'}  # of san_backbones.weights.convert, whose config.json timm writes
 
 
 def _numbers(version: str) -> list[int]:

@@ -6,9 +6,13 @@ A model's weights, say those of `san15_patchwise.in1k`, are looked for in this o
    `san15_patchwise.in1k.safetensors`;
 2. the weights that ship with the package;
 3. the Hugging Face Hub, repository `san-backbones/san15_patchwise.in1k` (SAN_BACKBONES_HUB_ORG names another
-   organisation, HF_ENDPOINT another server), through huggingface_hub: its cache, tokens, offline mode, progress bar.
+   organisation, HF_ENDPOINT another server), through huggingface_hub: its cache, tokens, offline mode, progress bar. It
+   is not asked for what the manifest knows not to be there yet;
+4. the file that the authors published, on Google Drive, converted and kept when it is first used
+   (`san_backbones.weights.authors`).
 
-Files are safetensors; nothing is unpickled. Where the manifest pins a digest, the file must have it.
+Files are safetensors but for the authors', of which only tensors are read. Where the manifest pins a digest, the file
+must have it.
 """
 import errno
 import functools
@@ -24,14 +28,20 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from safetensors import SafetensorError, safe_open
 
-__all__ = ['FILENAME', 'FOLDER_VARIABLE', 'ORGANISATION', 'ORGANISATION_VARIABLE', 'WeightsError', 'check', 'digest',
-           'fetch', 'find_local', 'manifest', 'repository', 'weights']
+__all__ = ['AUTHORS_VARIABLE', 'CACHE_VARIABLE', 'FILENAME', 'FOLDER_VARIABLE', 'MIRROR_VARIABLE', 'ORGANISATION',
+           'ORGANISATION_VARIABLE', 'Unavailable', 'WeightsError', 'authors_off', 'check', 'digest', 'discard', 'fetch',
+           'find_local', 'known_unpublished', 'manifest', 'repository', 'shipped', 'ways_out', 'weights']
 
 FILENAME = 'model.safetensors'
 FOLDER_VARIABLE = 'SAN_BACKBONES_WEIGHTS'
 ORGANISATION_VARIABLE = 'SAN_BACKBONES_HUB_ORG'
 ORGANISATION = 'san-backbones'
+# of the authors' files
+AUTHORS_VARIABLE = 'SAN_BACKBONES_AUTHORS'
+MIRROR_VARIABLE = 'SAN_BACKBONES_AUTHORS_URL'
+CACHE_VARIABLE = 'SAN_BACKBONES_CACHE'
 
+HUB = 'https://huggingface.co'
 _logger = logging.getLogger('san_backbones.hub')
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
@@ -40,7 +50,20 @@ class WeightsError(RuntimeError):
     """Pretrained weights that cannot be had, or are not what they should be; the message says what to do."""
 
 
-def _shipped() -> pathlib.Path:
+class Unavailable(WeightsError):
+    """Weights that a place does not have or give, as against wrong ones: another place may have them.
+
+    Args:
+        problem: What was asked for where, and what came of it; a sentence without its full stop.
+        model: Whose weights they are; the message goes on with the ways out.
+    """
+
+    def __init__(self, problem: str, model: str):
+        super().__init__(f'{problem}. {ways_out(model)}')
+        self.problem = problem
+
+
+def shipped() -> pathlib.Path:
     """The folder `weights` of an installed package, or of the checkout."""
     installed = _PACKAGE / '.weights'
     return installed if installed.is_dir() else _PACKAGE.parent / 'weights'
@@ -49,7 +72,7 @@ def _shipped() -> pathlib.Path:
 @functools.cache
 def manifest() -> dict[str, dict[str, Any]]:
     """What is known about each model's weights, by name and tag, say 'san15_patchwise.in1k'."""
-    path = _shipped() / 'manifest.json'
+    path = shipped() / 'manifest.json'
     if not path.is_file():
         return {}
     return json.loads(path.read_text())['models']
@@ -69,15 +92,39 @@ def digest(path: str | os.PathLike) -> str:
     return result.hexdigest()
 
 
-def _ways_out(model: str) -> str:
-    return (f"Two ways out: convert the authors' file (python weights/convert.py model_best.pth --model "
-            f'{model.partition(".")[0]} --out FOLDER/{model}) and set {FOLDER_VARIABLE}=FOLDER; or name a mirror '
-            f'(HF_ENDPOINT), another organisation ({ORGANISATION_VARIABLE}) or a folder that has the file '
-            f'({FOLDER_VARIABLE}).')
+def known_unpublished(model: str) -> bool:
+    """Whether the manifest knows that the Hub does not have a model's weights. Another Hub or organisation may."""
+    entry = manifest().get(model) or {}
+    return ('drive_id' in entry and entry['sha256'] is None and constants.ENDPOINT == HUB
+            and repository(model) == f'{ORGANISATION}/{model}')
 
 
-def check(path: str | os.PathLike, model: str, origin: str, sha256: str | None = None) -> None:
+def authors_off() -> bool:
+    """Whether SAN_BACKBONES_AUTHORS turns the authors' files off, with what is kept of them."""
+    return os.environ.get(AUTHORS_VARIABLE, '').strip().lower() in ('0', 'false', 'no', 'off')
+
+
+def ways_out(model: str) -> str:
+    """What to do where a model's weights cannot be had, and the switches that decide where they come from."""
+    name = model.partition('.')[0]
+    switches = f'{AUTHORS_VARIABLE}=1 ' * authors_off() + 'HF_HUB_OFFLINE=0 ' * constants.HF_HUB_OFFLINE
+    return (f'To get them: {switches}san-backbones weights get {name}. To convert a file that you have: san-backbones '
+            f'weights convert model_best.pth --model {name} --out FOLDER/{model}, then set {FOLDER_VARIABLE}=FOLDER. '
+            f"Or name a mirror of the authors' files ({MIRROR_VARIABLE}) or of the Hub (HF_ENDPOINT), another "
+            f"organisation ({ORGANISATION_VARIABLE}), another cache ({CACHE_VARIABLE}). {AUTHORS_VARIABLE}=0 turns the "
+            "authors' files off, HF_HUB_OFFLINE=1 the network.")
+
+
+def check(path: str | os.PathLike, model: str, origin: str, sha256: str | None = None,
+          named_by: str = 'the manifest') -> None:
     """Makes sure that a file is the safetensors file it should be.
+
+    Args:
+        path: The file.
+        model: Whose weights it should hold.
+        origin: Where it comes from, for messages.
+        sha256: The digest that it must have, if one is known.
+        named_by: Who says so, for messages.
 
     Raises:
         WeightsError: It is not one, cannot be read, or `sha256` is given and not its digest.
@@ -86,19 +133,19 @@ def check(path: str | os.PathLike, model: str, origin: str, sha256: str | None =
         found = None if sha256 is None else digest(path)
     except OSError as error:
         raise WeightsError(f'{path}, from {origin}, cannot be read ({error}); expected the weights of {model}. '
-                           f'{_ways_out(model)}') from error
+                           f'{ways_out(model)}') from error
     if found != sha256:
-        raise WeightsError(f'{path}, from {origin}, is not the file that the manifest pins for {model}: SHA-256 '
-                           f'{found}, expected {sha256}. {_ways_out(model)}')
+        raise WeightsError(f'{path}, from {origin}, is not the file that {named_by} pins for {model}: SHA-256 '
+                           f'{found}, expected {sha256}. {ways_out(model)}')
     try:
         with safe_open(path, 'pt') as file:
             names = file.keys()
     except (SafetensorError, OSError) as error:
         raise WeightsError(f'{path}, from {origin}, is not a safetensors file ({error}); expected the weights of '
-                           f'{model} as model.safetensors. {_ways_out(model)}') from error
+                           f'{model} as model.safetensors. {ways_out(model)}') from error
     if not names:
         raise WeightsError(f'{path}, from {origin}, holds no tensors; expected the weights of {model}. '
-                           f'{_ways_out(model)}')
+                           f'{ways_out(model)}')
 
 
 def find_local(model: str) -> pathlib.Path | None:
@@ -107,7 +154,7 @@ def find_local(model: str) -> pathlib.Path | None:
     Raises:
         WeightsError: The folder named is not there, or the file found in it is not what it should be.
     """
-    folders = [(_shipped(), 'the package')]
+    folders = [(shipped(), 'the package')]
     named = os.environ.get(FOLDER_VARIABLE)
     if named:
         if not os.path.isdir(named):
@@ -155,6 +202,22 @@ def _reason(error: BaseException, where: str, filename: str, revision: str | Non
     return f'the download broke off ({type(error).__name__}: {error}); nothing half is kept: run again'
 
 
+def discard(error: WeightsError, *paths: str | os.PathLike) -> WeightsError:
+    """Removes files of a cache that are not what they should be, lest the next call finds them again.
+
+    Returns:
+        The error, with what became of the files.
+    """
+    try:
+        for path in paths:
+            if os.path.lexists(path):
+                os.remove(path)
+    except OSError as reason:
+        return WeightsError(f'{error} The file could not be removed from the cache ({reason}): remove it, or it will '
+                            'be found again.')
+    return WeightsError(f'{error} The file was removed from the cache: running again downloads it anew.')
+
+
 def fetch(
         repository: str,
         model: str,
@@ -178,8 +241,8 @@ def fetch(
         Path of the file in the cache.
 
     Raises:
-        WeightsError: It cannot be had, or is not what it should be; the message says which file from where, and what
-            to do.
+        Unavailable: It cannot be had; the message says which file from where, and what to do.
+        WeightsError: It is not what it should be.
     """
     where = constants.ENDPOINT
     origin = f'{where}/{repository}' + (f'@{revision}' if revision else '')
@@ -189,26 +252,18 @@ def fetch(
             library_name='san-backbones')
     except Exception as error:
         reason = _reason(error, where, filename, revision, str(cache_dir or constants.HF_HUB_CACHE))
-        raise WeightsError(f'cannot get {filename}, the weights of {model}, from {origin}: {reason}. '
-                           f'{_ways_out(model)}') from error
+        raise Unavailable(f'cannot get {filename}, the weights of {model}, from {origin}: {reason}', model) from error
     if not filename.endswith('.safetensors'):
         raise WeightsError(f'{filename} of {origin} is not a safetensors file, and no other kind is read. '
-                           f'{_ways_out(model)}')
+                           f'{ways_out(model)}')
     try:
         check(path, model, origin, sha256)
         name = os.path.basename(os.path.realpath(path))  # of large files, their digest
         if sha256 is None and re.fullmatch('[0-9a-f]{64}', name) and digest(path) != name:
             raise WeightsError(f'{path}, from {origin}, is not the file that the Hub has: SHA-256 {digest(path)}, '
-                               f'expected {name}. {_ways_out(model)}')
+                               f'expected {name}. {ways_out(model)}')
     except WeightsError as error:
-        try:
-            for leftover in {os.path.realpath(path), path}:  # lest the next call finds it again
-                if os.path.lexists(leftover):
-                    os.remove(leftover)
-        except OSError as reason:
-            raise WeightsError(f'{error} The file could not be removed from the cache ({reason}): remove it, or it '
-                               'will be found again.') from error
-        raise WeightsError(f'{error} The file was removed from the cache: running again downloads it anew.') from error
+        raise discard(error, os.path.realpath(path), path) from error
     return path
 
 
@@ -217,27 +272,56 @@ def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike 
 
     Args:
         source: ORGANISATION/NAME[@REVISION]. One of `ORGANISATION` is looked for in the local folders first, unless it
-            names a revision, then on the Hub at the organisation that the environment names.
+            names a revision, then on the Hub at the organisation that the environment names, then where the authors
+            put it.
         filename: The file in the repository.
-        cache_dir: Another cache than huggingface_hub's.
+        cache_dir: Another cache than huggingface_hub's; what comes from the authors' files is kept below it too.
 
     Returns:
         Its path.
 
     Raises:
-        WeightsError: As `find_local` and `fetch`.
+        WeightsError: As `find_local`, `fetch` and `san_backbones.weights.authors.weights`.
     """
     name, _, revision = source.partition('@')
     organisation, _, model = name.partition('/')
     if not organisation or not model or '/' in model:
         raise WeightsError(f'{source!r} names no Hub repository: expected ORGANISATION/NAME or '
                            'ORGANISATION/NAME@REVISION')
-    pinned = None
     if organisation == ORGANISATION:
         name = repository(model)
-        if not revision and filename == FILENAME:
-            local = find_local(model)
-            if local is not None:
-                return str(local)
-            pinned = (manifest().get(model) or {}).get('sha256')
-    return fetch(name, model, revision or None, pinned, filename, cache_dir)
+    if organisation != ORGANISATION or revision or filename != FILENAME:
+        return fetch(name, model, revision or None, None, filename, cache_dir)
+    local = find_local(model)
+    if local is not None:
+        return str(local)
+    entry = manifest().get(model) or {}
+    pinned = entry.get('sha256')
+    if 'drive_id' in entry:
+        return _of_the_authors(name, model, pinned, cache_dir)
+    return fetch(name, model, None, pinned, filename, cache_dir)
+
+
+def _of_the_authors(name: str, model: str, pinned: str | None, cache_dir: str | os.PathLike | None) -> str:
+    """Weights that their authors published: from the Hub, if they may be there, else made of the authors' file."""
+    from .weights import authors
+    if name == f'{ORGANISATION}/{model}' and not authors_off():  # another organisation may have other weights
+        made = authors.cached(model, cache_dir)
+        if made is not None:
+            return str(made)
+    if known_unpublished(model):
+        folder = None if cache_dir is None else str(cache_dir)
+        path = huggingface_hub.try_to_load_from_cache(name, FILENAME, cache_dir=folder)
+        if isinstance(path, str):  # published since
+            check(path, model, f'{constants.ENDPOINT}/{name}')
+            return path
+        return str(authors.weights(model, cache_dir))
+    try:
+        return fetch(name, model, None, pinned, FILENAME, cache_dir)
+    except Unavailable as error:
+        try:
+            made = authors.weights(model, cache_dir)
+        except Unavailable as other:
+            raise Unavailable(f'{error.problem}; {other.problem}', model) from other
+        _logger.warning("%s; took the authors' file instead", error.problem)
+        return str(made)

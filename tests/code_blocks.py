@@ -104,7 +104,9 @@ def _source_of_module(name: str) -> str:
 def _source_of_script(name: str) -> str:
     """The text of a script of the checkout, or of MMDetection's and MMSegmentation's tools/."""
     if (ROOT / name).is_file():
-        return (ROOT / name).read_text()
+        text = (ROOT / name).read_text()
+        called = re.search(r'from (san_backbones[\w.]+) import main', text)  # the command that a thin script calls
+        return text + (_source_of_module(called[1]) if called else '')
     import importlib.util
     origins = (importlib.util.find_spec(package) for package in ('mmdet', 'mmseg'))
     paths = [pathlib.Path(spec.origin).parent / '.mim' / name for spec in origins if spec and spec.origin]
@@ -126,6 +128,8 @@ def _check_script(words: list[str], command: str) -> None:
         _require(source, command, f'there is no module {words[1]}')
         if words[1] == 'san_backbones.mm.run':
             _check_script(words[2:], command)
+        elif words[1] == 'san_backbones.weights':
+            _check_own_command(['weights', *words[2:]], command)
         else:
             _check_options(words[2:], source, command)
         return
@@ -159,6 +163,11 @@ def _check_own_command(words: list[str], command: str) -> None:
 
     from san_backbones.cli.app import app
     found = get_command(app)
+    if words[:1] == ['weights']:  # whose commands parse by themselves
+        from san_backbones.weights.__main__ import COMMANDS
+        _require(len(words) > 1 and words[1] in {*COMMANDS, '--help'}, command, f'there is no command {words[1:2]}')
+        _check_options(words[2:], _source_of_module(f'san_backbones.weights.{words[1]}'), command)
+        return
     if words and not words[0].startswith('-'):
         _require(words[0] in found.commands, command, f'there is no command {words[0]}')
         found = found.commands[words.pop(0)]

@@ -25,7 +25,7 @@ PAGE = ROOT / 'docs' / 'reference' / 'versions.md'
 SHOWN = ('torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors', 'numpy')
 # what needs torch and timm only, and the Hub with its client; others skip what is not there
 TESTS = ('tests/ops', 'tests/test_models.py', 'tests/test_fuse.py', 'tests/test_weights.py', 'tests/test_hub_server.py',
-         'tests/test_export.py', 'tests/test_supply.py')
+         'tests/test_export.py', 'tests/test_supply.py', 'tests/weights/test_authors.py')
 TESTS_OF_EXTRAS = {'[mm]': ('tests/mm', 'tests/trust/test_interruption.py')}
 LEFT_OUT = 'not test_in_the_interpreter'  # of Triton: minutes, and `make test` has it
 TIME_LIMIT = 3600  # seconds for the tests of a corner

@@ -1,8 +1,14 @@
 """Run by run_package.py where the package, torch and timm are installed and nothing else: does what it should work?"""
+import functools
+import http.server
 import importlib.util
+import os
 import pathlib
+import re
 import subprocess
 import sys
+import tempfile
+import threading
 
 import san_backbones
 import timm
@@ -28,6 +34,32 @@ for name in ('test_san_pairwise', 'test_san_patchwise'):
     network = timm.create_model(name, features_only=True)
     sum(features.square().mean() for features in network(torch.rand(2, 3, 64, 64))).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+command = pathlib.Path(sys.executable).with_name('san-backbones')
+done = subprocess.run([command, 'weights', 'get', 'test_san_patchwise'], capture_output=True, text=True)  # no extra
+assert done.returncode == 0 and 'test_san_patchwise.shapes: ' in done.stdout, done.stdout + done.stderr
+# a first use, of a file in the authors' format, from a mirror
+NAMES = [(r'^stem\.conv', 'conv_in'), (r'^stem\.norm', 'bn_in'), (r'^stages\.(\d)\.conv', r'conv\1'),
+         (r'^stages\.(\d)\.norm', r'bn\1'), (r'^stages\.(\d)\.blocks', r'layer\1'), (r'^head\.fc', 'fc'),
+         (r'\.attn\.query', '.sam.conv1'), (r'\.attn\.key', '.sam.conv2'), (r'\.attn\.value', '.sam.conv3'),
+         (r'\.attn\.position', '.sam.conv_p'), (r'\.attn\.weight_mlp\.norm1', '.sam.conv_w.0'),
+         (r'\.attn\.weight_mlp\.fc1', '.sam.conv_w.2'), (r'\.attn\.weight_mlp\.norm2', '.sam.conv_w.3'),
+         (r'\.attn\.weight_mlp\.fc2', '.sam.conv_w.5'), (r'\.norm(\d)\.', r'.bn\1.')]
+state = timm.create_model('san10_pairwise').state_dict()
+for ours, theirs in NAMES:
+    state = {re.sub(ours, theirs, name): tensor for name, tensor in state.items()}
+with tempfile.TemporaryDirectory() as folder:
+    torch.save({'state_dict': {f'module.{name}': tensor for name, tensor in state.items()}},
+               f'{folder}/san10_pairwise.pth')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {**os.environ, 'SAN_BACKBONES_CACHE': f'{folder}/cache', 'NO_PROXY': '127.0.0.1', 'HOME': folder,
+                       'SAN_BACKBONES_AUTHORS_URL': f'http://127.0.0.1:{server.server_address[1]}'}
+        use = [sys.executable, '-c', 'import timm, san_backbones; timm.create_model("san10_pairwise", pretrained=True)']
+        subprocess.run(use, check=True, env=environment, cwd=folder)
+        server.shutdown()
+    subprocess.run(use, check=True, env=environment, cwd=folder)  # with nobody to ask
 
 draw = 'import san_backbones.visualize as v; v.feature_figure(None, None)'
 for extra, command in (('cli', [pathlib.Path(sys.executable).with_name('san-backbones'), 'list']),

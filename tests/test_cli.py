@@ -33,8 +33,10 @@ ROWS = re.findall(r'^\| `(\w+)`(?:, `\w+`)? \| ([\d.]+M) \| ([\d.]+G) \| ([\d.]+
 def alone(monkeypatch, tmp_path):
     """No weights from elsewhere, no network, and a folder to write to."""
     from huggingface_hub import constants
-    for name in (hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, 'SAN_BACKBONES_BACKEND', 'COLUMNS'):
+    for name in (hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, hub.AUTHORS_VARIABLE, hub.MIRROR_VARIABLE,
+                 'SAN_BACKBONES_BACKEND', 'COLUMNS'):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(hub.CACHE_VARIABLE, str(tmp_path / 'cache' / 'authors'))
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.chdir(tmp_path)
@@ -94,9 +96,19 @@ class TestList:
         lines = [line.split() for line in run('list').stdout.splitlines()]
         assert len(ROWS) == 6
         for name, parameters, multiply_adds, *_ in ROWS:
-            assert [name, parameters, multiply_adds, 'not', 'here'] in lines
-        assert any(line[0] == 'test_san_patchwise' and line[-1] == 'shipped' for line in lines)
-        assert any(line[0] == 'test_san_pairwise' and line[-1] == 'none' for line in lines)
+            assert [name, parameters, multiply_adds, 'not', 'here', 'mit'] in lines
+        assert any(line[0] == 'test_san_patchwise' and line[-2:] == ['shipped', 'apache-2.0'] for line in lines)
+        assert any(line[0] == 'test_san_pairwise' and line[-2:] == ['none', '-'] for line in lines)
+
+    def test_says_what_would_be_downloaded(self, monkeypatch):
+        from huggingface_hub import constants
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+        for name, _, _, *_ in ROWS:
+            entry, = data('list', name)
+            assert entry['weights'] == 'to download' and entry['download_bytes'] == 4 * entry['parameters']
+            assert entry['license'] == 'mit'
+        assert 'to download, 65 MB' in run('list', 'san15').stdout
+        assert entry['path'] is None and data('list', 'test_san_pairwise')[0]['license'] is None
 
     def test_json_and_pattern(self):
         found = {model['name']: model for model in data('list', 'san1?_*')}
@@ -471,3 +483,23 @@ class TestProgram:
         done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and done.stderr == ''
         assert [model['name'] for model in json.loads(done.stdout)] == ['san15']
+
+
+class TestWeights:
+    """The commands themselves are tried in tests/weights; here, that they are reached."""
+
+    def test_through_the_command_line(self, capsys):
+        assert 'convert' in run('weights', '--help').stdout
+        assert 'test_san_patchwise.shapes: ' in run('weights', 'get', 'test_san_patchwise').stdout
+        assert 'no command' in run('weights', 'sell', code=2).stderr
+        assert "there is no model 'san99'" in run('weights', 'get', 'san99', code=1).stderr
+        assert '--out' in run('weights', 'get', '--help').stdout
+
+    def test_without_the_extra(self, monkeypatch, capsys):
+        monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+        for words, code in ((['weights', 'get', 'test_san_patchwise'], 0), (['weights', 'get', 'san99'], 1)):
+            monkeypatch.setattr(sys, 'argv', ['san-backbones', *words])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert ended.value.code == code
+        assert 'licence apache-2.0' in capsys.readouterr().out

@@ -40,8 +40,10 @@ def test_page(page, tmp_path, monkeypatch, fresh_mmengine):
         pytest.importorskip('mmdet', reason='needs the mm extra')
         pytest.importorskip('mmseg', reason='needs the mm extra')
         import san_backbones.mm  # noqa: F401
-    for name in ('SAN_BACKBONES_WEIGHTS', 'SAN_BACKBONES_BACKEND', 'SAN_BACKBONES_HUB_ORG'):
+    for name in ('SAN_BACKBONES_WEIGHTS', 'SAN_BACKBONES_BACKEND', 'SAN_BACKBONES_HUB_ORG', 'SAN_BACKBONES_AUTHORS',
+                 'SAN_BACKBONES_AUTHORS_URL'):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('SAN_BACKBONES_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setenv('MPLBACKEND', 'agg')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.chdir(tmp_path)
@@ -70,6 +72,7 @@ def test_every_fence_is_seen():
 @pytest.mark.parametrize('command', [
     'make no-such-target', "pip install 'san-backbones[no-such-extra]'", 'python weights/no_such_script.py',
     'python weights/convert.py --no-such-option', 'python -m san_backbones.no_such_module', 'no-such-program',
+    'san-backbones weights no-such-command', 'san-backbones weights get --no-such-option',
     'san-backbones no-such-command', 'san-backbones list --no-such-option',
     'torchrun --no-such-option 2 tools/train.py CONFIG',
     'python tools/train.py mm_configs/mask_rcnn/mask-rcnn_san15-patchwise_fpn_1x_coco.py --cfg-options '

@@ -68,7 +68,7 @@ def test_inferencer(folder):
 def test_commands():
     pytest.importorskip('typer', reason='needs the cli extra')
     commands = re.findall(r'^    ((?:san-backbones|make) .*)', (ROOT / 'README.md').read_text(), re.M)
-    assert len(commands) == 9
+    assert len(commands) == 12
     for command in commands:
         check_command(command)
 

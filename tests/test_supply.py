@@ -233,3 +233,12 @@ def test_the_package_alone_allows_no_more_classes():
     code = 'import timm, torch; before = torch.serialization.get_safe_globals(); import san_backbones\n' \
            'assert torch.serialization.get_safe_globals() == before'
     subprocess.run([sys.executable, '-c', code], check=True, cwd=pathlib.Path(san_backbones.__file__).parent.parent)
+
+
+def test_the_package_alone_loads_no_downloader():
+    """gdown and what it brings are for who asks for weights that are not here."""
+    code = 'import sys, timm; before = set(sys.modules); import san_backbones\n' \
+           'print({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))'
+    done = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True,
+                          cwd=pathlib.Path(san_backbones.__file__).parent.parent)
+    assert eval(done.stdout) == {'san_backbones'}

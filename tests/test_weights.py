@@ -26,7 +26,7 @@ REPOSITORY = 'someone/weights'
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """A Hub with one repository that holds a small file, and a client of this process that talks to it."""
-    for name in (hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, 'HF_TOKEN'):
+    for name in (hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, hub.AUTHORS_VARIABLE, 'HF_TOKEN'):
         monkeypatch.delenv(name, raising=False)
     with HubServer() as server:
         server.add_repo(REPOSITORY)
@@ -132,7 +132,7 @@ def _error(source=REPOSITORY):
     with pytest.raises(WeightsError) as caught:
         hub.weights(source)
     message = str(caught.value)
-    assert 'convert.py' in message and 'HF_ENDPOINT' in message and hub.FOLDER_VARIABLE in message
+    assert 'weights convert' in message and 'HF_ENDPOINT' in message and hub.FOLDER_VARIABLE in message
     assert source.partition('@')[0] in message and hub.FILENAME in message
     return message
 

@@ -14,6 +14,9 @@ def main() -> None:
     Raises:
         SystemExit: Always: 0 done, 1 failed with an explained error, 2 wrong usage.
     """
+    if sys.argv[1:2] == ['weights']:  # needs no typer: errors about weights name it
+        from ..weights.__main__ import main as weights
+        sys.exit(weights(sys.argv[2:]))
     if importlib.util.find_spec('typer') is None:
         sys.exit("Error: the command line needs typer, which is not installed: pip install 'san-backbones[cli]'")
     from .app import app

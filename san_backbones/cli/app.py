@@ -22,6 +22,7 @@ from .._files import written_whole
 from ..attention import _FootprintAttention
 from ..count import count_multiply_adds, count_parameters, multiply_adds_by_part
 from ..san import SAN
+from ..weights import authors
 from . import environment, pictures
 from .weights import class_names, create, load, our_models, whereabouts
 
@@ -218,12 +219,14 @@ def list_models(
 
     \b
     Weights, as far as can be said without the network:
-      folder     in the folder that SAN_BACKBONES_WEIGHTS names
-      shipped    in the package
-      hub cache  downloaded from the Hugging Face Hub before
-      not here   the Hub would be asked
-      none       the model is there for tests, untrained
-      unusable   there, and not what they should be (an error says why)
+      folder         in the folder that SAN_BACKBONES_WEIGHTS names
+      shipped        in the package
+      hub cache      downloaded from the Hugging Face Hub before
+      authors cache  made of the authors' file before
+      to download    the authors' file, on first use: how large it is at least
+      not here       the Hub would be asked; without a network, nobody
+      none           the model is there for tests, untrained
+      unusable       there, and not what they should be (an error says why)
     """
     found: list[dict[str, Any]] = []
     problems: set[str] = set()
@@ -233,14 +236,19 @@ def list_models(
         problems |= {weights.note} if weights.state == 'unusable' else set()
         found.append(dict(
             name=name, pretrained=_pretrained_name(model.pretrained_cfg), parameters=count_parameters(model),
-            multiply_adds=count_multiply_adds(model, size), size=list(size), weights=weights.state, path=weights.path))
+            multiply_adds=count_multiply_adds(model, size), size=list(size), weights=weights.state, path=weights.path,
+            download_bytes=weights.download_bytes,
+            license=None if weights.state == 'none' else model.pretrained_cfg.get('license')))
     if not found:
         raise ValueError(f'no model matches {pattern!r}; there are {", ".join(our_models())}')
     if as_json:
         show_json(found)
     else:
-        rows = [(m['name'], amount(m['parameters']), amount(m['multiply_adds']), m['weights']) for m in found]
-        typer.echo(table([('model', 'parameters', f'multiply-adds at {_by(size)}', 'weights'), *rows], 'lrrl'))
+        sizes = [f', {m["download_bytes"] / 1e6:.0f} MB' if m['download_bytes'] else '' for m in found]
+        rows = [(m['name'], amount(m['parameters']), amount(m['multiply_adds']), m['weights'] + size_of_file,
+                 m['license'] or '-') for m, size_of_file in zip(found, sizes, strict=True)]
+        heading = ('model', 'parameters', f'multiply-adds at {_by(size)}', 'weights', 'licence')
+        typer.echo(table([heading, *rows], 'lrrll'))
     if problems:
         raise hub.WeightsError('\n'.join(sorted(problems)))
 
@@ -291,7 +299,12 @@ def info(
         ('weights', f'{facts["pretrained_name"]}: {weights["note"]}'),
         *([('', weights['path'])] if weights['path'] else []),
         ('licence', cfg['license'] or 'not said'),
+        ('source', cfg['origin_url'] or 'not said'),
     ]
+    if facts['provenance']:
+        note = facts['provenance']
+        lines.append(('', f'{note["origin"]}, SHA-256 {note["source_sha256"]}, '
+                          f'{"as pinned" if note["pinned"] else "taken on trust"}, {note["date"]}'))
     if paper:
         lines.append(('ImageNet', f'top-1 {paper["top1"]} %, top-5 {paper["top5"]} %: the paper\'s, not measured here'))
     typer.echo(f'{name}\n')
@@ -334,11 +347,19 @@ def _describe(model: SAN, size: tuple[int, int]) -> dict[str, Any]:
         position=position, share_planes=first.share_planes, parameters=count_parameters(model),
         multiply_adds=count_multiply_adds(model, size), size=list(size),
         multiply_adds_as_the_paper_counts=count_multiply_adds(model, size, paper=True), parts=parts,
-        pretrained_name=name, paper=paper, weights=weights._asdict(),
+        pretrained_name=name, paper=paper, weights=dict(state=weights.state, path=weights.path, note=weights.note),
+        provenance=authors.provenance(name) if weights.state == 'authors cache' else {},
         pretrained=dict(
             {key: cfg.get(key) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std', 'num_classes',
                                            'license', 'hf_hub_id', 'paper_ids', 'origin_url')},
             first_classes=class_names(model, model.num_classes)[:3]))
+
+
+@app.command(add_help_option=False, context_settings=dict(ignore_unknown_options=True, allow_extra_args=True))
+def weights(context: typer.Context) -> None:
+    """Weights: get, convert, verify and publish them."""
+    from ..weights.__main__ import main
+    raise typer.Exit(main(context.args))
 
 
 # what a model makes of pictures

@@ -17,12 +17,13 @@ from ..ops.backends import ENVIRONMENT_VARIABLE
 __all__ = ['facts']
 
 PACKAGES = (
-    'torch', 'timm', 'torchvision', 'huggingface_hub', 'safetensors', 'numpy', 'pillow', 'triton', 'typer',
+    'torch', 'timm', 'torchvision', 'huggingface_hub', 'gdown', 'safetensors', 'numpy', 'pillow', 'triton', 'typer',
     'mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'mmpretrain', 'transformers',
     'segmentation_models_pytorch', 'accelerate', 'lightning', 'onnx', 'onnxscript', 'onnxruntime', 'matplotlib')
 VARIABLES = (
     ENVIRONMENT_VARIABLE, ops.triton.TUNE_VARIABLE,
-    hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, 'HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE',
+    hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, hub.AUTHORS_VARIABLE, hub.MIRROR_VARIABLE, hub.CACHE_VARIABLE,
+    'HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE',
     'HF_HUB_OFFLINE', 'HF_TOKEN', 'ATEN_CPU_CAPABILITY', 'CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY')
 
 

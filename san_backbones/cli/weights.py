@@ -13,15 +13,18 @@ from timm.models import parse_model_name
 
 from .. import hub
 from ..san import checkpoint_filter_fn
+from ..weights import authors
 
 __all__ = ['Whereabouts', 'class_names', 'create', 'load', 'our_models', 'whereabouts']
 
 
 class Whereabouts(NamedTuple):
     """Where a model's weights are."""
-    state: str  # 'folder', 'shipped', 'hub cache', 'local-dir'; 'not here', 'none', 'unusable'
+    state: str  # 'folder', 'shipped', 'hub cache', 'authors cache', 'local-dir'; 'to download', 'not here', 'none',
+    # 'unusable'
     path: str | None
     note: str  # in words: what the state means for this model
+    download_bytes: int | None = None  # at least, of what is to be downloaded
 
 
 def our_models(pattern: str = '*') -> list[str]:
@@ -54,10 +57,35 @@ def whereabouts(cfg: Mapping[str, Any]) -> Whereabouts:
             if named and pathlib.Path(named) in path.parents:
                 return Whereabouts('folder', str(path), f'in the folder that {hub.FOLDER_VARIABLE} names')
             return Whereabouts('shipped', str(path), 'shipped with the package')
+        if not revision and 'drive_id' in hub.manifest().get(model, {}):
+            return _of_the_authors(model, repository)
+    return _on_the_hub(repository, revision)
+
+
+def _on_the_hub(repository: str, revision: str = '') -> Whereabouts:
     cached = huggingface_hub.try_to_load_from_cache(repository, hub.FILENAME, revision=revision or None)
     if isinstance(cached, str):
         return Whereabouts('hub cache', cached, f'of {repository}, in the cache of huggingface_hub')
     return Whereabouts('not here', None, f'not on this machine; the Hub would be asked for {repository}')
+
+
+def _of_the_authors(model: str, repository: str) -> Whereabouts:
+    """Of weights that their authors published: as `hub.weights` goes about it."""
+    found = _on_the_hub(repository)
+    try:
+        path = None if hub.authors_off() else authors.cached(model)
+    except hub.WeightsError as error:
+        return Whereabouts('unusable', None, str(error))
+    if path is not None and (found.path is None or repository == f'{hub.ORGANISATION}/{model}'):
+        return Whereabouts('authors cache', str(path), "made of the authors' file")
+    if found.path is not None or not hub.known_unpublished(model):
+        return found
+    reason = authors.refusal()
+    if reason is not None:
+        return Whereabouts('not here', None, f'not on this machine, not on the Hub yet, and {reason}')
+    least = 4 * hub.manifest()[model]['parameters']
+    return Whereabouts('to download', None, f"not on this machine; the authors' file, {least / 1e6:.0f} MB or more, "
+                       'would be downloaded', least)
 
 
 def create(name: str, **options: Any) -> Any:

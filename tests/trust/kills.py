@@ -353,12 +353,10 @@ def _manifest(path: pathlib.Path) -> None:
 
 
 class Conversion(Job):
-    """weights/convert.py, into a folder that is new, or over another checkpoint's conversion."""
+    """`weights convert`, into a folder that is new, or over another checkpoint's conversion."""
 
     def __init__(self, base: pathlib.Path, over: bool = False):
-        import small_models  # noqa: F401, finds the scripts
-
-        import convert
+        from san_backbones.weights import convert
         self.main, self.name = convert.main, 'conversion over another' if over else 'conversion'
         base.mkdir(parents=True, exist_ok=True)
         self.sources = [base / 'other.pth', base / 'model_best.pth']
@@ -402,15 +400,76 @@ class Conversion(Job):
         assert _contents(self.folder / 'out') == self.expected
 
 
+class FirstUse(Job):
+    """`authors.weights`: gdown, from a Google Drive that asks for confirmation and takes its time, and the conversion.
+
+    The part that was downloaded is gone on from, or begun anew; who comes second, too.
+    """
+    name = 'first use'
+
+    def __init__(self, base: pathlib.Path):
+        import gdown  # noqa: F401, before the children need it
+
+        from san_backbones import hub
+        from san_backbones.weights import authors, convert  # noqa: F401
+        self.hub, self.authors = hub, authors
+        base.mkdir(parents=True, exist_ok=True)
+        _released(base / 'source.pth', 1)
+        self.content = (base / 'source.pth').read_bytes()
+        _manifest(base / 'manifest.json')
+        self.manifest = json.loads((base / 'manifest.json').read_text())['models']
+        self.base = base
+
+    def open(self, folder: pathlib.Path) -> None:
+        from drive_server import DriveServer
+        self.folder, self.drive = folder, DriveServer(self.base / 'server')
+        self.drive.put('drive-id', self.content)
+        self.drive.page, self.drive.step, self.drive.pause = 'confirm', 1 << 15, 0.01
+        self.drive.__enter__()
+
+    def close(self) -> None:
+        self.drive.__exit__()
+
+    def _get(self, offline: bool) -> pathlib.Path:
+        from huggingface_hub import constants
+        os.environ.update(self.drive.environment, SAN_BACKBONES_CACHE=str(self.folder / 'cache'))
+        constants.HF_HUB_OFFLINE = offline
+        self.hub.manifest = lambda: self.manifest
+        return self.authors.weights('test_san_patchwise.in1k')
+
+    def work(self) -> None:
+        self._get(False)
+
+    def _get_offline(self) -> None:
+        try:
+            assert self._get(True).read_bytes() == self.expected
+        except self.hub.WeightsError as error:
+            assert 'HF_HUB_OFFLINE' in str(error)
+
+    def remember(self) -> None:
+        path, = self.folder.rglob('model.safetensors')
+        self.expected = path.read_bytes()
+
+    def check_killed(self) -> None:
+        ended = run(self._get_offline, self.folder)
+        assert ended.status == 0, ended.output
+        for path in self.folder.rglob('model.safetensors'):
+            assert path.read_bytes() == self.expected
+
+    def check_done(self) -> None:
+        place = self.folder / 'cache' / 'test_san_patchwise.in1k'
+        found = {path.name: path for path in place.iterdir()}
+        assert found.keys() == {'.lock', 'provenance.json', 'model.safetensors'}, found
+        assert found['model.safetensors'].read_bytes() == self.expected
+
+
 class Publishing(_HubJob):
-    """weights/publish.py, with a Google Drive and a Hub that take their time."""
+    """`weights publish`, with a Google Drive and a Hub that take their time."""
     name = 'publishing'
 
     def __init__(self, base: pathlib.Path):
-        import small_models  # noqa: F401, finds the scripts
-
-        import publish
-        self.main = publish.main
+        from san_backbones.weights import authors, publish
+        self.main, self.authors = publish.main, authors
         base.mkdir(parents=True, exist_ok=True)
         self.source = base / 'drive.pth'
         _released(self.source, 1)
@@ -422,20 +481,24 @@ class Publishing(_HubJob):
         self.hub.fault('/cdn/*', method='GET', times=None, drip=(1 << 17, 0.01))
         _manifest(folder / 'manifest.json')
 
-    def _fetch(self, drive_id: str, path: pathlib.Path) -> None:
+    def _fetch(self, url: str, path: pathlib.Path, title: str) -> bool:
         content = self.source.read_bytes()
-        with open(path, 'wb', buffering=0) as file:
+        part = path.with_suffix('.part')  # as gdown does
+        with open(part, 'wb', buffering=0) as file:
             for start in range(0, len(content), 1 << 17):
                 file.write(content[start:start + (1 << 17)])
                 time.sleep(0.01)
+        os.replace(part, path)
+        return True
 
     def work(self) -> None:
         from huggingface_hub import HfApi
+        self.authors._fetch = self._fetch
         self._use_hub(HF_HUB_CACHE=str(self.folder / 'cache'))
         tempfile.tempdir = str(self.folder)
         words = ['--org', 'org', '--work', str(self.folder / 'work'), '--manifest', str(self.folder / 'manifest.json')]
         api = HfApi(endpoint=self.hub.endpoint, token='secret')
-        assert self.main([*words, '--all'], fetch=self._fetch, api=api) == 0
+        assert self.main([*words, '--all'], api=api) == 0
 
     def _published(self) -> dict[str, bytes]:
         try:

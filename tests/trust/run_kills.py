@@ -1,6 +1,8 @@
 """Kills trainings, downloads, conversions and publications at random moments and at each kind of change to files.
 
-    python tests/trust/run_kills.py training|download|conversion|publishing|all [--kills 20] [--exact 20] [--seed 0]
+    python tests/trust/run_kills.py KIND|all [--kills 20] [--exact 20] [--seed 0]
+
+KIND is training, download, first-use, conversion or publishing.
 
 Each time the same is run again and must end as if nothing had happened; nothing half done may be accepted meanwhile.
 Prints a line of figures for each job. Needs the mm extra for trainings.
@@ -11,7 +13,7 @@ import sys
 import tempfile
 
 import torch
-from kills import Conversion, Download, Publishing, Training, interrupt
+from kills import Conversion, Download, FirstUse, Publishing, Training, interrupt
 
 
 def jobs(kind: str, base: pathlib.Path) -> list:
@@ -23,13 +25,15 @@ def jobs(kind: str, base: pathlib.Path) -> list:
         return [Training(base / 'pictures', loop, keep) for loop, keep in (('iters', 2), ('epochs', -1))]
     if kind == 'download':
         return [Download()]
+    if kind == 'first-use':
+        return [FirstUse(base / 'authors')]
     if kind == 'conversion':
         return [Conversion(base / 'one'), Conversion(base / 'two', over=True)]
     return [Publishing(base / 'drive')]
 
 
 def main() -> int:
-    kinds = ['training', 'download', 'conversion', 'publishing']
+    kinds = ['training', 'download', 'first-use', 'conversion', 'publishing']
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('what', choices=[*kinds, 'all'])
     parser.add_argument('--kills', type=int, default=20, help='after a random time, of each job')

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
+import drive_server
 from san_backbones import _requirements, hub
 from san_backbones._files import written_whole
 
@@ -25,6 +26,9 @@ import kills
 needs_conversion = pytest.mark.skipif(
     _requirements.older(timm.__version__, _requirements.LEAST_FOR_CONVERSION['timm']),
     reason='config.json needs a newer timm')
+
+
+needs_drive = pytest.mark.skipif(bool(drive_server.missing()), reason=drive_server.missing() or 'nothing is missing')
 
 
 def interrupt(job, folder, times, exact):
@@ -41,6 +45,11 @@ def test_conversion(over, tmp_path):
 
 def test_download(tmp_path):
     interrupt(kills.Download(), tmp_path, 1, 4)
+
+
+@needs_drive
+def test_first_use(tmp_path):
+    interrupt(kills.FirstUse(tmp_path / 'files'), tmp_path, 1, 6)
 
 
 @needs_conversion

@@ -19,10 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import oracle
+from san_backbones import hub
+from san_backbones.weights import common, convert
 from small_models import SPECS, WEIGHTS
-
-import common
-import convert
 
 FILES = {'README.md', 'config.json', 'model.safetensors'}
 SMALL = dict(depths=(1, 2, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16, kernel_sizes=(3, 5, 5, 3, 3))
@@ -70,7 +69,7 @@ def test_no_pickle_is_read_where_torch_may_run_it(tmp_path, monkeypatch):
 
 def test_what_an_older_timm_cannot_write(tmp_path, monkeypatch):
     monkeypatch.setattr(timm, '__version__', '1.0.30')
-    with pytest.raises(convert.WeightsError, match=r'convert\.py needs timm 1\.0\.31 or later, found timm 1\.0\.30'):
+    with pytest.raises(hub.WeightsError, match=r'weights convert needs timm 1\.0\.31 or later, found timm 1\.0\.30'):
         convert.config_json(timm.create_model('test_san_patchwise'), {})
 
 

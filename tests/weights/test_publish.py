@@ -1,20 +1,15 @@
-"""weights/publish.py against a Hub on this machine: what arrives there, and that any interruption can be continued."""
+"""`weights publish` against a Hub on this machine: what arrives there, and that any interruption can be continued."""
 import hashlib
 import json
 import sys
-import types
 
 import pytest
 import timm
 import torch
 from huggingface_hub import HfApi, constants
 
-import small_models  # noqa: F401, finds the scripts
 from hub_server import HubServer
-
-import common
-import convert
-import publish
+from san_backbones.weights import authors, common, convert, publish
 
 NAME = 'test_san_patchwise.in1k'
 OTHER = 'test_san_pairwise.in1k'
@@ -48,11 +43,13 @@ def drive(released):
 
 
 @pytest.fixture
-def run(hub, drive, manifest, tmp_path):
+def run(hub, drive, manifest, monkeypatch, tmp_path):
     def call(*words, token='secret', org='org', fetch=drive):
         api = HfApi(endpoint=hub.endpoint, token=token)
         options = ['--org', org, '--work', tmp_path / 'work', '--manifest', manifest, *words]
-        return publish.main([str(option) for option in options], fetch=fetch, api=api)
+        with monkeypatch.context() as patch:
+            patch.setattr(authors, '_fetch', lambda url, path, title: fetch(url.partition('?id=')[2], path) or True)
+            return publish.main([str(option) for option in options], api=api)
 
     return call
 
@@ -161,7 +158,7 @@ def test_stopped_at_any_step_and_run_again(step, when, run, hub, drive, manifest
     assert run(NAME) == 0
     assert_published(hub, manifest)
     assert len(hub.commits(f'org/{NAME}')) == 2
-    assert len(drive.calls) == 1 + ((step, when) == ('fetch', 'after'))
+    assert len(drive.calls) == 1
 
 
 @pytest.mark.parametrize('pattern, fault', [
@@ -201,10 +198,11 @@ def test_who_may_publish(run, hub, capsys):
     assert hub._repositories[f'org/{NAME}'].private
 
 
-def test_hub_out_of_reach(drive, manifest, tmp_path, capsys):
+def test_hub_out_of_reach(released, manifest, tmp_path, capsys):
     api = HfApi(endpoint='http://127.0.0.1:9', token='secret')
-    options = ['--org', 'org', '--work', str(tmp_path), '--manifest', str(manifest)]
-    assert publish.main([*options, NAME], fetch=drive, api=api) == 1
+    released('test_san_patchwise', tmp_path / 'test_san_patchwise.pth')
+    options = ['--org', 'org', '--work', tmp_path, '--manifest', manifest, '--source', tmp_path, NAME]
+    assert publish.main([str(option) for option in options], api=api) == 1
     assert 'can be reached' in capsys.readouterr().err
 
 
@@ -276,28 +274,35 @@ def test_files_that_are_not_the_authors(run, hub, tmp_path, released, capsys):
     assert not changes(hub)
 
 
-def test_google_drive(run, hub, drive, manifest, monkeypatch, capsys):
+def test_the_same_road_as_users_take(hub, drive, manifest, released, monkeypatch, tmp_path, capsys):
+    """What keeps `pretrained=True` from a file keeps `publish` from it; the mirror of the environment serves both."""
+    def main():
+        options = ['--org', 'org', '--work', tmp_path / 'work', '--manifest', manifest, NAME]
+        return publish.main([str(option) for option in options], api=HfApi(endpoint=hub.endpoint, token='secret'))
+
     monkeypatch.setitem(sys.modules, 'gdown', None)
-    assert run(NAME, fetch=publish.from_drive) == 1
+    assert main() == 1
     message = capsys.readouterr().err
-    for part in ("pip install '.[weights]'", '--source', 'drive-id-of-test_san_patchwise'):
-        assert part in message
+    assert "pip install 'gdown" in message and 'SAN_BACKBONES_AUTHORS_URL' in message
+    path = released('test_san_patchwise', tmp_path / 'mirror' / 'test_san_patchwise.pth')
+    before = path.read_bytes()
+    monkeypatch.setenv('SAN_BACKBONES_AUTHORS_URL', str(tmp_path / 'mirror'))
+    assert main() == 0 and path.read_bytes() == before
+    assert_published(hub, manifest)
 
-    def download(url, output, resume=False):
-        assert url == 'https://drive.google.com/uc?id=drive-id-of-test_san_patchwise' and resume
-        if answer == 'error':
-            raise RuntimeError('Too many users have viewed or downloaded this file recently')
-        if answer == 'file':
-            drive('drive-id-of-test_san_patchwise', publish.pathlib.Path(output))
-            return output
-        return None
 
-    monkeypatch.setitem(sys.modules, 'gdown', types.SimpleNamespace(download=download))
-    for answer in ('nothing', 'error'):  # noqa: B007, read by download
-        assert run(NAME, fetch=publish.from_drive) == 1
-        assert 'limits how often' in capsys.readouterr().err
-    answer = 'file'
-    assert run(NAME, fetch=publish.from_drive) == 0
+def test_only_what_passes_on_pictures_is_published(run, hub, manifest, tmp_path, capsys):
+    from PIL import Image
+    for number, wnid in enumerate(('n01440764', 'n01443537')):
+        for index in range(3):
+            (tmp_path / 'pictures' / wnid).mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (48, 48), (80 * number, 60 * index, 9)).save(tmp_path / 'pictures' / wnid / f'{index}.png')
+    assert run(NAME, '--images', tmp_path / 'pictures') == 1  # random weights
+    result = capsys.readouterr()
+    assert 'over 6 pictures of 2 of 1000 classes' in result.out and 'FAIL' in result.out
+    assert 'it was not published' in result.err and not changes(hub)
+    common.record(manifest, NAME, paper_top1=1., paper_top5=1.)  # which anything passes
+    assert run(NAME, '--images', tmp_path / 'pictures') == 0
     assert_published(hub, manifest)
 
 

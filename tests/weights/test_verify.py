@@ -9,12 +9,8 @@ import timm
 import torch
 from PIL import Image
 
-import small_models  # noqa: F401, finds the scripts
-
-import common
-import convert
-import verify
 from san_backbones.hub import WeightsError
+from san_backbones.weights import common, convert, verify
 
 SIZE = 64
 CLASSES = 8
@@ -259,7 +255,7 @@ def test_errors_say_what_to_do(run, made, tmp_path, capsys):
         message = capsys.readouterr().err
         assert all(part in message for part in parts) and 'Traceback' not in message, message
 
-    fails('config.json', 'convert.py', folder=tmp_path)
+    fails('config.json', 'weights convert', folder=tmp_path)
     fails('none', 'one folder of images per class', images=tmp_path / 'none')
     (tmp_path / 'flat').mkdir()
     shutil.copy(made / 'val' / 'n000' / '0.png', tmp_path / 'flat')
@@ -289,3 +285,90 @@ def test_errors_say_what_to_do(run, made, tmp_path, capsys):
     for words in (['--limit', '0'], ['--device', 'nowhere'], ['--batch-size', '0']):
         with pytest.raises(SystemExit):
             run(*words)
+
+
+# --- Quickly ---------------------------------------------------------------------------------------------------------
+
+def quickly(capsys, *words, status=0):
+    assert verify.main([str(word) for word in (*words, '--quick', '--workers', 0, '--device', 'cpu')]) == status
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def named(made, tmp_path):
+    """The colours' weights with names of the classes, and a manifest of what they claim."""
+    shutil.copytree(made / 'model', tmp_path / 'model')
+    config = json.loads((tmp_path / 'model' / 'config.json').read_text())
+    config['label_names'] = [f'n{number:03}' for number in range(CLASSES)]
+    config['label_descriptions'] = {name: f'colour {name}' for name in config['label_names']}
+    (tmp_path / 'model' / 'config.json').write_text(json.dumps(config))
+    figures = {'architecture': 'test_san_patchwise', 'paper_top1': 68.75, 'paper_top5': 95.0, 'sha256': None}
+    (tmp_path / 'manifest.json').write_text(json.dumps({'models': {NAME: figures}}))
+    return tmp_path
+
+
+def test_quick_on_some_classes(named, made, expected, capsys):
+    """Folders of some classes below others, and pictures named by class: against the plain loop."""
+    pictures = named / 'pictures'
+    for number in (1, 5):
+        shutil.copytree(made / 'val' / f'n{number:03}', pictures / 'train' / f'n{number:03}')
+    (pictures / 'train' / 'n001' / 'notes.txt').write_text('no picture')
+    shutil.copytree(made / 'val' / 'n001', pictures / 'unknown')  # whose class nobody knows
+    for path in (made / 'val' / 'n007').iterdir():
+        shutil.copy(path, pictures / f'n007_{path.name}')
+    ranks = {path: rank for path, rank in expected.items() if path[:4] in ('n001', 'n005', 'n007')}
+    said = quickly(capsys, named / 'model', '--images', pictures, '--manifest', named / 'manifest.json', status=1)
+    top1, top5 = (100 * sum(rank < best for rank in ranks.values()) / len(ranks) for best in (1, 5))
+    assert f'{NAME}: top-1 {top1:.1f}, top-5 {top5:.1f} over {len(ranks)} pictures of 3 of {CLASSES} classes' in said
+    assert len(ranks) == 3 + 5 + 3 and top1 < 68.75 - 15
+    assert 'confused most: colour n005, taken for colour n006 in 5 of 5 pictures' in said  # they show it
+    assert said.strip().splitlines()[-1].startswith('FAIL')
+
+
+@pytest.mark.parametrize('paper, passed', [(68.75, True), (90., True), (95., False), (100., False)])
+def test_quick_compares_with_what_is_claimed(paper, passed, named, made, capsys):
+    """68.75 % of 32 pictures: fewer than claimed by 15 points and twice the standard error is too few."""
+    least = paper - 15 - 200 * math.sqrt(paper / 100 * (1 - paper / 100) / 32)
+    assert passed == (least <= 68.75)
+    common.record(named / 'manifest.json', NAME, paper_top1=paper, paper_top5=0.)
+    said = quickly(capsys, named / 'model', '--images', made / 'val', '--manifest', named / 'manifest.json',
+                   status=int(not passed))
+    assert ('PASS' in said) == passed and f'top-1 {paper:.1f}' in said
+
+
+def test_quick_without_a_claim(named, made, capsys):
+    (named / 'manifest.json').write_text('{"models": {}}')
+    words = ['--images', made / 'val', '--manifest', named / 'manifest.json']
+    said = quickly(capsys, named / 'model', *words)
+    assert 'no figures are known' in said and 'guessing has 12.5' in said
+    torch.manual_seed(1)
+    torch.save(timm.create_model('test_san_patchwise', num_classes=CLASSES).state_dict(), named / 'random.pth')
+    assert convert.main([str(word) for word in (
+        named / 'random.pth', '--model', NAME, '--out', named / 'random', '--data-option', f'input_size=3,{SIZE},{SIZE}'
+    )]) == 0
+    capsys.readouterr()
+    assert 'FAIL' in quickly(capsys, named / 'random', *words, status=1)  # folders in order, for nothing names classes
+
+
+def test_quick_stops_in_time(named, made, monkeypatch, capsys):
+    monkeypatch.setattr(verify, 'QUICK_SECONDS', -1)
+    said = quickly(capsys, named / 'model', '--images', made / 'val', '--manifest', named / 'manifest.json',
+                   '--batch-size', 8)
+    assert 'over 8 pictures of 8 of 8 classes' in said  # in turns
+
+
+def test_quick_by_the_name_of_a_model(tmp_path, made, capsys):
+    """Weights as `pretrained=True` finds them; the shapes' classes are no colours."""
+    for number, name in enumerate(('square', 'star', 'ring')):
+        (tmp_path / name).mkdir()
+        picture(number, number).save(tmp_path / name / 'a.png')
+    said = quickly(capsys, 'test_san_patchwise', '--images', tmp_path, status=1)
+    assert 'test_san_patchwise.shapes: top-1' in said and 'of 3 of 3 classes' in said
+    assert verify.main(['test_san_patchwise', '--images', str(made / 'val' / 'n000'), '--quick', '--workers', '0']) == 1
+    message = capsys.readouterr().err
+    assert 'such as square, star' in message and 'one folder' in message
+    assert verify.main(['san99', '--images', str(tmp_path), '--quick']) == 1
+    assert "no model 'san99'" in capsys.readouterr().err
+    for words in (['--record'], ['--limit', '3']):
+        with pytest.raises(SystemExit):
+            verify.main(['test_san_patchwise', '--images', str(tmp_path), '--quick', *words])

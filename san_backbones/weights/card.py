@@ -2,7 +2,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from san_backbones.san import DEPTHS
+from ..san import DEPTHS
 
 AUTHORS = 'https://github.com/hszhao/SAN'
 PAPER = 'https://arxiv.org/abs/2004.13621'
@@ -112,10 +112,10 @@ def accuracy(entry: Mapping[str, Any], sha256: str) -> str:
     """What is known about the accuracy of the weights with this digest."""
     measured = entry.get('measured')
     if measured and measured['sha256'] == sha256:
-        return (f"These weights, measured with `weights/verify.py` of `san_backbones` on the {measured['images']} "
+        return (f"These weights, measured with `san-backbones weights verify` on the {measured['images']} "
                 f"validation images: top-1 {measured['top1']:.2f}, top-5 {measured['top5']:.2f}.")
-    return ('The figures are those of the paper: nobody has measured this copy. `weights/verify.py` of `san_backbones` '
-            'does, on a folder with the validation images.')
+    return ('The figures are those of the paper: nobody has measured this copy. `san-backbones weights verify` does, '
+            'on a folder with the validation images.')
 
 
 def released(

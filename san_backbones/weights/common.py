@@ -1,4 +1,4 @@
-"""What the scripts beside this file share: the manifest's file, files that appear whole or not at all, errors."""
+"""What the commands beside this file share: the manifest's file, files that appear whole or not at all, errors."""
 import contextlib
 import functools
 import json
@@ -8,10 +8,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from san_backbones.hub import WeightsError
-from san_backbones.san import DEPTHS
+import timm
+from timm.models import resolve_pretrained_cfg
 
-MANIFEST = pathlib.Path(__file__).resolve().with_name('manifest.json')
+from .. import hub
+from ..hub import WeightsError
+from ..san import DEPTHS
+
+MANIFEST = hub.shipped() / 'manifest.json'
 TAG = 'in1k'  # of the authors' weights
 
 
@@ -72,7 +76,7 @@ def _replace_files(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The manifest's models by name and tag, read anew: the scripts change the file.
+    """The manifest's models by name and tag, read anew: the commands change the file.
 
     Raises:
         WeightsError: There is no such file, or it is no manifest.
@@ -105,8 +109,27 @@ def architecture_of(model: str) -> str:
     return f'{name}_patchwise' if name in DEPTHS else name
 
 
+def repository_of(model: str) -> str:
+    """The Hub repository that a model's default weights, or those of its tag, belong to: 'san-backbones/...'.
+
+    Raises:
+        WeightsError: There is no such model, or no weights of it.
+    """
+    name, _, tag = model.partition('.')
+    ours = timm.list_models(module='san')
+    if name not in ours:
+        raise WeightsError(f'there is no model {model!r}; expected one of {", ".join(ours)}, or the folder of weights')
+    try:
+        source = resolve_pretrained_cfg(name, tag).hf_hub_id
+    except RuntimeError as error:
+        raise WeightsError(str(error)) from error
+    if not source:
+        raise WeightsError(f'{model} has no pretrained weights: it is there for tests')
+    return source
+
+
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Makes a script's `main` print errors that a user can mend, and return 1 for them, 130 if stopped by the user."""
+    """Makes a command's `main` print errors that a user can mend, and return 1 for them, 130 if stopped by the user."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None, **options: Any) -> int:
