@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from . import fused, native, reference, triton
+from . import flops, fused, native, reference, triton  # noqa: F401
 from .backends import (
     BACKENDS,
     Backend,

@@ -218,7 +218,7 @@ def _hidden_statistics(query: Tensor, key: Tensor, place: Tensor | None, norm1: 
     hidden = weight1.shape[1]
     scale1, shift1, weight1 = (in_loop_order(x.float(), spec).contiguous() for x in (*norm1, weight1))
     sums = _hidden_sums(query, key, place, scale1, shift1, pad(weight1, round_up(hidden, width)).contiguous(),
-                        Shape.of(spec, hidden, width, path))
+                        Shape.of(spec, hidden, 1, width, path))
     vectors = query.shape[0] * query.shape[2] * query.shape[3] * (spec.kernel_size ** 2 if spec.pairwise else 1)
     mean, square = sums / vectors
     var = (square - mean * mean).clamp(min=0)  # in float64 the difference keeps float32's digits
