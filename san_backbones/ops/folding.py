@@ -7,8 +7,11 @@ from torch import Tensor
 
 from .gamma import Affine, Gamma, Spec
 
-__all__ = ['RELATIONS', 'Shape', 'channels_first', 'channels_last', 'fold_gamma', 'in_loop_order', 'memory_format',
-           'pad', 'power_of_2', 'round_up', 'row']
+__all__ = ['FUSED_DTYPES', 'RELATIONS', 'Shape', 'channels_first', 'channels_last', 'fold_gamma', 'in_loop_order',
+           'memory_format', 'pad', 'power_of_2', 'round_up', 'row']
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of maps; what is folded is float32."""
 
 RELATIONS = {(True, 'subtraction'): 0, (True, 'summation'): 1, (True, 'hadamard'): 2, (True, 'concatenation'): 3,
              (True, 'dot'): 4, (False, 'concatenation'): 5, (False, 'star'): 6}
@@ -31,9 +34,17 @@ class Shape(NamedTuple):
         return [RELATIONS[spec.pairwise, spec.relation], int(spec.position == 'absolute'), spec.kernel_size,
                 spec.dilation, hidden, channels, lanes, path]
 
+    @classmethod
+    def read(cls, numbers: list[int]) -> 'Shape':
+        if len(numbers) != len(cls._fields):
+            raise ValueError(f'shape must be {len(cls._fields)} integers ({", ".join(cls._fields)}), got {numbers}')
+        return cls(*numbers)
+
     @property
     def form(self) -> tuple[bool, str]:
         """Whether it is pairwise, and the name of its relation."""
+        if self.relation not in _FORMS:
+            raise ValueError(f'relation must be one of {", ".join(map(str, _FORMS))}, got {self.relation}')
         return _FORMS[self.relation]
 
     @property

@@ -185,3 +185,63 @@ def test_nothing_to_take_statistics_of():
     model = timm.create_model('test_san_patchwise').train()
     with pytest.raises(ValueError, match='more than 1 value per channel, got 0'):
         model(IMAGE[:0])
+
+
+@pytest.mark.skipif(ops.native.unavailable() is not None, reason='no compiled loops')
+@pytest.mark.parametrize('operator, changes, message', [
+    ('scale_shift_relu', {1: lambda x: x[:3]}, r'scale must be a float32 tensor \[64\] on cpu, got scale \[3\]'),
+    ('scale_shift_relu', {2: lambda x: x.double()}, r'shift must be a float32 tensor .*float64'),
+    ('scale_shift_relu', {0: lambda x: x.bfloat16()}, 'x must be a float32 tensor.*bfloat16'),
+    ('scale_shift_relu', {0: lambda x: x[:, :0]}, r'C at least 1, got \[2, 0\]'),
+    ('scale_shift_relu', {0: lambda x: x[0, 0]}, r'C at least 1, got \[\]'),
+    ('scale_shift_relu', {0: lambda x: None}, 'x must be a tensor, got None'),
+    ('stem', {0: lambda x: x.long()}, 'image must be .*int64'),
+    ('stem', {0: lambda x: x[0]}, r'image must be \(N, C, H, W\).*\[3, 6, 7\]'),
+    ('stem', {1: lambda x: x[:, :2]}, r'weight must be a float32 tensor \[8, 3\] on cpu, got weight \[8, 2\]'),
+    ('stem', {1: lambda x: x[0]}, r'weight must be \(D, C\)'),
+    ('stem', {2: lambda x: x[:1]}, r'bias must be a float32 tensor \[8\]'),
+    ('stem_backward', {0: lambda x: x[:, :, :1]}, r'gradient must be a floating tensor \[2, 8, 3, 3\] on cpu, got'),
+    ('stem_backward', {0: lambda x: x.long()}, 'gradient must be a floating tensor.*int64'),
+])
+def test_operators_around_the_attention(operator, changes, message):
+    arguments = {'scale_shift_relu': [torch.randn(2, 64), torch.randn(64), torch.randn(64)],
+                 'stem': [torch.randn(2, 3, 6, 7), torch.randn(8, 3), torch.randn(8)],
+                 'stem_backward': [torch.randn(2, 8, 3, 3), torch.randn(2, 3, 6, 7), torch.randn(8, 3), torch.randn(8),
+                                   True]}[operator]
+    for i, change in changes.items():
+        arguments[i] = change(arguments[i])
+    with pytest.raises(ValueError, match=message):
+        getattr(torch.ops.san_backbones, operator)(*arguments)
+
+
+@pytest.mark.skipif(ops.native.unavailable() is not None, reason='no compiled loops')
+@pytest.mark.parametrize('name, change, message', [
+    ('shape', lambda x: x[:-1], r'shape must be 8 integers \(relation, .*, path\)'),
+    ('shape', lambda x: [*x[:-1], 2], r'path must be 0 .* or 1 .*, got 2'),
+    ('shape', lambda x: [*x[:-1], 1], 'Triton kernels do not serve these maps'),
+    ('shape', lambda x: [x[0], 2, *x[2:]], 'absolute must be 0 or 1, got 2'),
+    ('shape', lambda x: [*x[:2], 4, *x[3:]], 'kernel_size=4'),
+    ('shape', lambda x: [*x[:3], 0, *x[4:]], 'dilation=0'),
+    ('shape', lambda x: [*x[:4], 0, *x[5:]], 'hidden=0'),
+    ('shape', lambda x: [*x[:6], x[6] + 1, x[7]], 'lanes a multiple of'),
+    ('shape', lambda x: [*x[:5], x[6], *x[6:]], 'channels of value must be a multiple of the .*, got 8'),
+    ('shape', lambda x: [5, *x[1:]], 'place must be None for the patchwise form'),
+    ('query', lambda x: x.double(), 'one dtype'),
+    ('value', lambda x: None, 'value must be a tensor, got None'),
+    ('scale1', lambda x: x[:-1], r'scale1 must be a float32 tensor \[4\] on cpu, got scale1 \[3\]'),
+    ('weight1', lambda x: x.half(), 'weight1 must be a float32 tensor.*float16'),
+    ('weight2', lambda x: x[:, :1], 'weight2 must be'),
+    ('bias2', lambda x: None, 'bias2 must be a tensor, got None'),
+    ('shift', lambda x: x[:-1], r'shift must be a float32 tensor \[8\]'),
+])
+def test_the_operator_of_the_attention(name, change, message):
+    layer, x = PairwiseAttention(32, kernel_size=3).eval().requires_grad_(False), torch.randn(2, 32, 4, 5)
+    gamma = layer.gamma()
+    norms = (ops.fold(norm, norm.running_mean, norm.running_var) for norm in (gamma.norm1, gamma.norm2))
+    shape, folded = ops.folding.fold_gamma(*norms, gamma, layer.spec(), ops.native.library.width(), 0)
+    arguments = dict(query=layer.query(x), key=layer.key(x), value=layer.value(x), place=layer.place(x),
+                     **dict(zip(('scale1', 'shift1', 'weight1', 'shift2', 'weight2', 'bias2'), folded)),
+                     shift=torch.zeros(8), shape=shape)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=message):
+        torch.ops.san_backbones.attend(**arguments)
