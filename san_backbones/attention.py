@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import ops
-from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
+from .norms import as_norm, has_bias, is_batch_norm, is_plain, is_pointwise
 from .ops import geometry, reference
 
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
@@ -147,15 +147,16 @@ class _FootprintAttention(nn.Module):
                 or not all(is_plain(act, (nn.ReLU.forward,)) for act in (mlp.act1, mlp.act2)) \
                 or not all(is_pointwise(fc) for fc in (mlp.fc1, mlp.fc2)):
             return False
-        return mlp.fc2.bias is not None and (mlp.fc1.bias is None or isinstance(mlp.norm2, nn.Identity))
+        return has_bias(mlp.fc2) and (not has_bias(mlp.fc1) or isinstance(mlp.norm2, nn.Identity))
 
     @torch.jit.ignore
     def gamma(self) -> ops.Gamma:
         """The mapping from relations to weights as the operators take it."""
         mlp: Any = self.weight_mlp
+        weight1 = mlp.fc1.weight  # once: a parametrisation computes it
         return ops.Gamma(
-            as_norm(mlp.norm1, mlp.fc1.weight[0, :, 0, 0]), mlp.fc1.weight,
-            as_norm(mlp.norm2, mlp.fc1.weight[:, 0, 0, 0], mlp.fc1.bias), mlp.fc2.weight, mlp.fc2.bias)
+            as_norm(mlp.norm1, weight1[0, :, 0, 0]), weight1,
+            as_norm(mlp.norm2, weight1[:, 0, 0, 0], mlp.fc1.bias), mlp.fc2.weight, mlp.fc2.bias)
 
     @torch.jit.ignore
     def spec(self) -> ops.Spec:

@@ -14,7 +14,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from . import ops
 from .ops.gamma import normalise
 
-__all__ = ['SyncBatchNorm', 'as_norm', 'is_batch_norm', 'is_plain', 'is_pointwise']
+__all__ = ['SyncBatchNorm', 'as_norm', 'has_bias', 'is_batch_norm', 'is_plain', 'is_pointwise']
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -76,9 +76,15 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 def is_pointwise(conv: Any) -> bool:
     """Whether the module is a 1x1 convolution and nothing else."""
+    # not by the weight, which a parametrisation computes anew whenever it is looked at
     return is_plain(conv, (nn.Conv2d.forward,)) and type(conv)._conv_forward is nn.Conv2d._conv_forward \
-        and conv.weight.shape[2:] == (1, 1) and conv.stride == (1, 1) \
+        and conv.kernel_size == (1, 1) and conv.stride == (1, 1) \
         and conv.groups == 1 and conv.padding in (0, (0, 0))
+
+
+def has_bias(conv: Any) -> bool:
+    """Whether the convolution has a bias, without computing one that is parametrised."""
+    return conv._parameters.get('bias', conv.__dict__.get('bias', conv)) is not None
 
 
 def _sync_group(norm: nn.Module) -> Any:

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
 from .attention import PairwiseAttention, PatchwiseAttention
-from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
+from .norms import as_norm, has_bias, is_batch_norm, is_plain, is_pointwise
 from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 
 __all__ = ['SAN']
@@ -74,9 +74,10 @@ class Stem(nn.Module):
         conv, norm = self.conv, self.norm
         if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_batch_norm(norm) \
                 or not is_plain(self.act, (nn.ReLU.forward,)) or not self._pools_by_twos() \
-                or (conv.bias is not None and not isinstance(norm, nn.Identity)) or not ops.serves(x):
+                or (has_bias(conv) and not isinstance(norm, nn.Identity)) or not ops.serves(x):
             return None
-        return ops.stem(x, conv.weight.flatten(1), as_norm(norm, conv.weight[:, 0, 0, 0], conv.bias))
+        weight = conv.weight.flatten(1)  # once: a parametrisation computes it
+        return ops.stem(x, weight, as_norm(norm, weight[:, 0], conv.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) to (N, width, H // 2, W // 2); on the CPU in channels_last memory format."""

@@ -147,7 +147,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      '_autocast_state(inputs[0])', "ctx.plan, ctx.autocast = plan, ('cpu', False, torch.bfloat16)",
      (f'{BACKENDS}::test_autocast_holds_in_the_backward_pass',)),
     # --- the choice of a path, conversions
-    ('float64 computed in float32', f'{OPS}/backends.py', '(torch.float32, torch.bfloat16, torch.float16)',
+    ('float64 computed in float32', f'{OPS}/folding.py', '(torch.float32, torch.bfloat16, torch.float16)',
      '(torch.float32, torch.bfloat16, torch.float16, torch.float64)', (f'{NATIVE}::test_refusals_say_why',)),
     ('use_backend is never left', f'{OPS}/backends.py', 'if other is not override)', ')',
      (f'{BACKENDS}::test_environment_variable_and_context_manager',)),
