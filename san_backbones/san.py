@@ -170,6 +170,10 @@ class Stage(nn.Module):
         """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), or (N, dim, H, W) without downsampling."""
         x = self.conv(self.pool(x))
         if not torch.jit.is_scripting():
+            if ops.is_exporting():
+                # the residual reads the convolution as well as the first norm, which PyTorch 2 Export Quantization
+                # would fold into it
+                x = x.clone()
             if self._folding:
                 folded = self._inference_form(x)
                 if folded is not None:

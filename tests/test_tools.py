@@ -2,7 +2,6 @@
 from collections import Counter
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -67,3 +66,47 @@ def test_spectral_norm_takes_one_step():
     assert len(vectors[0]) == 2 * 17
     for name, x in vectors[0].items():
         torch.testing.assert_close(x, vectors[1][name], msg=name)
+
+
+# --- Quantisation of exported programs
+
+def _trained_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5),
+                                      (module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 2.)):
+                nn.init.uniform_(tensor, low, high)
+    return model.eval()
+
+
+def _relative(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize('depths', [(1,), (2, 1)])
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_no_exported_norm_shares_its_convolution(attention, depths):
+    """Tools fold a norm into the convolution that it reads, and some do not ask who else reads it."""
+    model = _model(attention, depths=depths, widths=(32, 64)[:len(depths)], kernel_sizes=3).eval()
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),))
+    for graph in (program.module().graph, program.run_decompositions().graph):
+        norms = [node for node in graph.nodes if 'batch_norm' in str(node.target)]
+        assert len(norms) >= 1 + 5 * len(depths)
+        for norm in norms:
+            read = norm.args[0]
+            assert 'conv' not in str(read.target) or len(read.users) == 1, f'{norm} and others read {read}'
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_pt2e_quantisation(attention):
+    quantize = pytest.importorskip('torchao.quantization.pt2e.quantize_pt2e')
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    model = _trained_norms(_model(attention, depths=(1,), widths=(32,), kernel_sizes=3))
+    images = [torch.randn(1, 3, 16, 16) for _ in range(2)]
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    with torch.no_grad():
+        prepared = quantize.prepare_pt2e(torch.export.export(model, (images[0],)).module(), quantizer)
+        assert _relative(prepared(images[0]), model(images[0])) < 1e-4
+        for image in images:
+            prepared(image)
+        assert _relative(quantize.convert_pt2e(prepared)(images[0]), model(images[0])) < 0.03

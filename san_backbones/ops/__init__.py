@@ -42,6 +42,7 @@ __all__ = [
     'footprint',
     'footprint_attention',
     'is_compiling',
+    'is_exporting',
     'is_plain_tensor',
     'native',
     'padding',
