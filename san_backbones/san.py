@@ -32,7 +32,18 @@ from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
 from .attention import PairwiseAttention, PatchwiseAttention
-from .norms import as_norm, has_bias, is_batch_norm, is_plain, is_pointwise
+from .norms import (
+    as_norm,
+    check_dtype,
+    has_bias,
+    has_process_wide_hooks,
+    is_batch_norm,
+    is_integer,
+    is_plain,
+    is_pointwise,
+    make_act,
+    norm_constructor,
+)
 from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 
 __all__ = ['SAN']
@@ -52,15 +63,16 @@ class Stem(nn.Module):
             self,
             in_chans: int,
             width: int,
-            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.conv = nn.Conv2d(in_chans, width, 1, bias=False, **dd)
-        self.norm = norm_layer(width, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.norm = norm_constructor(norm_layer)(width, **dd)
+        self.act = make_act(act_layer)
         self.pool = nn.MaxPool2d(2, 2)
 
     def _pools_by_twos(self) -> bool:
@@ -72,6 +84,8 @@ class Stem(nn.Module):
     @torch.jit.ignore
     def _forward_operator(self, x: torch.Tensor) -> torch.Tensor | None:
         conv, norm = self.conv, self.norm
+        if isinstance(x, torch.Tensor):
+            check_dtype(x, conv)
         if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_batch_norm(norm) \
                 or not is_plain(self.act, (nn.ReLU.forward,)) or not self._pools_by_twos() \
                 or (has_bias(conv) and not isinstance(norm, nn.Identity)) or not ops.serves(x):
@@ -108,18 +122,20 @@ class Block(nn.Module):
             self,
             dim: int,
             attention: Callable[..., PairwiseAttention | PatchwiseAttention],
-            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
             drop_path: float = 0.,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.norm1 = norm_layer(dim, **dd)
-        self.act1 = nn.ReLU(inplace=True)
+        make_norm = norm_constructor(norm_layer)
+        self.norm1 = make_norm(dim, **dd)
+        self.act1 = make_act(act_layer)
         self.attn = attention(dim, **dd)
-        self.norm2 = norm_layer(self.attn.out_planes, **dd)
-        self.act2 = nn.ReLU(inplace=True)
+        self.norm2 = make_norm(self.attn.out_planes, **dd)
+        self.act2 = make_act(act_layer)
         self.conv = nn.Conv2d(self.attn.out_planes, dim, 1, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
@@ -146,7 +162,8 @@ class Stage(nn.Module):
             depth: int,
             attention: Callable[..., PairwiseAttention | PatchwiseAttention],
             downsample: bool = True,
-            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
             drop_path_rates: Sequence[float] = (),
             device=None,
             dtype=None,
@@ -158,12 +175,13 @@ class Stage(nn.Module):
         self._folded: list[fuse.FoldedStage | None] = [None]
         # norm and act come last in forward; registered here, tools that fuse a norm into the convolution registered
         # before it (mmcv's fuse_conv_bn) leave them alone
-        self.norm = norm_layer(dim, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.norm = norm_constructor(norm_layer)(dim, **dd)
+        self.act = make_act(act_layer)
         self.pool = nn.MaxPool2d(2, 2) if downsample else nn.Identity()
         self.conv = nn.Conv2d(in_dim, dim, 1, bias=False, **dd)
         self.blocks = nn.Sequential(*[
-            Block(dim, attention, norm_layer=norm_layer, drop_path=drop_path_rates[i] if drop_path_rates else 0., **dd)
+            Block(dim, attention, norm_layer=norm_layer, act_layer=act_layer,
+                  drop_path=drop_path_rates[i] if drop_path_rates else 0., **dd)
             for i in range(depth)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -206,6 +224,8 @@ class Stage(nn.Module):
             self._folded = [None]  # torch's fused optimizers do not count their writes into parameters
         if self.training or torch.is_autocast_enabled(x.device.type) or ops.symbolic_caller(x) is not None:
             return None
+        if has_process_wide_hooks():
+            return None
         if not ops.is_plain_tensor(x):
             return None  # what such tensors and modes make of a fold is of use to nobody else
         if torch.is_grad_enabled():
@@ -246,8 +266,9 @@ torch.fx.wrap('_check_image')
 
 def _per_stage(name: str, value: int | Sequence[int], length: int) -> tuple[int, ...]:
     values = (value,) * length if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(values) != length or not all(isinstance(v, int) for v in values):
-        raise ValueError(f'{name} must have one integer for each of the {length} stages of depths, got {value!r}')
+    if len(values) != length or not all(map(is_integer, values)):
+        raise ValueError(f'{name} must have one integer for each of the {length} stages of depths, at least 1, '
+                         f'got {value!r}')
     return values
 
 
@@ -275,7 +296,10 @@ class SAN(nn.Module):
         global_pool: Pooling of the head, '' for none.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, growing linearly over the blocks.
-        norm_layer: Norm of all layers, called with the number of channels.
+        norm_layer: Norm of all layers, called with the number of channels, or timm's name of one ('groupnorm1').
+        act_layer: Activation of all layers, or timm's name of one ('gelu'). With norms other than batch norms or
+            activations other than ReLU, the attention runs by its plain definition, whose memory grows with the
+            footprint.
         device: Where parameters are made.
         dtype: Their dtype.
 
@@ -300,7 +324,8 @@ class SAN(nn.Module):
             global_pool: str = 'avg',
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
             device=None,
             dtype=None,
     ):
@@ -311,10 +336,13 @@ class SAN(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride!r}')
         depths = tuple(depths)
-        if not depths or not all(isinstance(depth, int) and depth >= 0 for depth in depths):
+        if not depths or not all(is_integer(depth, 0) for depth in depths):
             raise ValueError(f'depths must hold the number of blocks of each stage, got {depths!r}')
-        if not isinstance(in_chans, int) or in_chans < 1:
-            raise ValueError(f'in_chans must be a positive integer, got {in_chans!r}')
+        for name, value in (('in_chans', in_chans), ('stem_width', stem_width), ('share_planes', share_planes)):
+            if not is_integer(value):
+                raise ValueError(f'{name} must be a positive integer, got {value!r}')
+        if not 0 <= drop_rate <= 1:
+            raise ValueError(f'drop_rate must be in [0, 1], got {drop_rate!r}')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         if position not in POSITIONS:
@@ -322,7 +350,7 @@ class SAN(nn.Module):
         widths = _per_stage('widths', widths, len(depths))
         kernel_sizes = _per_stage('kernel_sizes', kernel_sizes, len(depths))
         if position_ref_size is not None and not (
-                isinstance(position_ref_size, int) and position_ref_size >= 2 ** (len(depths) + 1)):
+                is_integer(position_ref_size, 2 ** (len(depths) + 1))):
             raise ValueError(
                 f'position_ref_size must be None or an integer of at least {2 ** (len(depths) + 1)} (2 pixels in the '
                 f'last of {len(depths)} stages), got {position_ref_size!r}')
@@ -330,7 +358,7 @@ class SAN(nn.Module):
         self.drop_rate = drop_rate
         self.feature_info: list[dict[str, Any]] = []
 
-        self.stem = Stem(in_chans, stem_width, norm_layer=norm_layer, **dd)
+        self.stem = Stem(in_chans, stem_width, norm_layer=norm_layer, act_layer=act_layer, **dd)
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         stride, dilation, in_dim = 1, 1, stem_width
@@ -338,7 +366,8 @@ class SAN(nn.Module):
             downsample = stride < output_stride
             stride, dilation = (stride * 2, dilation) if downsample else (stride, dilation * 2)
             options: dict[str, Any] = dict(
-                share_planes=share_planes, kernel_size=kernel_size, dilation=dilation, norm_layer=norm_layer)
+                share_planes=share_planes, kernel_size=kernel_size, dilation=dilation, norm_layer=norm_layer,
+                act_layer=act_layer)
             if relation is not None:
                 options['relation'] = relation
             if attention == 'pairwise':
@@ -348,7 +377,7 @@ class SAN(nn.Module):
             else:
                 layer = partial(PatchwiseAttention, **options)
             stages.append(Stage(
-                in_dim, dim, depth, layer, downsample=downsample and i > 0, norm_layer=norm_layer,
+                in_dim, dim, depth, layer, downsample=downsample and i > 0, norm_layer=norm_layer, act_layer=act_layer,
                 drop_path_rates=drop_path_rates[i], **dd))
             self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f'stages.{i}'))
             in_dim = dim
@@ -411,6 +440,8 @@ class SAN(nn.Module):
         self._set_head(num_classes, pool_type, device=like.device, dtype=like.dtype)
 
     def _set_head(self, num_classes: int, global_pool: str, **dd: Any) -> None:
+        if not is_integer(num_classes, 0):
+            raise ValueError(f'num_classes must be a positive integer, or 0 for no classifier, got {num_classes!r}')
         self.num_classes = num_classes
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=self.drop_rate, **dd).train(self.training)

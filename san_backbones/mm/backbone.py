@@ -12,6 +12,7 @@ from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import hub, san
+from ..norms import is_integer
 from .checkpoints import file_being_loaded, read_state_dict
 
 __all__ = ['SANBackbone']
@@ -98,11 +99,11 @@ class SANBackbone(BaseModule):
             output_stride=output_stride, position_ref_size=position_ref_size, drop_path_rate=drop_path_rate)
         n_stages = len(net.stages)
         out_indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
-        if not out_indices or any(not isinstance(i, int) or not 0 <= i < n_stages for i in out_indices) \
+        if not out_indices or any(not is_integer(i, 0) or i >= n_stages for i in out_indices) \
                 or list(out_indices) != sorted(set(out_indices)):
             raise ValueError(
                 f'out_indices must be increasing stage numbers from 0 to {n_stages - 1}, got {out_indices!r}')
-        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= n_stages:
+        if not is_integer(frozen_stages, -1) or frozen_stages > n_stages:
             raise ValueError(f'frozen_stages must be from -1 (none) to {n_stages} (all), got {frozen_stages!r}')
         self.arch = arch
         self.out_indices = out_indices

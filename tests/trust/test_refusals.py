@@ -168,7 +168,8 @@ IMAGE = torch.zeros(1, 3, 32, 32)
     (IMAGE.expand(2, 1, 3, 32, 32), ValueError, r'\(N, 3, H, W\)'),
     (IMAGE.permute(0, 2, 3, 1), ValueError, re.escape('got [1, 32, 32, 3]')),
     (IMAGE[..., :31], ValueError, '32 x 32 .*32 x 31'),
-    (IMAGE.double(), RuntimeError, '[Dd]ouble.*[Ff]loat'),  # torch's own, as from any model
+    (IMAGE.double(), ValueError, r'expected torch.float32.*got torch.float64.*x.to\(torch.float32\)'),
+    (IMAGE.bfloat16(), ValueError, r'expected torch.float32.*got torch.bfloat16'),
     (IMAGE.to('meta'), RuntimeError, 'meta'),
 ])
 def test_images(model, image, error, message):
@@ -245,3 +246,77 @@ def test_the_operator_of_the_attention(name, change, message):
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=message):
         torch.ops.san_backbones.attend(**arguments)
+
+
+@pytest.mark.parametrize('form', [PairwiseAttention, PatchwiseAttention])
+@pytest.mark.parametrize('change, message', [
+    (lambda x: x.long(), r'floating dtype, got torch.int64.*x.float\(\)'),
+    (lambda x: x.cfloat(), 'floating dtype, got torch.complex64'),
+    (lambda x: x.double(), r'expected torch.float32, the dtype .* got torch.float64.*x.to\(torch.float32\)'),
+    (lambda x: x.bfloat16(), 'expected torch.float32, .* got torch.bfloat16'),
+])
+def test_maps_of_a_bare_layer(form, change, message):
+    layer, x = form(32, kernel_size=3).eval(), torch.randn(1, 32, 4, 5)
+    with pytest.raises(ValueError, match=message):
+        layer(change(x))
+    layer.value.register_forward_hook(lambda *_: None)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(x).dtype == layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_autocast_takes_what_it_converts(model):
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(model(IMAGE.bfloat16()), model(IMAGE), rtol=0.1, atol=0.1)
+        with pytest.raises(ValueError, match='got torch.float64'):
+            model(IMAGE.double())
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(kernel_size=True), 'kernel_size must be an odd positive integer .* got True'),
+    (dict(dilation=True), 'dilation must be a positive integer, got True'),
+    (dict(dim=True), 'dim must be a positive integer, got True'),
+    (dict(dim=32.), 'dim must be a positive integer, got 32.0'),
+    (dict(rel_planes=2.), 'positive integers.*rel_planes=2.0'),
+    (dict(out_planes=True, share_planes=1), 'positive integers.*out_planes=True'),
+    (dict(share_planes=True), 'positive integers.*share_planes=True'),
+    (dict(norm_layer='BN'), "norm_layer must be a class or timm's name of one, such as 'batchnorm2d'.*got 'BN'"),
+    (dict(norm_layer=''), "norm_layer .* got ''"),
+    (dict(act_layer='RELU7'), "act_layer must be a class or timm's name of one.*got 'RELU7'"),
+])
+@pytest.mark.parametrize('form', [PairwiseAttention, PatchwiseAttention])
+def test_options_of_a_layer_that_mean_nothing(form, options, message):
+    with pytest.raises(ValueError, match=message):
+        form(**{'dim': 32, **options})
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(num_classes=-1), 'num_classes must be a positive integer, or 0 .* got -1'),
+    (dict(num_classes=True), 'num_classes .* got True'),
+    (dict(num_classes=2.5), 'num_classes .* got 2.5'),
+    (dict(stem_width=0), 'stem_width must be a positive integer, got 0'),
+    (dict(stem_width=16.), 'stem_width must be a positive integer, got 16.0'),
+    (dict(in_chans=True), 'in_chans must be a positive integer, got True'),
+    (dict(share_planes=0), 'share_planes must be a positive integer, got 0'),
+    (dict(kernel_sizes=True), 'kernel_sizes must have one integer for each .* got True'),
+    (dict(widths=(64, 0, 64, 64, 64)), r'widths must have one integer .* got \(64, 0, 64, 64, 64\)'),
+    (dict(depths=(True,) * 5), 'depths must hold the number of blocks'),
+    (dict(position_ref_size=True), 'position_ref_size must be None or an integer'),
+    (dict(drop_rate=-0.1), r'drop_rate must be in \[0, 1\], got -0.1'),
+    (dict(drop_rate=2), 'drop_rate .* got 2'),
+    (dict(norm_layer='BN'), "norm_layer must be .* got 'BN'"),
+    (dict(act_layer='BN'), "act_layer must be .* got 'BN'"),
+])
+def test_options_of_a_network_that_mean_nothing(options, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('test_san_pairwise', **options)
+
+
+@pytest.mark.parametrize('name', ['norm_layer', 'act_layer'])
+def test_neither_a_class_nor_a_name(name):
+    with pytest.raises(TypeError, match=f"{name} must be a class or timm's name of one, got 3"):
+        PairwiseAttention(32, **{name: 3})
+
+
+def test_a_classifier_of_less_than_no_classes():
+    with pytest.raises(ValueError, match='num_classes .* got -3'):
+        timm.create_model('test_san_pairwise').reset_classifier(-3)
