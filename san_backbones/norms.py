@@ -4,7 +4,7 @@ And `SyncBatchNorm`, which shares its statistics on the CPU as well.
 """
 import contextlib
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -126,7 +126,7 @@ def make_act(act_layer: Any) -> nn.Module:
     return act
 
 
-def is_integer(value: Any, least: int = 1) -> bool:
+def is_integer(value: Any, least: int = 1) -> TypeGuard[int]:
     """Whether it is an integer of at least that; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
