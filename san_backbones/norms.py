@@ -126,7 +126,7 @@ def make_act(act_layer: Any) -> nn.Module:
     return act
 
 
-def is_integer(value: Any, least: int = 1) -> TypeGuard[int]:
+def is_integer(value: Any, least: float = 1) -> TypeGuard[int]:
     """Whether it is an integer of at least that; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 

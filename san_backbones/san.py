@@ -8,6 +8,7 @@ and nonlinearities) and aggregates by self-attention over the footprint, with ve
 channels, not one scalar per position. The pairwise form weighs a neighbour by the pair of pixels, the patchwise form
 produces the weights of a footprint from the whole footprint.
 """
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -264,11 +265,10 @@ register_notrace_function(_check_image)
 torch.fx.wrap('_check_image')
 
 
-def _per_stage(name: str, value: int | Sequence[int], length: int) -> tuple[int, ...]:
+def _per_stage(name: str, value: int | Sequence[int], length: int, least: float) -> tuple[int, ...]:
     values = (value,) * length if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(values) != length or not all(map(is_integer, values)):
-        raise ValueError(f'{name} must have one integer for each of the {length} stages of depths, at least 1, '
-                         f'got {value!r}')
+    if len(values) != length or not all(is_integer(v, least) for v in values):
+        raise ValueError(f'{name} must have one integer for each of the {length} stages of depths, got {value!r}')
     return values
 
 
@@ -347,8 +347,8 @@ class SAN(nn.Module):
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         if position not in POSITIONS:
             raise ValueError(f'position must be one of {", ".join(map(repr, POSITIONS))}, got {position!r}')
-        widths = _per_stage('widths', widths, len(depths))
-        kernel_sizes = _per_stage('kernel_sizes', kernel_sizes, len(depths))
+        widths = _per_stage('widths', widths, len(depths), 1)
+        kernel_sizes = _per_stage('kernel_sizes', kernel_sizes, len(depths), -math.inf)  # layers say which they take
         if position_ref_size is not None and not (
                 is_integer(position_ref_size, 2 ** (len(depths) + 1))):
             raise ValueError(
