@@ -39,7 +39,7 @@ def constants(name: str, width: int, dtype: str = 'fp32', relation: str = 'subtr
     maps = [torch.empty(1, 1, 1, c, dtype=DTYPES[dtype]) for c in (r, r, m)]
     place = torch.empty(1, 1, 1, 2) if pairwise else None
     number = RELATIONS[pairwise, relation if pairwise else 'concatenation']
-    shape = Shape(number, 0, kernel_size, 1, hidden, channels, 1)
+    shape = Shape(number, 0, kernel_size, 1, hidden, channels, channels, 1)
     return {**launch.constants(shape, [*maps, place]), 'PRECISION': precision}
 
 

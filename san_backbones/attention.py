@@ -12,20 +12,31 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import ops
-from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
+from .norms import (
+    as_norm,
+    check_dtype,
+    has_bias,
+    is_batch_norm,
+    is_integer,
+    is_plain,
+    is_pointwise,
+    make_act,
+    norm_constructor,
+)
 from .ops import geometry, reference
 
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
 
 
-def _weight_mlp(width: int, hidden: int, out: int, norm_layer: type[nn.Module], dd: dict) -> nn.Sequential:
+def _weight_mlp(width: int, hidden: int, out: int, norm_layer: Any, act_layer: Any, dd: dict) -> nn.Sequential:
     """gamma: Norm, ReLU, Linear (no bias), Norm, ReLU, Linear."""
+    norm_layer = norm_constructor(norm_layer)
     return nn.Sequential(OrderedDict([
         ('norm1', norm_layer(width, **dd)),
-        ('act1', nn.ReLU(inplace=True)),
+        ('act1', make_act(act_layer)),
         ('fc1', nn.Conv2d(width, hidden, 1, bias=False, **dd)),
         ('norm2', norm_layer(hidden, **dd)),
-        ('act2', nn.ReLU(inplace=True)),
+        ('act2', make_act(act_layer)),
         ('fc2', nn.Conv2d(hidden, out, 1, **dd)),
     ]))
 
@@ -39,6 +50,7 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
 class _FootprintAttention(nn.Module):
     """What both forms share: phi, psi, beta, gamma, and the route to the operators."""
 
+    __jit_unused_properties__ = ['dim', 'rel_planes', 'out_planes']
     pairwise: bool = True
     relations: tuple[str, ...] = ()
 
@@ -53,28 +65,30 @@ class _FootprintAttention(nn.Module):
             relation: str,
             position: str,
             position_ref_size: int | None,
-            norm_layer: type[nn.Module],
+            norm_layer: type[nn.Module] | str,
+            act_layer: type[nn.Module] | str,
             dd: dict,
     ):
         super().__init__()
+        if not is_integer(dim):
+            raise ValueError(f'dim must be a positive integer, got {dim!r}')
         rel_planes = dim // 16 if rel_planes is None else rel_planes
         out_planes = dim // 4 if out_planes is None else out_planes
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        if not is_integer(kernel_size) or kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be an odd positive integer (a footprint has a centre), '
                              f'got {kernel_size!r}')
-        if not isinstance(dilation, int) or dilation < 1:
+        if not is_integer(dilation):
             raise ValueError(f'dilation must be a positive integer, got {dilation!r}')
-        if rel_planes < 1 or out_planes < 1 or share_planes < 1 or out_planes % share_planes:
+        if not all(map(is_integer, (rel_planes, out_planes, share_planes))) or out_planes % share_planes:
             raise ValueError(
-                'rel_planes and out_planes must be positive and out_planes a multiple of share_planes, got '
+                'rel_planes, out_planes and share_planes must be positive integers and out_planes a multiple of '
+                'share_planes, got '
                 f'rel_planes={rel_planes}, out_planes={out_planes}, share_planes={share_planes} (dim={dim}); '
                 'with the defaults dim must be a multiple of 32')
-        if position_ref_size is not None and (not isinstance(position_ref_size, int) or position_ref_size < 2):
+        if position_ref_size is not None and not is_integer(position_ref_size, 2):
             raise ValueError(f'position_ref_size must be None or a map size of at least 2 pixels, '
                              f'got {position_ref_size!r}')
-        self.dim = dim
-        self.rel_planes = rel_planes
-        self.out_planes = out_planes
+        self._made = (dim, rel_planes, out_planes)
         self.share_planes = share_planes
         self.kernel_size = kernel_size
         self.dilation = dilation
@@ -90,9 +104,27 @@ class _FootprintAttention(nn.Module):
         self.value = nn.Conv2d(dim, out_planes, 1, **dd)
         self.position: nn.Conv2d | None = None if position == 'none' else nn.Conv2d(2, 2, 1, **dd)
         weight_planes = out_planes // share_planes
-        self.weight_mlp = self._make_weight_mlp(weight_planes, norm_layer, dd)
+        width, hidden, out = self._weight_mlp_widths(rel_planes, weight_planes)
+        self.weight_mlp = _weight_mlp(width, hidden, out, norm_layer, act_layer, dd)
 
-    def _make_weight_mlp(self, weight_planes: int, norm_layer: type[nn.Module], dd: dict) -> nn.Sequential:
+    # as the layers are now, which tools may have pruned; as made where another module stands in the place of one
+    @property
+    def dim(self) -> int:
+        """Channels of the input."""
+        return getattr(self.query, 'in_channels', self._made[0])
+
+    @property
+    def rel_planes(self) -> int:
+        """Channels of phi and psi."""
+        return getattr(self.query, 'out_channels', self._made[1])
+
+    @property
+    def out_planes(self) -> int:
+        """Channels of beta and of the output."""
+        return getattr(self.value, 'out_channels', self._made[2])
+
+    def _weight_mlp_widths(self, r: int, weight_planes: int) -> tuple[int, int, int]:
+        """Inputs, hidden width and outputs of gamma."""
         raise NotImplementedError
 
     def place(self, x: Tensor) -> Tensor | None:
@@ -147,15 +179,16 @@ class _FootprintAttention(nn.Module):
                 or not all(is_plain(act, (nn.ReLU.forward,)) for act in (mlp.act1, mlp.act2)) \
                 or not all(is_pointwise(fc) for fc in (mlp.fc1, mlp.fc2)):
             return False
-        return mlp.fc2.bias is not None and (mlp.fc1.bias is None or isinstance(mlp.norm2, nn.Identity))
+        return has_bias(mlp.fc2) and (not has_bias(mlp.fc1) or isinstance(mlp.norm2, nn.Identity))
 
     @torch.jit.ignore
     def gamma(self) -> ops.Gamma:
         """The mapping from relations to weights as the operators take it."""
         mlp: Any = self.weight_mlp
+        weight1 = mlp.fc1.weight  # once: a parametrisation computes it
         return ops.Gamma(
-            as_norm(mlp.norm1, mlp.fc1.weight[0, :, 0, 0]), mlp.fc1.weight,
-            as_norm(mlp.norm2, mlp.fc1.weight[:, 0, 0, 0], mlp.fc1.bias), mlp.fc2.weight, mlp.fc2.bias)
+            as_norm(mlp.norm1, weight1[0, :, 0, 0]), weight1,
+            as_norm(mlp.norm2, weight1[:, 0, 0, 0], mlp.fc1.bias), mlp.fc2.weight, mlp.fc2.bias)
 
     @torch.jit.ignore
     def spec(self) -> ops.Spec:
@@ -168,6 +201,10 @@ class _FootprintAttention(nn.Module):
         if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != self.dim or 0 in x.shape[2:]):
             raise ValueError(f'expected a map of shape (N, {self.dim}, H, W) with H and W at least 1, '
                              f'got {list(x.shape)}')
+        if isinstance(x, Tensor):
+            if not x.is_floating_point():
+                raise ValueError(f'expected a map of a floating dtype, got {x.dtype}: convert it, as in x.float()')
+            check_dtype(x, self.query)
 
     @torch.jit.ignore
     def _forward_operators(self, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
@@ -185,7 +222,8 @@ class _FootprintAttention(nn.Module):
             (N, out_planes, H, W) in the dtype of the value projection.
 
         Raises:
-            ValueError: x is not of that shape, or batch statistics of a single value are asked for.
+            ValueError: x is not of that shape or not of the dtype of the weights, or batch statistics of a single value
+                are asked for.
         """
         if not torch.jit.is_scripting():
             self._check(x)
@@ -218,8 +256,10 @@ class PairwiseAttention(_FootprintAttention):
         position: 'relative' appends p_i - p_j to the relation, 'absolute' p_j, 'none' nothing.
         position_ref_size: Side in pixels of the map whose coordinate step is used at every size; None spans [-1, 1]
             over the map at hand, as the released models do. With dilation d, d pixels span one such step.
-        norm_layer: Norm of gamma, called with the number of channels. Batch norms run on every operator path, others
-            on the plain definition, whose memory grows with k * k.
+        norm_layer: Norm of gamma, called with the number of channels, or timm's name of one. Batch norms run on every
+            operator path, others on the plain definition, whose memory grows with k * k.
+        act_layer: Activations of gamma, or timm's name of one. What holds for norms other than batch norms holds for
+            activations other than ReLU.
         device: Where parameters are made.
         dtype: Their dtype.
 
@@ -240,17 +280,17 @@ class PairwiseAttention(_FootprintAttention):
             relation: str = 'subtraction',
             position: str = 'relative',
             position_ref_size: int | None = None,
-            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
             device=None,
             dtype=None,
     ):
         super().__init__(dim, rel_planes, out_planes, share_planes, kernel_size, dilation, relation, position,
-                         position_ref_size, norm_layer, {'device': device, 'dtype': dtype})
+                         position_ref_size, norm_layer, act_layer, {'device': device, 'dtype': dtype})
 
-    def _make_weight_mlp(self, weight_planes: int, norm_layer: type[nn.Module], dd: dict) -> nn.Sequential:
-        r = self.rel_planes
+    def _weight_mlp_widths(self, r: int, weight_planes: int) -> tuple[int, int, int]:
         width = {'dot': 1, 'concatenation': 2 * r}.get(self.relation, r) + (0 if self.position is None else 2)
-        return _weight_mlp(width, r, weight_planes, norm_layer, dd)
+        return width, r, weight_planes
 
 
 class PatchwiseAttention(_FootprintAttention):
@@ -269,8 +309,10 @@ class PatchwiseAttention(_FootprintAttention):
         kernel_size: Footprint size k, odd.
         dilation: Pixels between neighbours of a footprint.
         relation: delta, one of 'concatenation' (r (k^2 + 1) channels), 'star' (k^2), 'clique' (k^4).
-        norm_layer: Norm of gamma, called with the number of channels. Batch norms run on every operator path, others
-            on the plain definition, whose memory grows with k * k.
+        norm_layer: Norm of gamma, called with the number of channels, or timm's name of one. Batch norms run on every
+            operator path, others on the plain definition, whose memory grows with k * k.
+        act_layer: Activations of gamma, or timm's name of one. What holds for norms other than batch norms holds for
+            activations other than ReLU.
         device: Where parameters are made.
         dtype: Their dtype.
 
@@ -289,12 +331,13 @@ class PatchwiseAttention(_FootprintAttention):
             kernel_size: int = 7,
             dilation: int = 1,
             relation: str = 'concatenation',
-            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
             device=None,
             dtype=None,
     ):
         super().__init__(dim, rel_planes, out_planes, share_planes, kernel_size, dilation, relation, 'none',
-                         None, norm_layer, {'device': device, 'dtype': dtype})
+                         None, norm_layer, act_layer, {'device': device, 'dtype': dtype})
         self._begin_near_fixed_kernels()
 
     @torch.no_grad()
@@ -303,7 +346,7 @@ class PatchwiseAttention(_FootprintAttention):
         fc2.weight.mul_(0.1)
         fc2.bias.normal_(std=1 / self.kernel_size)  # squares sum to 1 over a kernel: as large out as in
 
-    def _make_weight_mlp(self, weight_planes: int, norm_layer: type[nn.Module], dd: dict) -> nn.Sequential:
+    def _weight_mlp_widths(self, r: int, weight_planes: int) -> tuple[int, int, int]:
         area = self.kernel_size ** 2
-        width = {'star': area, 'clique': area ** 2}.get(self.relation, self.rel_planes * (area + 1))
-        return _weight_mlp(width, weight_planes, area * weight_planes, norm_layer, dd)
+        width = {'star': area, 'clique': area ** 2}.get(self.relation, r * (area + 1))
+        return width, weight_planes, area * weight_planes

@@ -2,19 +2,24 @@
 
 And `SyncBatchNorm`, which shares its statistics on the CPU as well.
 """
+import contextlib
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from timm.layers import create_act_layer, get_norm_layer
 from torch import Tensor
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import ops
 from .ops.gamma import normalise
 
-__all__ = ['SyncBatchNorm', 'as_norm', 'is_batch_norm', 'is_plain', 'is_pointwise']
+__all__ = ['SyncBatchNorm', 'as_norm', 'check_dtype', 'has_bias', 'has_process_wide_hooks', 'is_batch_norm',
+           'is_integer', 'is_plain', 'is_pointwise', 'make_act', 'norm_constructor']
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -51,10 +56,19 @@ _FROZEN_BUFFERS = {'weight', 'bias', 'running_mean', 'running_var'}
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
+def has_process_wide_hooks() -> bool:
+    """Whether a hook waits for calls of every module (`torch.nn.modules.module.register_module_forward_hook`).
+
+    Those by which torch's counter of operations notes where it is do not count: they look at no output.
+    """
+    return any(not isinstance(getattr(hook, '__self__', None), ModuleTracker)
+               for hooks in _HOOKS for hook in getattr(torch_module, f'_global{hooks}').values())
+
+
 def is_plain(module: nn.Module, forwards: tuple) -> bool:
     """Whether calling the module is one of `forwards` and nothing else."""
     return type(module).forward in forwards and 'forward' not in module.__dict__ \
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not any(getattr(module, hooks) for hooks in _HOOKS) and not has_process_wide_hooks()
 
 
 def _is_frozen(module: nn.Module) -> bool:
@@ -74,11 +88,73 @@ def is_batch_norm(module: nn.Module) -> bool:
     return is_plain(module, (*BATCH_NORM_FORWARDS, *((type(module).forward,) if _is_frozen(module) else ())))
 
 
+def norm_constructor(norm_layer: Any) -> Any:
+    """What makes a norm of a number of channels: `norm_layer`, or the class that timm calls so.
+
+    Raises:
+        ValueError: timm knows no norm of that name.
+        TypeError: It is neither callable nor a name.
+    """
+    if callable(norm_layer):
+        return norm_layer
+    if not isinstance(norm_layer, str):
+        raise TypeError(f"norm_layer must be a class or timm's name of one, got {norm_layer!r}")
+    found = None
+    with contextlib.suppress(KeyError):
+        found = get_norm_layer(norm_layer)
+    if found is None:
+        raise ValueError("norm_layer must be a class or timm's name of one, such as 'batchnorm2d', 'groupnorm1' or "
+                         f"'layernorm2d', got {norm_layer!r}")
+    return found
+
+
+def make_act(act_layer: Any) -> nn.Module:
+    """An activation, in place where it can be: of a class, or of the class that timm calls so.
+
+    Raises:
+        ValueError: timm knows no activation of that name.
+        TypeError: It is neither callable nor a name.
+    """
+    if not callable(act_layer) and not isinstance(act_layer, str):
+        raise TypeError(f"act_layer must be a class or timm's name of one, got {act_layer!r}")
+    act = None
+    with contextlib.suppress(KeyError):
+        act = create_act_layer(act_layer, inplace=True)
+    if act is None:
+        raise ValueError("act_layer must be a class or timm's name of one, such as 'relu', 'gelu' or 'silu', got "
+                         f'{act_layer!r}')
+    return act
+
+
+def is_integer(value: Any, least: float = 1) -> TypeGuard[int]:
+    """Whether it is an integer of at least that; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_dtype(x: Tensor, conv: Any) -> None:
+    """Raises ValueError where x has not the dtype of a convolution's weights, and nothing would convert it."""
+    weight = conv._parameters.get('weight')  # not that of a parametrisation, which may have any
+    if weight is None or x.dtype == weight.dtype or not weight.is_floating_point() \
+            or not is_plain(conv, (nn.Conv2d.forward,)):
+        return
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return
+    raise ValueError(f'expected {weight.dtype}, the dtype of the weights, got {x.dtype}: convert one of them, as in '
+                     f'x.to({weight.dtype}) or model.to({x.dtype})')
+
+
 def is_pointwise(conv: Any) -> bool:
     """Whether the module is a 1x1 convolution and nothing else."""
+    # not by the weight, which a parametrisation computes anew whenever it is looked at
     return is_plain(conv, (nn.Conv2d.forward,)) and type(conv)._conv_forward is nn.Conv2d._conv_forward \
-        and conv.weight.shape[2:] == (1, 1) and conv.stride == (1, 1) \
+        and conv.kernel_size == (1, 1) and conv.stride == (1, 1) \
         and conv.groups == 1 and conv.padding in (0, (0, 0))
+
+
+def has_bias(conv: Any) -> bool:
+    """Whether the convolution has a bias, without computing one that is parametrised."""
+    return conv._parameters.get('bias', conv.__dict__.get('bias', conv)) is not None
 
 
 def _sync_group(norm: nn.Module) -> Any:

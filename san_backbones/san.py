@@ -8,6 +8,7 @@ and nonlinearities) and aggregates by self-attention over the footprint, with ve
 channels, not one scalar per position. The pairwise form weighs a neighbour by the pair of pixels, the patchwise form
 produces the weights of a footprint from the whole footprint.
 """
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,18 @@ from torch.utils.checkpoint import checkpoint
 from . import fuse, hub, ops
 from .activations import BoundedReLU, is_setting, resolve_bound
 from .attention import PairwiseAttention, PatchwiseAttention
-from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
+from .norms import (
+    as_norm,
+    check_dtype,
+    has_bias,
+    has_process_wide_hooks,
+    is_batch_norm,
+    is_integer,
+    is_plain,
+    is_pointwise,
+    make_act,
+    norm_constructor,
+)
 from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 
 __all__ = ['SAN']
@@ -54,15 +66,16 @@ class Stem(nn.Module):
             self,
             in_chans: int,
             width: int,
-            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.conv = nn.Conv2d(in_chans, width, 1, bias=False, **dd)
-        self.norm = norm_layer(width, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.norm = norm_constructor(norm_layer)(width, **dd)
+        self.act = make_act(act_layer)
         self.pool = nn.MaxPool2d(2, 2)
 
     def _pools_by_twos(self) -> bool:
@@ -74,11 +87,14 @@ class Stem(nn.Module):
     @torch.jit.ignore
     def _forward_operator(self, x: torch.Tensor) -> torch.Tensor | None:
         conv, norm = self.conv, self.norm
+        if isinstance(x, torch.Tensor):
+            check_dtype(x, conv)
         if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_batch_norm(norm) \
                 or not is_plain(self.act, (nn.ReLU.forward,)) or not self._pools_by_twos() \
-                or (conv.bias is not None and not isinstance(norm, nn.Identity)) or not ops.serves(x):
+                or (has_bias(conv) and not isinstance(norm, nn.Identity)) or not ops.serves(x):
             return None
-        return ops.stem(x, conv.weight.flatten(1), as_norm(norm, conv.weight[:, 0, 0, 0], conv.bias))
+        weight = conv.weight.flatten(1)  # once: a parametrisation computes it
+        return ops.stem(x, weight, as_norm(norm, weight[:, 0], conv.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) to (N, width, H // 2, W // 2); on the CPU in channels_last memory format."""
@@ -112,19 +128,21 @@ class Block(nn.Module):
             self,
             dim: int,
             attention: Callable[..., PairwiseAttention | PatchwiseAttention],
-            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
             drop_path: float = 0.,
-            act1_layer: Callable[..., nn.Module] = BoundedReLU,
+            act1_layer: Callable[..., nn.Module] | None = None,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.norm1 = norm_layer(dim, **dd)
-        self.act1 = act1_layer(inplace=True, **dd)
+        make_norm = norm_constructor(norm_layer)
+        self.norm1 = make_norm(dim, **dd)
+        self.act1 = make_act(act_layer) if act1_layer is None else act1_layer(inplace=True, **dd)
         self.attn = attention(dim, **dd)
-        self.norm2 = norm_layer(self.attn.out_planes, **dd)
-        self.act2 = nn.ReLU(inplace=True)
+        self.norm2 = make_norm(self.attn.out_planes, **dd)
+        self.act2 = make_act(act_layer)
         self.conv = nn.Conv2d(self.attn.out_planes, dim, 1, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
@@ -156,9 +174,10 @@ class Stage(nn.Module):
             depth: int,
             attention: Callable[..., PairwiseAttention | PatchwiseAttention],
             downsample: bool = True,
-            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
             drop_path_rates: Sequence[float] = (),
-            act1_layer: Callable[..., nn.Module] = BoundedReLU,
+            act1_layer: Callable[..., nn.Module] | None = None,
             device=None,
             dtype=None,
     ):
@@ -169,19 +188,23 @@ class Stage(nn.Module):
         self._folded: list[fuse.FoldedStage | None] = [None]
         # norm and act come last in forward; registered here, tools that fuse a norm into the convolution registered
         # before it (mmcv's fuse_conv_bn) leave them alone
-        self.norm = norm_layer(dim, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.norm = norm_constructor(norm_layer)(dim, **dd)
+        self.act = make_act(act_layer)
         self.pool = nn.MaxPool2d(2, 2) if downsample else nn.Identity()
         self.conv = nn.Conv2d(in_dim, dim, 1, bias=False, **dd)
         self.blocks = nn.Sequential(*[
-            Block(dim, attention, norm_layer=norm_layer, drop_path=drop_path_rates[i] if drop_path_rates else 0.,
-                  act1_layer=act1_layer, **dd)
+            Block(dim, attention, norm_layer=norm_layer, act_layer=act_layer, act1_layer=act1_layer,
+                  drop_path=drop_path_rates[i] if drop_path_rates else 0., **dd)
             for i in range(depth)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), or (N, dim, H, W) without downsampling."""
         x = self.conv(self.pool(x))
         if not torch.jit.is_scripting():
+            if ops.is_exporting():
+                # the residual reads the convolution as well as the first norm, which PyTorch 2 Export Quantization
+                # would fold into it
+                x = x.clone()
             if self._folding:
                 folded = self._inference_form(x)
                 if folded is not None:
@@ -213,6 +236,8 @@ class Stage(nn.Module):
         if self.training or torch.is_grad_enabled():
             self._folded = [None]  # torch's fused optimizers do not count their writes into parameters
         if self.training or torch.is_autocast_enabled(x.device.type) or ops.symbolic_caller(x) is not None:
+            return None
+        if has_process_wide_hooks():
             return None
         if not ops.is_plain_tensor(x):
             return None  # what such tensors and modes make of a fold is of use to nobody else
@@ -252,9 +277,9 @@ register_notrace_function(_check_image)
 torch.fx.wrap('_check_image')
 
 
-def _per_stage(name: str, value: int | Sequence[int], length: int) -> tuple[int, ...]:
+def _per_stage(name: str, value: int | Sequence[int], length: int, least: float) -> tuple[int, ...]:
     values = (value,) * length if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(values) != length or not all(isinstance(v, int) for v in values):
+    if len(values) != length or not all(is_integer(v, least) for v in values):
         raise ValueError(f'{name} must have one integer for each of the {length} stages of depths, got {value!r}')
     return values
 
@@ -285,8 +310,11 @@ class SAN(nn.Module):
         drop_path_rate: Stochastic depth, growing linearly over the blocks.
         relu_bound: Upper bound of the first ReLU of each block; float('inf') for none. None: what loaded weights were
             made with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
-            pairwise one. A number given here holds whatever is loaded.
-        norm_layer: Norm of all layers, called with the number of channels.
+            pairwise one. A number given here holds whatever is loaded. Other activations have none.
+        norm_layer: Norm of all layers, called with the number of channels, or timm's name of one ('groupnorm1').
+        act_layer: Activation of all layers, or timm's name of one ('gelu'). With norms other than batch norms or
+            activations other than ReLU, the attention runs by its plain definition, whose memory grows with the
+            footprint.
         device: Where parameters are made.
         dtype: Their dtype.
 
@@ -312,7 +340,8 @@ class SAN(nn.Module):
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             relu_bound: float | None = None,
-            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
             device=None,
             dtype=None,
     ):
@@ -323,27 +352,34 @@ class SAN(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride!r}')
         depths = tuple(depths)
-        if not depths or not all(isinstance(depth, int) and depth >= 0 for depth in depths):
+        if not depths or not all(is_integer(depth, 0) for depth in depths):
             raise ValueError(f'depths must hold the number of blocks of each stage, got {depths!r}')
-        if not isinstance(in_chans, int) or in_chans < 1:
-            raise ValueError(f'in_chans must be a positive integer, got {in_chans!r}')
+        for name, value in (('in_chans', in_chans), ('stem_width', stem_width), ('share_planes', share_planes)):
+            if not is_integer(value):
+                raise ValueError(f'{name} must be a positive integer, got {value!r}')
+        if not 0 <= drop_rate <= 1:
+            raise ValueError(f'drop_rate must be in [0, 1], got {drop_rate!r}')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         if position not in POSITIONS:
             raise ValueError(f'position must be one of {", ".join(map(repr, POSITIONS))}, got {position!r}')
-        widths = _per_stage('widths', widths, len(depths))
-        kernel_sizes = _per_stage('kernel_sizes', kernel_sizes, len(depths))
+        widths = _per_stage('widths', widths, len(depths), 1)
+        kernel_sizes = _per_stage('kernel_sizes', kernel_sizes, len(depths), -math.inf)  # layers say which they take
         if position_ref_size is not None and not (
-                isinstance(position_ref_size, int) and position_ref_size >= 2 ** (len(depths) + 1)):
+                is_integer(position_ref_size, 2 ** (len(depths) + 1))):
             raise ValueError(
                 f'position_ref_size must be None or an integer of at least {2 ** (len(depths) + 1)} (2 pixels in the '
                 f'last of {len(depths)} stages), got {position_ref_size!r}')
         act1_layer = partial(BoundedReLU, resolve_bound(relu_bound, attention), relu_bound is not None)
+        is_relu = type(make_act(act_layer)) is nn.ReLU
+        if relu_bound is not None and not is_relu:
+            raise ValueError(f'relu_bound is the bound of a ReLU, got relu_bound={relu_bound!r} with '
+                             f'act_layer={act_layer!r}: leave one of them out')
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.feature_info: list[dict[str, Any]] = []
 
-        self.stem = Stem(in_chans, stem_width, norm_layer=norm_layer, **dd)
+        self.stem = Stem(in_chans, stem_width, norm_layer=norm_layer, act_layer=act_layer, **dd)
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         stride, dilation, in_dim = 1, 1, stem_width
@@ -351,7 +387,8 @@ class SAN(nn.Module):
             downsample = stride < output_stride
             stride, dilation = (stride * 2, dilation) if downsample else (stride, dilation * 2)
             options: dict[str, Any] = dict(
-                share_planes=share_planes, kernel_size=kernel_size, dilation=dilation, norm_layer=norm_layer)
+                share_planes=share_planes, kernel_size=kernel_size, dilation=dilation, norm_layer=norm_layer,
+                act_layer=act_layer)
             if relation is not None:
                 options['relation'] = relation
             if attention == 'pairwise':
@@ -361,8 +398,8 @@ class SAN(nn.Module):
             else:
                 layer = partial(PatchwiseAttention, **options)
             stages.append(Stage(
-                in_dim, dim, depth, layer, downsample=downsample and i > 0, norm_layer=norm_layer,
-                drop_path_rates=drop_path_rates[i], act1_layer=act1_layer, **dd))
+                in_dim, dim, depth, layer, downsample=downsample and i > 0, norm_layer=norm_layer, act_layer=act_layer,
+                act1_layer=act1_layer if is_relu else None, drop_path_rates=drop_path_rates[i], **dd))
             self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f'stages.{i}'))
             in_dim = dim
         self.stages = nn.Sequential(*stages)
@@ -424,6 +461,8 @@ class SAN(nn.Module):
         self._set_head(num_classes, pool_type, device=like.device, dtype=like.dtype)
 
     def _set_head(self, num_classes: int, global_pool: str, **dd: Any) -> None:
+        if not is_integer(num_classes, 0):
+            raise ValueError(f'num_classes must be a positive integer, or 0 for no classifier, got {num_classes!r}')
         self.num_classes = num_classes
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=self.drop_rate, **dd).train(self.training)

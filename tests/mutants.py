@@ -28,6 +28,7 @@ GEOMETRY, BACKENDS = 'tests/ops/test_geometry.py', 'tests/ops/test_backends.py'
 NATIVE, POINTWISE, STATISTICS = (f'tests/ops/test_{name}.py' for name in ('native', 'pointwise', 'statistics'))
 NETWORK, MODELS, FUSE, WEIGHTS, BOUND, DIAGNOSIS = (f'tests/test_{name}.py' for name in (
     'network', 'models', 'fuse', 'weights', 'bound', 'diagnosis'))
+FLOPS, GUARD, TOOLS = 'tests/ops/test_flops.py', 'tests/trust/test_guard_bytes.py', 'tests/test_tools.py'
 EXPORT, CLI, VISUALIZE = 'tests/test_export.py', 'tests/test_cli.py', 'tests/test_visualize.py'
 KERNELS, TRITON = f'{OPS}/triton/kernels.py', 'tests/ops/test_triton.py'
 REFUSALS, NUMBERS, CONCURRENCY, INTERRUPTION = (f'tests/trust/test_{name}.py' for name in (
@@ -150,7 +151,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      '_autocast_state(inputs[0])', "ctx.plan, ctx.autocast = plan, ('cpu', False, torch.bfloat16)",
      (f'{BACKENDS}::test_autocast_holds_in_the_backward_pass',)),
     # --- the choice of a path, conversions
-    ('float64 computed in float32', f'{OPS}/backends.py', '(torch.float32, torch.bfloat16, torch.float16)',
+    ('float64 computed in float32', f'{OPS}/folding.py', '(torch.float32, torch.bfloat16, torch.float16)',
      '(torch.float32, torch.bfloat16, torch.float16, torch.float64)', (f'{NATIVE}::test_refusals_say_why',)),
     ('use_backend is never left', f'{OPS}/backends.py', 'if other is not override)', ')',
      (f'{BACKENDS}::test_environment_variable_and_context_manager',)),
@@ -432,6 +433,48 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      (f'{FIRST_USE}::test_wrong_files_of_a_mirror_stay_where_they_are',)),
     ('quick: any accuracy will do', 'san_backbones/weights/verify.py', 'passed = top1 >= least[0] and top5 >= least[1]',
      'passed = True', ('tests/weights/test_verify.py::test_quick_compares_with_what_is_claimed',)),
+    # --- what operators are given, and what they count
+    ('operator: vectors of any length', f'{OPS}/native/pointwise.py',
+     "check_shape(name, vector, (x.shape[-1],), x, torch.float32)", 'pass',
+     (f'{REFUSALS}::test_operators_around_the_attention',)),
+    ('operator: gamma of any shape', f'{OPS}/checks.py', 'check_shape(name, x, expected[name], query, torch.float32)',
+     'pass', (f'{REFUSALS}::test_the_operator_of_the_attention',)),
+    ('operator: gradient of any shape', f'{OPS}/checks.py', "check_shape('gradient', gradient, output, query)", 'pass',
+     (GUARD,)),
+    ('operator: any lanes', f'{OPS}/checks.py', 'or shape.lanes % width:', 'or False:', (GUARD,)),
+    ('loops: unknown relations', f'{C}/footprint.c', 'if (form_of(t->relation) == UNKNOWN) {', 'if (0) {',
+     (f'{NATIVE}::test_unknown_codes_are_refused_by_the_loops',)),
+    ('loops: unknown modes', f'{C}/backward.c', '|| b->mode > STATISTICS_BACKWARD', '',
+     (f'{NATIVE}::test_unknown_codes_are_refused_by_the_loops',)),
+    ('count of operations: weights once', f'{OPS}/flops.py', 'shape.area * shape.hidden * shape.channels',
+     'shape.hidden * shape.channels', (FLOPS,)),
+    ('count of operations: padding counts', f'{OPS}/flops.py', 'shape.hidden * shape.channels',
+     'shape.hidden * shape.lanes', (FLOPS,)),
+    ('count of operations: backward as forward', f'{OPS}/flops.py', 'return 3 * _hidden(', 'return _hidden(', (FLOPS,)),
+    ('count of operations: backward of the sum', f'{OPS}/flops.py', '+ 2 * _weighted_sum(', '+ _weighted_sum(',
+     (FLOPS,)),
+    # --- what tools do to layers
+    ('parametrised weight twice', 'san_backbones/norms.py', 'and conv.kernel_size == (1, 1)',
+     'and conv.weight.shape[2:] == (1, 1)', (f'{TOOLS}::test_parametrised_tensors_are_computed_once',)),
+    ('process-wide hooks not seen', 'san_backbones/norms.py', ' and not has_process_wide_hooks()', '',
+     (f'{TOOLS}::test_process_wide_hooks_see_every_module',)),
+    ('process-wide hooks pass folds by', 'san_backbones/san.py', 'if has_process_wide_hooks():', 'if False:',
+     (f'{TOOLS}::test_process_wide_hooks_see_every_module',)),
+    ('counter of operations is a hook', 'san_backbones/norms.py',
+     "any(not isinstance(getattr(hook, '__self__', None), ModuleTracker)", 'any(True', (FLOPS,)),
+    ('exported norm beside a convolution that others read', 'san_backbones/san.py', 'x = x.clone()', 'pass',
+     (f'{TOOLS}::test_no_exported_norm_shares_its_convolution',)),
+    ('widths as constructed', 'san_backbones/attention.py', "getattr(self.query, 'in_channels', self._made[0])",
+     'self._made[0]', (f'{TOOLS}::test_pruned_networks_run_train_and_fold',)),
+    ('activations ignored', 'san_backbones/norms.py', 'act = create_act_layer(act_layer, inplace=True)',
+     'act = nn.ReLU(inplace=True)', (f'{MODELS}::test_activations_are_those_asked_for',)),
+    ('maps of any dtype', 'san_backbones/attention.py', 'check_dtype(x, self.query)', 'pass',
+     (f'{REFUSALS}::test_maps_of_a_bare_layer',)),
+    ('images of any dtype', 'san_backbones/san.py', 'check_dtype(x, conv)', 'pass', (f'{REFUSALS}::test_images',)),
+    ('weights of three channels as they are', 'san_backbones/mm/backbone.py', '== 3 != self.in_channels', '== 0',
+     (f'{BACKBONE}::test_weights_of_three_channels_serve_others',)),
+    ('fewer groups than fit', 'san_backbones/mm/backbone.py', 'max(n for n in range(1, groups + 1)',
+     'min(n for n in range(1, groups + 1)', (f'{BACKBONE}::test_group_norm',)),
     # --- OpenMMLab
     ('out_indices off by one', 'san_backbones/mm/backbone.py', 'if i in self.out_indices:\n                outputs',
      'if i + 1 in self.out_indices:\n                outputs', (f'{BACKBONE}::test_out_indices',)),

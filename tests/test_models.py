@@ -485,7 +485,9 @@ def test_import_needs_no_extra_and_adds_little():
         'extra = {"mmengine", "mmcv", "mmdet", "mmseg", "triton"} & {m.split(".")[0] for m in sys.modules}\n'
         'import torch; extra -= {"triton"} if "triton" in torch_modules else set()\n'
         'print(seconds, *sorted(extra))\n')
-    code = code.replace('import sys, time, timm\n', 'import sys, time, timm\ntorch_modules = set(sys.modules)\n')
+    # torch's counter of operations, for which the operators bring formulas, loads Triton in some versions
+    code = code.replace('import sys, time, timm\n', 'import sys, time, timm\nimport torch.utils.flop_counter\n'
+                        'torch_modules = set(sys.modules)\n')
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
                             env={**os.environ, 'OMP_NUM_THREADS': '1'})
     seconds, *extra = result.stdout.split()
@@ -496,3 +498,48 @@ def test_import_needs_no_extra_and_adds_little():
 def test_version():
     from importlib.metadata import version
     assert san_backbones.__version__ == version('san-backbones')
+
+
+@pytest.mark.parametrize('options, kinds', [
+    (dict(norm_layer='batchnorm2d'), {nn.BatchNorm2d}),
+    (dict(norm_layer='groupnorm1'), {timm.layers.GroupNorm1}),
+    (dict(norm_layer='layernorm2d'), {timm.layers.LayerNorm2d}),
+    (dict(act_layer='gelu'), {nn.BatchNorm2d, type(timm.layers.create_act_layer('gelu', inplace=True))}),
+    (dict(act_layer='relu', norm_layer='batchnorm2d'), {nn.BatchNorm2d, nn.ReLU}),
+])
+def test_layers_by_timms_names(options, kinds, tmp_path):
+    """In the whole network, and through timm's folder of a model and its options."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_san_pairwise', num_classes=4, **options).eval()
+    found = [type(module) for module in model.modules()]
+    assert kinds <= set(found)
+    norms, acts = (sum(name.split('.')[-1].startswith(kind) for name, _ in model.named_modules())
+                   for kind in ('norm', 'act'))
+    assert norms == acts == 5 * 5 + 1
+    if 'norm_layer' in options and nn.BatchNorm2d not in kinds:
+        assert nn.BatchNorm2d not in found and sum(kind in kinds for kind in found) == norms
+    if 'gelu' in options.values():
+        assert nn.ReLU not in found and sum(kind in kinds - {nn.BatchNorm2d} for kind in found) == acts
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(image)
+    timm.models.save_for_hf(model, tmp_path, model_args=options)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(image), expected)
+
+
+def test_activations_are_those_asked_for():
+    """Against the modules that a user would put in their place."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_san_patchwise', num_classes=4).eval()
+    other = timm.create_model('test_san_patchwise', num_classes=4, act_layer=nn.Tanh).eval()
+    other.load_state_dict(model.state_dict())
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.Tanh())
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(other(image), model(image))
+    assert not any(isinstance(module, nn.ReLU) for module in other.modules())

@@ -9,9 +9,11 @@ import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
+from timm.models import adapt_input_conv
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import hub, san
+from ..norms import is_integer
 from .checkpoints import file_being_loaded, read_state_dict
 
 __all__ = ['SANBackbone']
@@ -30,10 +32,14 @@ def _norm_layer(norm_cfg: dict[str, Any] | None):
     if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
         raise TypeError(f"norm_cfg must be None or a dict with a 'type' such as dict(type='SyncBN'), got {norm_cfg!r}")
     from mmcv.cnn import build_norm_layer
+    groups = norm_cfg.get('num_groups')
 
     def make(channels: int, device=None, dtype=None) -> nn.Module:
+        cfg = norm_cfg
+        if is_integer(groups):  # some layers have 2 or 6 channels
+            cfg = dict(norm_cfg, num_groups=max(n for n in range(1, groups + 1) if channels % n == 0))
         try:
-            norm = build_norm_layer(norm_cfg, channels)[1]
+            norm = build_norm_layer(cfg, channels)[1]
             norm.eval()(torch.zeros(1, channels, 2, 2))  # some norms are for other ranks and fail only when called
         except Exception as error:
             raise ValueError(
@@ -57,7 +63,10 @@ class SANBackbone(BaseModule):
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages: no gradients, and norms in
             eval mode.
         norm_eval: Keep all norms in eval mode while training; their parameters still learn.
-        norm_cfg: Norms of all layers, for instance dict(type='SyncBN', requires_grad=True); None is BN.
+        norm_cfg: Norms of all layers, for instance dict(type='SyncBN', requires_grad=True); None is BN. A layer whose
+            channels `num_groups` of dict(type='GN', num_groups=32) does not divide takes the largest number of groups
+            below it that does. Norms other than batch norms run the attention by its plain definition, whose memory
+            grows with the footprint.
         with_cp: Recompute blocks in the backward pass to save memory.
         output_stride: 8, 16 or 32: stages beyond it dilate instead of pooling.
         position_ref_size: Image side in pixels whose coordinate steps are used at every size (pairwise only has an
@@ -68,7 +77,7 @@ class SANBackbone(BaseModule):
             made with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
             pairwise one. A number given here holds whatever is loaded.
         init_cfg: For instance dict(type='Pretrained', checkpoint='san15_patchwise.pth'). A checkpoint that does not
-            fit is an error.
+            fit is an error; weights for three image channels are adapted to `in_channels` as timm adapts them.
 
     Raises:
         ValueError, TypeError: An argument is out of range; the message says what is allowed.
@@ -103,11 +112,11 @@ class SANBackbone(BaseModule):
             relu_bound=relu_bound)
         n_stages = len(net.stages)
         out_indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
-        if not out_indices or any(not isinstance(i, int) or not 0 <= i < n_stages for i in out_indices) \
+        if not out_indices or any(not is_integer(i, 0) or i >= n_stages for i in out_indices) \
                 or list(out_indices) != sorted(set(out_indices)):
             raise ValueError(
                 f'out_indices must be increasing stage numbers from 0 to {n_stages - 1}, got {out_indices!r}')
-        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= n_stages:
+        if not is_integer(frozen_stages, -1) or frozen_stages > n_stages:
             raise ValueError(f'frozen_stages must be from -1 (none) to {n_stages} (all), got {frozen_stages!r}')
         self.arch = arch
         self.out_indices = out_indices
@@ -212,7 +221,7 @@ class SANBackbone(BaseModule):
             prefix = 'backbone'  # a detector or segmentor trained with this backbone
         if prefix and any(name.startswith(prefix + '.') for name in state_dict):
             state_dict = {name[len(prefix) + 1:]: t for name, t in state_dict.items() if name.startswith(prefix + '.')}
-        state_dict = self._own(state_dict)
+        state_dict = self._adapted(self._own(state_dict))
         wrong = san.misfits(state_dict, self.state_dict())
         if wrong:
             raise RuntimeError(
@@ -227,6 +236,16 @@ class SANBackbone(BaseModule):
         beyond = re.compile(r'head\.|stages\.(\d+)\.')
         return {name: tensor for name, tensor in state_dict.items()
                 if not (found := beyond.match(name)) or found[1] and int(found[1]) < last}
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """With the stem for as many image channels as there are here, if it is one for three, as timm does it."""
+        weight = state_dict.get('stem.conv.weight')
+        if isinstance(weight, torch.Tensor) and weight.dim() == 4 and weight.shape[1] == 3 != self.in_channels:
+            state_dict = {**state_dict, 'stem.conv.weight': adapt_input_conv(self.in_channels, weight)}
+            MMLogger.get_current_instance().info(
+                f'SANBackbone: stem.conv is of 3 image channels and was adapted to {self.in_channels}: '
+                + ('their sum' if self.in_channels == 1 else f'repeated in turns and scaled by 3 / {self.in_channels}'))
+        return state_dict
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """Does not let mmengine load a checkpoint that fits in part: it would warn, and leave the rest random.

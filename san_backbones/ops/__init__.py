@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from . import fused, native, reference, triton
+from . import flops, fused, native, reference, triton  # noqa: F401
 from .backends import (
     BACKENDS,
     Backend,
@@ -42,6 +42,7 @@ __all__ = [
     'footprint',
     'footprint_attention',
     'is_compiling',
+    'is_exporting',
     'is_plain_tensor',
     'native',
     'padding',

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import fused, native, reference, statistics, tiled, triton
-from .folding import power_of_2
+from .folding import FUSED_DTYPES, power_of_2
 from .gamma import Gamma, Spec
 
 __all__ = [
@@ -72,9 +72,6 @@ class Backend(NamedTuple):
     refusal: Callable[[Request], str | None]
     attend: Callable[..., Tensor]
     finishes: bool = False
-
-
-FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _tiled_refusal(request: Request) -> str | None:

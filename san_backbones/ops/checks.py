@@ -1,11 +1,16 @@
 """What the operators accept: the compiled loops follow addresses, so that a wrong shape must not get as far."""
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
+from . import triton
+from .folding import FUSED_DTYPES, Shape, round_up
 from .gamma import Gamma, Spec
 from .reference import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 
-__all__ = ['check_attention', 'check_channels', 'check_gamma', 'check_maps', 'check_spec']
+__all__ = ['check_attention', 'check_channels', 'check_gamma', 'check_maps', 'check_operator', 'check_shape',
+           'check_spec', 'need', 'relation_width']
 
 
 def _described(**tensors: Tensor | None) -> str:
@@ -50,13 +55,17 @@ def check_maps(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) 
         raise ValueError('query, key, value and place must be on one device, got ' + _described(**maps))
 
 
+def relation_width(pairwise: bool, relation: str, rel: int, area: int, has_place: bool) -> int:
+    """Channels of the relation, positions included, of maps of `rel` channels and a footprint of `area` pixels."""
+    if pairwise:
+        return {'dot': 1, 'concatenation': 2 * rel}.get(relation, rel) + (2 if has_place else 0)
+    return {'star': area, 'clique': area * area}.get(relation, rel * (area + 1))
+
+
 def check_gamma(query: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma, spec: Spec) -> None:
     """Raises ValueError unless gamma's tensors have the widths that maps and spec call for."""
-    area, rel = spec.kernel_size ** 2, query.shape[1]
-    if spec.pairwise:
-        inputs = {'dot': 1, 'concatenation': 2 * rel}.get(spec.relation, rel) + (0 if place is None else 2)
-    else:
-        inputs = {'star': area, 'clique': area * area}.get(spec.relation, rel * (area + 1))
+    area = spec.kernel_size ** 2
+    inputs = relation_width(spec.pairwise, spec.relation, query.shape[1], area, place is not None)
     for number, norm in ((1, gamma.norm1), (2, gamma.norm2)):
         if not norm.batch_statistics and (norm.running_mean is None or norm.running_var is None):
             raise ValueError(f'norm{number} of gamma has no running_mean or running_var; expected both, or '
@@ -102,6 +111,85 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, place: Tensor | N
 
 def check_channels(name: str, x: Tensor, channels: int, like: Tensor) -> None:
     """Raises ValueError unless x has one floating number for each channel, where `like` is."""
-    if x.shape != (channels,) or not torch.is_floating_point(x) or x.device != like.device:
-        raise ValueError(f'{name} must be a floating tensor [{channels}] on {like.device}, got '
+    check_shape(name, x, (channels,), like)
+
+
+def check_operator(shape: Shape, width: int, maps: Sequence[Tensor | None], folded: Mapping[str, Tensor | None],
+                   gradient: Tensor | None = None) -> None:
+    """Raises ValueError for what a registered operator does not accept.
+
+    Args:
+        shape: What the attention is said to be.
+        width: Numbers in a vector of the loops that run it.
+        maps: query, key, value (None for the hidden vectors' statistics) and place.
+        folded: scale1, shift1, weight1; except for those statistics also shift2, weight2, bias2 and the output's shift.
+        gradient: Of the output, or of the statistics.
+    """
+    pairwise, relation = shape.form
+    _check_numbers(shape, width)
+    query, key, value, place = maps
+    needed = {name: x for name, x in folded.items() if name != 'shift'}
+    need(query=query, key=key, **({'value': value} if 'weight2' in folded else {}), **needed)
+    assert query is not None and key is not None
+    check_maps(query, key, key if value is None else value, place)
+    if query.dtype not in FUSED_DTYPES:
+        raise ValueError(f'maps must be of one of {", ".join(str(dtype)[6:] for dtype in FUSED_DTYPES)}, '
+                         f'got {query.dtype}')
+    _check_device(shape.path, query.device)
+    area = shape.area
+    if place is not None and not pairwise:
+        raise ValueError('place must be None for the patchwise form')
+    inputs = relation_width(pairwise, relation, query.shape[1], area, place is not None)
+    padded = round_up(shape.hidden, width)
+    taps = () if pairwise else (area,)
+    expected: dict[str, tuple[int, ...]] = dict(
+        scale1=(inputs,), shift1=(inputs,), weight1=(inputs, padded), shift2=(padded,),
+        weight2=(shape.hidden, *taps, shape.lanes), bias2=(*taps, shape.lanes))
+    output: tuple[int, ...] = (2, shape.hidden)
+    if value is not None:
+        if value.shape[1] % shape.channels:
+            raise ValueError(f'the channels of value must be a multiple of the {shape.channels} weight channels, '
+                             f'got {value.shape[1]}')
+        expected['shift'], output = (value.shape[1],), tuple(value.shape)
+    for name, x in folded.items():
+        if x is not None:
+            check_shape(name, x, expected[name], query, torch.float32)
+    if gradient is not None:
+        check_shape('gradient', gradient, output, query)
+
+
+def _check_numbers(shape: Shape, width: int) -> None:
+    if shape.path not in (0, 1):
+        raise ValueError(f'path must be 0 (compiled loops) or 1 (Triton), got {shape.path}')
+    if shape.absolute not in (0, 1):
+        raise ValueError(f'absolute must be 0 or 1, got {shape.absolute}')
+    if shape.kernel_size < 1 or shape.kernel_size % 2 == 0 or shape.dilation < 1:
+        raise ValueError('kernel_size must be odd and positive and dilation positive, got '
+                         f'kernel_size={shape.kernel_size}, dilation={shape.dilation}')
+    if shape.hidden < 1 or shape.channels < 1 or shape.lanes < 1 or shape.lanes % shape.channels \
+            or shape.lanes % width:
+        raise ValueError('hidden, channels and lanes must be positive and lanes a multiple of channels and of '
+                         f'{width}, got hidden={shape.hidden}, channels={shape.channels}, lanes={shape.lanes}')
+
+
+def _check_device(path: int, device: torch.device) -> None:
+    reason = triton.unavailable(device) if path == 1 else \
+        None if device.type == 'cpu' else f'they run on the CPU, the maps are on {device}'
+    if reason is not None:
+        raise ValueError(f'{"Triton kernels do" if path else "compiled loops do"} not serve these maps: {reason}')
+
+
+def need(**tensors: Tensor | None) -> None:
+    """Raises ValueError where a tensor is missing: torch hands None to an operator as it does a tensor."""
+    for name, x in tensors.items():
+        if x is None:
+            raise ValueError(f'{name} must be a tensor, got None')
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError unless x is of that shape and dtype (None: any floating one) and where `like` is."""
+    if x.shape != shape or x.device != like.device \
+            or (x.dtype != dtype if dtype is not None else not x.is_floating_point()):
+        kind = 'floating' if dtype is None else str(dtype)[6:]
+        raise ValueError(f'{name} must be a {kind} tensor {list(shape)} on {like.device}, got '
                          + _described(**{name: x}))

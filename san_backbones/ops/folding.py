@@ -7,11 +7,15 @@ from torch import Tensor
 
 from .gamma import Affine, Gamma, Spec
 
-__all__ = ['RELATIONS', 'Shape', 'channels_first', 'channels_last', 'fold_gamma', 'in_loop_order', 'memory_format',
-           'pad', 'power_of_2', 'round_up', 'row']
+__all__ = ['FUSED_DTYPES', 'RELATIONS', 'Shape', 'channels_first', 'channels_last', 'fold_gamma', 'in_loop_order',
+           'memory_format', 'pad', 'power_of_2', 'round_up', 'row']
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of maps; what is folded is float32."""
 
 RELATIONS = {(True, 'subtraction'): 0, (True, 'summation'): 1, (True, 'hadamard'): 2, (True, 'concatenation'): 3,
              (True, 'dot'): 4, (False, 'concatenation'): 5, (False, 'star'): 6}
+_FORMS = {code: form for form, code in RELATIONS.items()}
 
 
 class Shape(NamedTuple):
@@ -21,13 +25,31 @@ class Shape(NamedTuple):
     kernel_size: int
     dilation: int
     hidden: int  # width of the middle of gamma, without padding
-    lanes: int  # columns of weight2 for a tap
+    channels: int  # weight channels
+    lanes: int  # columns of weight2 for a tap: weight channels, repeated to fill vectors
     path: int  # whose loops run it: an index of fused.PATHS
 
     @classmethod
-    def of(cls, spec: Spec, hidden: int, lanes: int, path: int) -> list[int]:
+    def of(cls, spec: Spec, hidden: int, channels: int, lanes: int, path: int) -> list[int]:
         return [RELATIONS[spec.pairwise, spec.relation], int(spec.position == 'absolute'), spec.kernel_size,
-                spec.dilation, hidden, lanes, path]
+                spec.dilation, hidden, channels, lanes, path]
+
+    @classmethod
+    def read(cls, numbers: list[int]) -> 'Shape':
+        if len(numbers) != len(cls._fields):
+            raise ValueError(f'shape must be {len(cls._fields)} integers ({", ".join(cls._fields)}), got {numbers}')
+        return cls(*numbers)
+
+    @property
+    def form(self) -> tuple[bool, str]:
+        """Whether it is pairwise, and the name of its relation."""
+        if self.relation not in _FORMS:
+            raise ValueError(f'relation must be one of {", ".join(map(str, _FORMS))}, got {self.relation}')
+        return _FORMS[self.relation]
+
+    @property
+    def area(self) -> int:
+        return self.kernel_size ** 2
 
 
 def pad(x: Tensor, size: int) -> Tensor:
@@ -70,7 +92,8 @@ def fold_gamma(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec, width: in
         bias2 = bias2.view(weight_channels, area).t()
     folded = [scale1, shift1, pad(weight1, round_up(hidden, width)), pad(shift2, round_up(hidden, width)),
               _repeat(weight2, lanes), _repeat(bias2, lanes)]
-    return Shape.of(spec, hidden, lanes, path), [x.float().contiguous() for x in folded]  # norms may be float64
+    folded = [x.float().contiguous() for x in folded]  # norms may be float64
+    return Shape.of(spec, hidden, weight_channels, lanes, path), folded
 
 
 def in_loop_order(x: Tensor, spec: Spec) -> Tensor:

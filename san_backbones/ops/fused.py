@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_operator, need
 from .folding import Shape, channels_first, channels_last, fold_gamma, in_loop_order, memory_format, pad, round_up
 from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_other_backward
 from .native import attention as native_attention
@@ -24,13 +25,25 @@ _DEVICES = ('cpu', 'cuda')
 # torch 2.6 takes no list[int] in operators
 _Ints = typing.List[int]  # noqa: UP006
 _Outputs = typing.List[Tensor]  # noqa: UP006
+_FOLDED = ('scale1', 'shift1', 'weight1', 'shift2', 'weight2', 'bias2', 'shift')
 _Tensors = Sequence[Any]  # tensors, and None in the place of one that there is none of
 
 
-def _loops(shape: list[int]) -> Any:
+def _loops(shape: Shape) -> Any:
     # Triton's are imported when they are first used; the others are here already, for a process that is forked while
     # another thread imports waits for ever
-    return native_attention if Shape(*shape).path == 0 else importlib.import_module('.triton.launch', __package__)
+    return native_attention if shape.path == 0 else importlib.import_module('.triton.launch', __package__)
+
+
+def _width(path: int) -> int:
+    return library.width() if path == 0 else 1  # the compiler of Triton chooses vectors by itself
+
+
+def _checked(numbers: list[int], maps: _Tensors, folded: _Tensors, gradient: Tensor | None = None) -> Shape:
+    """The `Shape` of these numbers, which fits maps and tensors: loops follow addresses."""
+    shape = Shape.read(numbers)
+    check_operator(shape, _width(shape.path), maps, dict(zip(_FOLDED, folded)), gradient)
+    return shape
 
 
 def _maps(*maps: Tensor | None) -> list[Tensor | None]:
@@ -56,8 +69,9 @@ def _attend(
         weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor, shift: Tensor | None,
         shape: _Ints) -> Tensor:
     """The attention, given folded gamma; `shape` is a `Shape`. With `shift`, relu(y + shift); no gradients then."""
-    *folded, shift = _packed(scale1, shift1, weight1, shift2, weight2, bias2, shift)
-    return channels_first(_loops(shape).output(Shape(*shape), _maps(query, key, value, place), folded, shift), value)
+    maps, folded = (query, key, value, place), _packed(scale1, shift1, weight1, shift2, weight2, bias2, shift)
+    described = _checked(shape, maps, folded)
+    return channels_first(_loops(described).output(described, _maps(*maps), folded[:-1], folded[-1]), value)
 
 
 @_attend.register_fake
@@ -71,8 +85,10 @@ def _attend_backward(
         shift1: Tensor, weight1: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor,
         shape: _Ints) -> _Outputs:
     maps, folded = (query, key, value, place), _packed(scale1, shift1, weight1, shift2, weight2, bias2)
+    need(gradient=gradient)
+    described = _checked(shape, maps, folded, gradient)
     gradient = channels_last(gradient).contiguous()
-    return _to_inputs(_loops(shape).gradients(Shape(*shape), _maps(*maps), folded, gradient), maps)
+    return _to_inputs(_loops(described).gradients(described, _maps(*maps), folded, gradient), maps)
 
 
 @_attend_backward.register_fake
@@ -109,9 +125,9 @@ def _hidden_sums(
         query: Tensor, key: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor, weight1: Tensor,
         shape: _Ints) -> Tensor:
     """Sums of u = weight1 relu(norm1(delta)), the input of norm2, and of u * u: (2, hidden) in float64."""
-    folded = _packed(scale1, shift1, weight1, None, None, None)
-    sums = _loops(shape).sums(Shape(*shape), _maps(query, key, None, place), folded)
-    return sums[:, :Shape(*shape).hidden].contiguous()
+    maps, folded = (query, key, None, place), _packed(scale1, shift1, weight1, None, None, None)
+    described = _checked(shape, maps, folded[:3])
+    return _loops(described).sums(described, _maps(*maps), folded)[:, :described.hidden].contiguous()
 
 
 @_hidden_sums.register_fake
@@ -124,9 +140,11 @@ def _hidden_sums_backward(
         gradient: Tensor, query: Tensor, key: Tensor, place: Tensor | None, scale1: Tensor, shift1: Tensor,
         weight1: Tensor, shape: _Ints) -> _Outputs:
     maps, folded = (query, key, None, place), _packed(scale1, shift1, weight1, None, None, None)
+    need(gradient=gradient)
+    described = _checked(shape, maps, folded[:3], gradient)
     slopes = torch.stack([gradient[0], 2 * gradient[1]])  # d u / d u and d u^2 / d u = 2 u
     slopes = pad(slopes.float(), weight1.shape[1]).contiguous()
-    return _to_inputs(_loops(shape).sums_gradients(Shape(*shape), _maps(*maps), folded, slopes), maps)
+    return _to_inputs(_loops(described).sums_gradients(described, _maps(*maps), folded, slopes), maps)
 
 
 @_hidden_sums_backward.register_fake
@@ -155,7 +173,7 @@ def _attend_by(
         spec: Spec,
         shift: Tensor | None,
 ) -> Tensor:
-    width = library.width() if path == 0 else 1  # the compiler of Triton chooses vectors by itself
+    width = _width(path)
     with torch.autocast(value.device.type, enabled=False):
         folded = None if gamma.cache is None else gamma.cache.get(PATHS[path])
         if folded is None:
@@ -218,7 +236,7 @@ def _hidden_statistics(query: Tensor, key: Tensor, place: Tensor | None, norm1: 
     hidden = weight1.shape[1]
     scale1, shift1, weight1 = (in_loop_order(x.float(), spec).contiguous() for x in (*norm1, weight1))
     sums = _hidden_sums(query, key, place, scale1, shift1, pad(weight1, round_up(hidden, width)).contiguous(),
-                        Shape.of(spec, hidden, width, path))
+                        Shape.of(spec, hidden, 1, width, path))
     vectors = query.shape[0] * query.shape[2] * query.shape[3] * (spec.kernel_size ** 2 if spec.pairwise else 1)
     mean, square = sums / vectors
     var = (square - mean * mean).clamp(min=0)  # in float64 the difference keeps float32's digits

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from . import native
-from .backends import FUSED_DTYPES, serves
+from .backends import serves
 from .checks import check_channels
+from .folding import FUSED_DTYPES
 from .gamma import Norm, fold, fold_batch, need_several_values
 
 __all__ = ['scale_shift_relu', 'stem']

@@ -96,13 +96,31 @@ def test_norm_cfg():
     assert norms and all(isinstance(m, (nn.SyncBatchNorm, SyncBatchNorm)) for m in norms)
     assert backbone.stages[0].blocks[0].attn.gamma_is_plain(), 'SyncBN must not fall back to the k x k path'
     assert not any(p.requires_grad for m in norms for p in m.parameters())
-    with pytest.raises(ValueError, match='GN'):
-        small(norm_cfg=dict(type='GN', num_groups=32))
+    for groups in (0, -4, 2.5, None):
+        with pytest.raises(ValueError, match=f"GN.*num_groups.*{groups}.*use dict\\(type='BN'\\)"):
+            small(norm_cfg=dict(type='GN', num_groups=groups))
     for name in ('LN', 'BN1d', 'Foo'):
         with pytest.raises(ValueError, match=f"{name}.*use dict\\(type='BN'\\)"):
             small(norm_cfg=dict(type=name))
     with pytest.raises(TypeError, match='norm_cfg'):
         small(norm_cfg='BN')
+
+
+@pytest.mark.parametrize('attention', ['pairwise', 'patchwise'])
+def test_group_norm(attention):
+    """As many groups as asked for where they divide the channels, else as many as do."""
+    pytest.importorskip('mmcv')
+    widths = (96, 32, 64, 64, 160)
+    backbone = small(arch=dict(SMALL, attention=attention, widths=widths), norm_cfg=dict(type='GN', num_groups=32))
+    norms = [m for m in backbone.modules() if isinstance(m, nn.GroupNorm)]
+    assert len(norms) == sum('norm' in name.rpartition('.')[2] for name, _ in backbone.named_modules())
+    largest = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 8: 8, 10: 10, 12: 12, 16: 16, 20: 20, 24: 24, 40: 20, 60: 30, 32: 32,
+               64: 32, 96: 32, 100: 25, 160: 32, 300: 30, 200: 25, 500: 25}
+    assert all(norm.num_groups == largest[norm.num_channels] for norm in norms), \
+        {norm.num_channels: norm.num_groups for norm in norms}
+    outputs = backbone.train()(torch.randn(2, 3, 64, 64))
+    sum(o.square().mean() for o in outputs).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
 
 
 @pytest.mark.parametrize('norm_eval', [False, True])
@@ -237,3 +255,37 @@ class TestPretrained:
     def test_no_file_named_is_an_error(self):
         with pytest.raises(ValueError, match="needs a 'checkpoint'"):
             SANBackbone(SMALL, init_cfg=dict(type='Pretrained', checkpoint=None)).init_weights()
+
+
+@pytest.mark.parametrize('in_channels', [1, 4, 6])
+def test_weights_of_three_channels_serve_others(in_channels, tmp_path, monkeypatch):
+    """As in timm, and with a line in the log."""
+    from mmengine.logging import MMLogger
+    said = []
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'info', said.append)
+    torch.manual_seed(0)
+    path = tmp_path / 'three.pth'
+    torch.save(timm.create_model('test_san_patchwise', num_classes=2).state_dict(), path)
+    model = timm.create_model('test_san_patchwise', num_classes=2, in_chans=in_channels, pretrained=True,
+                              pretrained_cfg_overlay=dict(file=str(path), num_classes=2, hf_hub_id=None)).eval()
+    arch = dict(attention='patchwise', depths=(1,) * 5, widths=(32, 64, 64, 96, 128), stem_width=16)
+    backbone = SANBackbone(arch, in_channels=in_channels, init_cfg=dict(type='Pretrained', checkpoint=str(path))).eval()
+    backbone.init_weights()
+    assert torch.equal(backbone.stem.conv.weight, model.stem.conv.weight)
+    image = torch.randn(1, in_channels, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(image)[-1], model.forward_features(image))
+    assert sum(f'adapted to {in_channels}' in line for line in said) == 1
+
+
+def test_weights_of_three_channels_as_they_are(tmp_path, monkeypatch):
+    from mmengine.logging import MMLogger
+    said = []
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'info', said.append)
+    path = tmp_path / 'backbone.pth'
+    torch.save(small(in_channels=3).state_dict(), path)
+    small(init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights()
+    assert not any('adapted' in line for line in said)
+    torch.save(small(in_channels=4).state_dict(), path)
+    with pytest.raises(RuntimeError, match=r'stem.conv.weight \[16, 4, 1, 1\] instead of \[16, 3, 1, 1\]'):
+        small(init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights()

@@ -418,3 +418,23 @@ def test_other_instruction_sets(capability):
          'positions or odd_widths or layouts or wide or (definition and 7-2) or (gradients and 3-2)'],
         env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.parametrize('relation', [-1, 7, 1 << 40])
+def test_unknown_codes_are_refused_by_the_loops(relation):
+    layer = _layer(PairwiseAttention, kernel_size=3)
+    x = torch.randn(1, 64, 4, 5)
+    maps = [fused.channels_last(y) for y in (layer.query(x), layer.key(x), layer.value(x), layer.place(x))]
+    numbers, folded = fused.fold_gamma(*(ops.fold(norm, norm.running_mean, norm.running_var) for norm in (
+        layer.gamma().norm1, layer.gamma().norm2)), layer.gamma(), layer.spec(), fused.library.width(), 0)
+    shape = fused.Shape(*numbers)._replace(relation=relation)
+    with torch.no_grad():
+        for call in (lambda: fused.native_attention.output(shape, maps, folded, None),
+                     lambda: fused.native_attention.gradients(shape, maps, folded, torch.zeros(1, 4, 5, 16))):
+            with pytest.raises(ValueError, match=f'no such relation or mode: relation {relation}, mode 0'):
+                call()
+        with pytest.raises(ValueError, match='no such relation or mode: relation 0, mode 3'):
+            fused.native_attention._run_backward(shape._replace(relation=0), maps, folded, 3, torch.zeros(1, 4, 5, 16))
+        with pytest.raises(ValueError, match=f'relation must be one of 0, 1, 2, 3, 4, 5, 6, got {relation}'):
+            torch.ops.san_backbones.attend(layer.query(x), layer.key(x), layer.value(x), layer.place(x), *folded, None,
+                                           list(shape))

@@ -451,7 +451,7 @@ def test_sizes_of_images_are_no_constants():
     for name in names:
         free = {p.name for p in getattr(kernels, name).params if p.do_not_specialize}
         assert free == {'pixels', 'height', 'width'}, name
-    shape = ops.folding.Shape(0, 0, 7, 1, 16, 8, 1)
+    shape = ops.folding.Shape(0, 0, 7, 1, 16, 8, 8, 1)
     maps = [[torch.empty(n, h, w, c) for c in (16, 16, 64)] + [torch.empty(1, h, w, 2)]
             for n, h, w in ((1, 1, 1), (2, 200, 336))]
     assert launch.constants(shape, maps[0]) == launch.constants(shape, maps[1])

@@ -225,7 +225,7 @@ def test_tuning_is_kept_for_kinds_of_sizes(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: None
 
-    shape = launch.Shape(0, 0, 3, 1, 8, 8, 1)
+    shape = launch.Shape(0, 0, 3, 1, 8, 8, 8, 1)
     for i in range(300):
         height, width = 1 + i % 60, 1 + 7 * i % 90
         maps = [torch.rand(1 + i % 3, height, width, channels) for channels in (4, 4, 16)] + [None]

@@ -168,7 +168,8 @@ IMAGE = torch.zeros(1, 3, 32, 32)
     (IMAGE.expand(2, 1, 3, 32, 32), ValueError, r'\(N, 3, H, W\)'),
     (IMAGE.permute(0, 2, 3, 1), ValueError, re.escape('got [1, 32, 32, 3]')),
     (IMAGE[..., :31], ValueError, '32 x 32 .*32 x 31'),
-    (IMAGE.double(), RuntimeError, '[Dd]ouble.*[Ff]loat'),  # torch's own, as from any model
+    (IMAGE.double(), ValueError, r'expected torch.float32.*got torch.float64.*x.to\(torch.float32\)'),
+    (IMAGE.bfloat16(), ValueError, r'expected torch.float32.*got torch.bfloat16'),
     (IMAGE.to('meta'), RuntimeError, 'meta'),
 ])
 def test_images(model, image, error, message):
@@ -185,3 +186,137 @@ def test_nothing_to_take_statistics_of():
     model = timm.create_model('test_san_patchwise').train()
     with pytest.raises(ValueError, match='more than 1 value per channel, got 0'):
         model(IMAGE[:0])
+
+
+@pytest.mark.skipif(ops.native.unavailable() is not None, reason='no compiled loops')
+@pytest.mark.parametrize('operator, changes, message', [
+    ('scale_shift_relu', {1: lambda x: x[:3]}, r'scale must be a float32 tensor \[64\] on cpu, got scale \[3\]'),
+    ('scale_shift_relu', {2: lambda x: x.double()}, r'shift must be a float32 tensor .*float64'),
+    ('scale_shift_relu', {0: lambda x: x.bfloat16()}, 'x must be a float32 tensor.*bfloat16'),
+    ('scale_shift_relu', {0: lambda x: x[:, :0]}, r'C at least 1, got \[2, 0\]'),
+    ('scale_shift_relu', {0: lambda x: x[0, 0]}, r'C at least 1, got \[\]'),
+    ('scale_shift_relu', {0: lambda x: None}, 'x must be a tensor, got None'),
+    ('stem', {0: lambda x: x.long()}, 'image must be .*int64'),
+    ('stem', {0: lambda x: x[0]}, r'image must be \(N, C, H, W\).*\[3, 6, 7\]'),
+    ('stem', {1: lambda x: x[:, :2]}, r'weight must be a float32 tensor \[8, 3\] on cpu, got weight \[8, 2\]'),
+    ('stem', {1: lambda x: x[0]}, r'weight must be \(D, C\)'),
+    ('stem', {2: lambda x: x[:1]}, r'bias must be a float32 tensor \[8\]'),
+    ('stem_backward', {0: lambda x: x[:, :, :1]}, r'gradient must be a floating tensor \[2, 8, 3, 3\] on cpu, got'),
+    ('stem_backward', {0: lambda x: x.long()}, 'gradient must be a floating tensor.*int64'),
+])
+def test_operators_around_the_attention(operator, changes, message):
+    arguments = {'scale_shift_relu': [torch.randn(2, 64), torch.randn(64), torch.randn(64)],
+                 'stem': [torch.randn(2, 3, 6, 7), torch.randn(8, 3), torch.randn(8)],
+                 'stem_backward': [torch.randn(2, 8, 3, 3), torch.randn(2, 3, 6, 7), torch.randn(8, 3), torch.randn(8),
+                                   True]}[operator]
+    for i, change in changes.items():
+        arguments[i] = change(arguments[i])
+    with pytest.raises(ValueError, match=message):
+        getattr(torch.ops.san_backbones, operator)(*arguments)
+
+
+@pytest.mark.skipif(ops.native.unavailable() is not None, reason='no compiled loops')
+@pytest.mark.parametrize('name, change, message', [
+    ('shape', lambda x: x[:-1], r'shape must be 8 integers \(relation, .*, path\)'),
+    ('shape', lambda x: [*x[:-1], 2], r'path must be 0 .* or 1 .*, got 2'),
+    ('shape', lambda x: [*x[:-1], 1], 'Triton kernels do not serve these maps'),
+    ('shape', lambda x: [x[0], 2, *x[2:]], 'absolute must be 0 or 1, got 2'),
+    ('shape', lambda x: [*x[:2], 4, *x[3:]], 'kernel_size=4'),
+    ('shape', lambda x: [*x[:3], 0, *x[4:]], 'dilation=0'),
+    ('shape', lambda x: [*x[:4], 0, *x[5:]], 'hidden=0'),
+    ('shape', lambda x: [*x[:6], x[6] + 1, x[7]], 'lanes a multiple of'),
+    ('shape', lambda x: [*x[:5], x[6], *x[6:]], 'channels of value must be a multiple of the .*, got 8'),
+    ('shape', lambda x: [5, *x[1:]], 'place must be None for the patchwise form'),
+    ('query', lambda x: x.double(), 'one dtype'),
+    ('value', lambda x: None, 'value must be a tensor, got None'),
+    ('scale1', lambda x: x[:-1], r'scale1 must be a float32 tensor \[4\] on cpu, got scale1 \[3\]'),
+    ('weight1', lambda x: x.half(), 'weight1 must be a float32 tensor.*float16'),
+    ('weight2', lambda x: x[:, :1], 'weight2 must be'),
+    ('bias2', lambda x: None, 'bias2 must be a tensor, got None'),
+    ('shift', lambda x: x[:-1], r'shift must be a float32 tensor \[8\]'),
+])
+def test_the_operator_of_the_attention(name, change, message):
+    layer, x = PairwiseAttention(32, kernel_size=3).eval().requires_grad_(False), torch.randn(2, 32, 4, 5)
+    gamma = layer.gamma()
+    norms = (ops.fold(norm, norm.running_mean, norm.running_var) for norm in (gamma.norm1, gamma.norm2))
+    shape, folded = ops.folding.fold_gamma(*norms, gamma, layer.spec(), ops.native.library.width(), 0)
+    arguments = dict(query=layer.query(x), key=layer.key(x), value=layer.value(x), place=layer.place(x),
+                     **dict(zip(('scale1', 'shift1', 'weight1', 'shift2', 'weight2', 'bias2'), folded)),
+                     shift=torch.zeros(8), shape=shape)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=message):
+        torch.ops.san_backbones.attend(**arguments)
+
+
+@pytest.mark.parametrize('form', [PairwiseAttention, PatchwiseAttention])
+@pytest.mark.parametrize('change, message', [
+    (lambda x: x.long(), r'floating dtype, got torch.int64.*x.float\(\)'),
+    (lambda x: x.cfloat(), 'floating dtype, got torch.complex64'),
+    (lambda x: x.double(), r'expected torch.float32, the dtype .* got torch.float64.*x.to\(torch.float32\)'),
+    (lambda x: x.bfloat16(), 'expected torch.float32, .* got torch.bfloat16'),
+])
+def test_maps_of_a_bare_layer(form, change, message):
+    layer, x = form(32, kernel_size=3).eval(), torch.randn(1, 32, 4, 5)
+    with pytest.raises(ValueError, match=message):
+        layer(change(x))
+    layer.value.register_forward_hook(lambda *_: None)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(x).dtype == layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_autocast_takes_what_it_converts(model):
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(model(IMAGE.bfloat16()), model(IMAGE), rtol=0.1, atol=0.1)
+        with pytest.raises(ValueError, match='got torch.float64'):
+            model(IMAGE.double())
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(kernel_size=True), 'kernel_size must be an odd positive integer .* got True'),
+    (dict(dilation=True), 'dilation must be a positive integer, got True'),
+    (dict(dim=True), 'dim must be a positive integer, got True'),
+    (dict(dim=32.), 'dim must be a positive integer, got 32.0'),
+    (dict(rel_planes=2.), 'positive integers.*rel_planes=2.0'),
+    (dict(out_planes=True, share_planes=1), 'positive integers.*out_planes=True'),
+    (dict(share_planes=True), 'positive integers.*share_planes=True'),
+    (dict(norm_layer='BN'), "norm_layer must be a class or timm's name of one, such as 'batchnorm2d'.*got 'BN'"),
+    (dict(norm_layer=''), "norm_layer .* got ''"),
+    (dict(act_layer='RELU7'), "act_layer must be a class or timm's name of one.*got 'RELU7'"),
+])
+@pytest.mark.parametrize('form', [PairwiseAttention, PatchwiseAttention])
+def test_options_of_a_layer_that_mean_nothing(form, options, message):
+    with pytest.raises(ValueError, match=message):
+        form(**{'dim': 32, **options})
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(num_classes=-1), 'num_classes must be a positive integer, or 0 .* got -1'),
+    (dict(num_classes=True), 'num_classes .* got True'),
+    (dict(num_classes=2.5), 'num_classes .* got 2.5'),
+    (dict(stem_width=0), 'stem_width must be a positive integer, got 0'),
+    (dict(stem_width=16.), 'stem_width must be a positive integer, got 16.0'),
+    (dict(in_chans=True), 'in_chans must be a positive integer, got True'),
+    (dict(share_planes=0), 'share_planes must be a positive integer, got 0'),
+    (dict(kernel_sizes=True), 'kernel_sizes must have one integer for each .* got True'),
+    (dict(widths=(64, 0, 64, 64, 64)), r'widths must have one integer .* got \(64, 0, 64, 64, 64\)'),
+    (dict(depths=(True,) * 5), 'depths must hold the number of blocks'),
+    (dict(position_ref_size=True), 'position_ref_size must be None or an integer'),
+    (dict(drop_rate=-0.1), r'drop_rate must be in \[0, 1\], got -0.1'),
+    (dict(drop_rate=2), 'drop_rate .* got 2'),
+    (dict(norm_layer='BN'), "norm_layer must be .* got 'BN'"),
+    (dict(act_layer='BN'), "act_layer must be .* got 'BN'"),
+])
+def test_options_of_a_network_that_mean_nothing(options, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('test_san_pairwise', **options)
+
+
+@pytest.mark.parametrize('name', ['norm_layer', 'act_layer'])
+def test_neither_a_class_nor_a_name(name):
+    with pytest.raises(TypeError, match=f"{name} must be a class or timm's name of one, got 3"):
+        PairwiseAttention(32, **{name: 3})
+
+
+def test_a_classifier_of_less_than_no_classes():
+    with pytest.raises(ValueError, match='num_classes .* got -3'):
+        timm.create_model('test_san_pairwise').reset_classifier(-3)

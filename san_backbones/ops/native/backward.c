@@ -146,7 +146,7 @@ INLINE void relate_backward(const struct task *t, const float *restrict q, const
             CHANNELS_BACKWARD(r, at(k + c), ADD(d_k, e));
             width = 2 * r;
             break;
-        default:
+        case DOT:
             dot_backward(t, q, k, 0, d[0], g[0], d_q, d_k, d_scale, d_shift);
             width = 1;
     }
@@ -279,7 +279,7 @@ static void patchwise_pixels(const struct backward *b, int64_t image, int64_t pi
 static void work_backward(void *argument) {
     struct backward *b = argument;
     struct task *t = &b->task;
-    const int64_t area = t->kernel * t->kernel, patchwise = t->relation >= PATCH_CONCATENATION;
+    const int64_t area = t->kernel * t->kernel, patchwise = form_of(t->relation) == PATCHWISE;
     const int64_t together = patchwise ? 4 * ROWS : 1, lines = patchwise ? together : area; /* rows of the products */
     const size_t related = 4 * (lines * b->inputs_padded + 2 * WIDTH), middle = 4 * lines * t->hidden;
     const size_t weights = 4 * together * area * t->lanes, neighbours = 8 * together * area;
@@ -288,7 +288,7 @@ static void work_backward(void *argument) {
     const size_t all = 2 * (related + middle + weights) + 4 * t->lanes + zero + neighbours + 10 * 64;
     char *memory = calloc(1, all), *from = memory;
     if (!memory) {
-        t->failed = 1;
+        t->failed = NO_MEMORY;
         return;
     }
     from += 64 - (uintptr_t)from % 64;
@@ -329,6 +329,10 @@ static void work_backward(void *argument) {
 
 /* The even bands, then the odd ones; on `threads` threads. */
 void san_backward_run(struct backward *b, parallel_function parallel, unsigned threads) {
+    if (form_of(b->task.relation) == UNKNOWN || b->mode < ATTENTION || b->mode > STATISTICS_BACKWARD) {
+        b->task.failed = UNKNOWN_CODE;
+        return;
+    }
     for (b->odd = 0; b->odd < 2; b->odd++) {
         b->task.next = 0;
         run(work_backward, b, parallel, threads);

@@ -138,14 +138,14 @@ INLINE void patchwise_pixels(const struct task *t, int64_t here, int64_t count, 
 /* Works on pixels until none is left. Any number of threads may call this with the same task. */
 static void work(void *argument) {
     struct task *t = argument;
-    const int64_t pairwise = t->relation < PATCH_CONCATENATION, all = t->batch * t->height * t->width;
+    const int64_t pairwise = form_of(t->relation) == PAIRWISE, all = t->batch * t->height * t->width;
     const size_t lines = t->together * (pairwise ? t->kernel * t->kernel : 1); /* of the products */
     const size_t related = 4 * (lines * (pairwise ? pairwise_row(t) : patchwise_row(t)) + 2 * WIDTH);
     const size_t middle = 4 * lines * t->hidden, neighbours = t->together * t->kernel * t->kernel;
     const size_t weights = 4 * neighbours * t->lanes, factor = 4 * t->lanes, pointers = neighbours * sizeof(float *);
     char *memory = malloc(related + middle + weights + factor + 3 * pointers + 8 * 64), *from = memory;
     if (!memory) {
-        t->failed = 1;
+        t->failed = NO_MEMORY;
         return;
     }
     from += 64 - (uintptr_t)from % 64;
@@ -168,16 +168,20 @@ static void work(void *argument) {
             case HADAMARD: pairwise_pixels(t, HADAMARD, here, count, &s); break;
             case CONCATENATION: pairwise_pixels(t, CONCATENATION, here, count, &s); break;
             case DOT: pairwise_pixels(t, DOT, here, count, &s); break;
-            default: patchwise_pixels(t, here, count, &s);
+            case PATCH_CONCATENATION: case PATCH_STAR: patchwise_pixels(t, here, count, &s); break;
         }
     }
     free(memory);
 }
 
 void san_run(struct task *t, parallel_function parallel, unsigned threads) {
+    if (form_of(t->relation) == UNKNOWN) {
+        t->failed = UNKNOWN_CODE;
+        return;
+    }
     /* Several pixels share a pass over gamma's weights: few with large footprints, whose pairs fill register blocks and
      * the cache; no more than leave every thread something to do. */
-    const int64_t pairs = t->relation < PATCH_CONCATENATION ? t->kernel * t->kernel : 1, pixels = t->height * t->width;
+    const int64_t pairs = form_of(t->relation) == PAIRWISE ? t->kernel * t->kernel : 1, pixels = t->height * t->width;
     const int64_t most = (pairs > 1 ? 8 * ROWS : 4 * ROWS) / pairs, share = t->batch * pixels / threads;
     t->together = share < most ? share : most;
     if (t->together < 1) t->together = 1;

@@ -74,6 +74,16 @@ INLINE vec positive(vec x) { return larger(x, (vec){0}); } /* ReLU; NaN stays Na
 INLINE vec positive_backward(vec x, vec gradient) { return choose(x <= (vec){0}, (vec){0}, gradient); }
 
 enum relation { SUBTRACTION, SUMMATION, HADAMARD, CONCATENATION, DOT, PATCH_CONCATENATION, PATCH_STAR };
+enum form { PAIRWISE, PATCHWISE, UNKNOWN };
+enum failure { NO_MEMORY = 1, UNKNOWN_CODE };
+
+INLINE enum form form_of(int64_t relation) {
+    switch (relation) {
+        case SUBTRACTION: case SUMMATION: case HADAMARD: case CONCATENATION: case DOT: return PAIRWISE;
+        case PATCH_CONCATENATION: case PATCH_STAR: return PATCHWISE;
+        default: return UNKNOWN;
+    }
+}
 
 struct task {
     int64_t relation, absolute, batch, height, width, rel, hidden, lanes, out, kernel, dilation;
@@ -91,7 +101,7 @@ struct task {
     int64_t hidden_used;            /* rows of weight2 */
     int64_t together;               /* pixels that a thread takes */
     int64_t next;                   /* the next pixel of the batch that no thread has taken */
-    int64_t failed;                 /* a thread had no memory */
+    int64_t failed;                 /* an enum failure, or 0 */
 };
 
 /* ---- matrix products ---- */
@@ -223,7 +233,7 @@ INLINE int64_t relate(const struct task *t, const int relation, const float *res
             CHANNELS(d + r, r, at(k + c));
             width = 2 * r;
             break;
-        default: {
+        case DOT: {
             float product = 0;
             for (int64_t c = 0; c < r; c++) product += q[c] * k[c];
             d[0] = relu(product * t->scale1[0] + t->shift1[0]);

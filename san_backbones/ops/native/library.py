@@ -14,6 +14,10 @@ __all__ = ['Backward', 'Scaled', 'Stem', 'Task', 'build', 'run', 'unavailable', 
 BUILDS = {'AVX512': ('avx512', 'avx2', 'baseline'), 'AVX2': ('avx2', 'baseline')}
 
 
+UNKNOWN_CODE = 2
+"""Of enum failure of footprint.h."""
+
+
 class Task(ctypes.Structure):
     """struct task of footprint.c."""
     _fields_ = [
@@ -163,8 +167,13 @@ def run(name: str, task: ctypes.Structure) -> None:
 
     Raises:
         MemoryError: A thread had no memory for its working space.
+        ValueError: The loops do not know the relation or the mode of the task.
     """
     parallel, lost_in_fork = _torch_parallel()
     getattr(_loaded(), f'{name}_run')(ctypes.addressof(task), parallel, _threads(lost_in_fork))
-    if getattr(task, 'task', task).failed:
+    failed = getattr(task, 'task', task).failed
+    if failed == UNKNOWN_CODE:
+        raise ValueError(f'the native loops ({name}) know no such relation or mode: relation '
+                         f'{getattr(task, "task", task).relation}, mode {getattr(task, "mode", 0)}')
+    if failed:
         raise MemoryError(f'no memory for the working space of a thread of the native loops ({name})')

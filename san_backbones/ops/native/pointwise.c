@@ -74,7 +74,7 @@ static void work_stem(void *argument) {
     const int64_t height = t->height / 2, width = t->width / 2;
     float *memory = calloc(5 * t->out_padded + 16, sizeof(float)), *line = memory, *shares = memory + t->out_padded;
     if (!memory) {
-        t->failed = 1;
+        t->failed = NO_MEMORY;
         return;
     }
     for (;;) {

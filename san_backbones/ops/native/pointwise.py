@@ -6,6 +6,8 @@ import typing
 import torch
 from torch import Tensor
 
+from ..checks import check_shape, need
+from ..folding import FUSED_DTYPES
 from ..gamma import refuse_other_backward
 from . import library
 
@@ -16,6 +18,18 @@ SLOTS = 64
 # in operators torch 2.6 takes neither list[Tensor] nor float | None
 _Outputs = typing.List[Tensor]  # noqa: UP006
 _Number = typing.Optional[float]  # noqa: UP045
+
+
+def _check(image: Tensor, weight: Tensor, bias: Tensor) -> None:
+    need(image=image, weight=weight, bias=bias)
+    if image.dim() != 4 or image.shape[1] == 0 or image.dtype not in FUSED_DTYPES:
+        raise ValueError('image must be (N, C, H, W) with C at least 1, of one of '
+                         f'{", ".join(str(dtype)[6:] for dtype in FUSED_DTYPES)}, got {list(image.shape)}, '
+                         f'{image.dtype}')
+    if weight.dim() != 2 or len(weight) == 0:
+        raise ValueError(f'weight must be (D, C) with D at least 1, got {list(weight.shape)}')
+    check_shape('weight', weight, (len(weight), image.shape[1]), image, torch.float32)
+    check_shape('bias', bias, (len(weight),), image, torch.float32)
 
 
 def _task(image: Tensor, weight: Tensor, bias: Tensor):
@@ -33,6 +47,7 @@ def _task(image: Tensor, weight: Tensor, bias: Tensor):
 
 @torch.library.custom_op('san_backbones::stem', mutates_args=(), device_types='cpu')
 def _stem(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    _check(image, weight, bias)
     task, _tensors = _task(image, weight, bias)
     output = torch.empty(_output_shape(image, weight), dtype=torch.float32, device=image.device,
                          memory_format=torch.channels_last)
@@ -54,6 +69,9 @@ def _(image, weight, bias):
 @torch.library.custom_op('san_backbones::stem_backward', mutates_args=(), device_types='cpu')
 def _stem_backward(gradient: Tensor, image: Tensor, weight: Tensor, bias: Tensor, of_image: bool) -> _Outputs:
     """Gradients of weight and bias, and of the image if asked for."""
+    _check(image, weight, bias)
+    need(gradient=gradient)
+    check_shape('gradient', gradient, tuple(_output_shape(image, weight)), image)
     out, inputs = weight.shape
     task, _tensors = _task(image, weight, bias)
     gradient = gradient.float().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
@@ -97,6 +115,9 @@ def stem(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Returns:
         (N, D, H // 2, W // 2) in the dtype of the image, in channels_last memory format.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices are others.
     """
     return _stem(image, weight, bias)
 
@@ -106,14 +127,24 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor, limit: _Number = N
     """min(relu(scale x + shift), limit) in one pass; no gradients.
 
     Args:
-        x: (..., C), float32, contiguous.
-        scale: (C,), float32, contiguous.
-        shift: (C,), float32, contiguous.
+        x: (..., C), C at least 1, float32.
+        scale: (C,), float32.
+        shift: (C,), float32.
         limit: Largest value of the output, None for any.
 
     Returns:
-        Like x.
+        Like x, contiguous.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices are others.
     """
+    need(x=x, scale=scale, shift=shift)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f'x must be (..., C) with C at least 1, got {list(x.shape)}')
+    check_shape('x', x, tuple(x.shape), x, torch.float32)
+    for name, vector in (('scale', scale), ('shift', shift)):
+        check_shape(name, vector, (x.shape[-1],), x, torch.float32)
+    x, scale, shift = x.contiguous(), scale.contiguous(), shift.contiguous()
     output = torch.empty_like(x)
     task = library.Scaled(x.numel() // x.shape[-1], x.shape[-1], *(t.data_ptr() for t in (x, scale, shift, output)),
                           math.inf if limit is None else limit)
@@ -123,4 +154,4 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor, limit: _Number = N
 
 @scale_shift_relu.register_fake
 def _(x, scale, shift, limit=None):
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

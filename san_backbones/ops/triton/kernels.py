@@ -159,6 +159,8 @@ def _relate(q, k, RELATION: tl.constexpr):
     elif RELATION == DOT or RELATION == STAR:  # noqa: SIM109
         x = tl.sum(q * k, 1)[:, None]
     else:
+        tl.static_assert(RELATION == PAIR_CONCATENATION or RELATION == PATCH_CONCATENATION,  # noqa: SIM109
+                         'unknown relation')
         x = k
     return x
 

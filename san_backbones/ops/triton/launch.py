@@ -116,7 +116,7 @@ def _tunes(device: torch.device) -> bool:
 
 
 def _is_pairwise(shape: Shape) -> bool:
-    return shape.relation <= _DOT
+    return shape.form[0]
 
 
 def constants(shape: Shape, maps: _Tensors) -> dict[str, Any]:
