@@ -241,4 +241,4 @@ def test_the_package_alone_loads_no_downloader():
            'print({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))'
     done = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True,
                           cwd=pathlib.Path(san_backbones.__file__).parent.parent)
-    assert eval(done.stdout) == {'san_backbones'}
+    assert eval(done.stdout) <= {'san_backbones', 'torch'}
