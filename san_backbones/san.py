@@ -211,7 +211,7 @@ class Stage(nn.Module):
         if isinstance(x, torch.fx.Proxy) or ops.is_compiling(x):
             return None
         if self.training or torch.is_grad_enabled():
-            self._folded = [None]  # torch's fused optimizers do not count their writes into parameters
+            self._folded = [None]  # trained: on a GPU not every write is seen
         if self.training or torch.is_autocast_enabled(x.device.type) or ops.symbolic_caller(x) is not None:
             return None
         if not ops.is_plain_tensor(x):
