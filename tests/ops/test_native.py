@@ -3,6 +3,7 @@ import copy
 import ctypes
 import itertools
 import os
+import pathlib
 import platform
 import subprocess
 import sys
@@ -263,7 +264,7 @@ def test_a_mapped_library_is_not_loaded(tmp_path, monkeypatch):
     with open('/proc/self/maps', 'rb') as maps:
         runtime = native.library._runtimes(maps.read())[0]
     copy_of_it = tmp_path / 'libgomp.so.1'
-    copy_of_it.write_bytes(open(runtime, 'rb').read())
+    copy_of_it.write_bytes(pathlib.Path(runtime).read_bytes())
     (tmp_path / 'maps').write_bytes(b'7f00-7f10 r-xp 00000000 08:01 1 ' + os.fsencode(copy_of_it))
     monkeypatch.setattr(native.library, '_MAPS', str(tmp_path / 'maps'))
     assert native.library._torch_parallel.__wrapped__() == (None, False)
