@@ -275,7 +275,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('width of an image not checked', 'san_backbones/san.py', 'if x.shape[2] < min_size or x.shape[3] < min_size:',
      'if x.shape[2] < min_size:', (f'{NETWORK}::test_images_smaller_than_the_last_stride',)),
     ('checkpointed blocks count a batch twice', 'san_backbones/san.py',
-     'use_reentrant=False, context_fn=lambda: (nullcontext(), _spare_buffers(block)))', 'use_reentrant=False)',
+     'use_reentrant=False, context_fn=lambda: (nullcontext(), _SpareBuffers(block)))', 'use_reentrant=False)',
      (f'{MODELS}::test_set_grad_checkpointing_recomputes_blocks', BACKBONE)),
     ('frozen norm without eps', 'san_backbones/norms.py', "getattr(module, 'eps', 1e-5)", "getattr(module, 'eps', 0.)",
      (f'{BACKENDS}::test_copies_of_the_frozen_batch_norm_run_on_every_path',)),

@@ -18,7 +18,7 @@ def _linear_statistics(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int]:
     """
     x, weight = x.double(), weight.double()
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    mean = x.sum((0, 2, 3)) / max(count, 1)
+    mean = x.mean((0, 2, 3)) if count else x.sum((0, 2, 3))  # of nothing 0
     centred = (x - mean[:, None, None]).flatten(2)
     covariance = torch.matmul(centred, centred.transpose(1, 2)).sum(0) / max(count, 1)
     return (weight @ mean).float(), ((weight @ covariance) * weight).sum(1).clamp(min=0).float(), count

@@ -32,7 +32,7 @@ def _box(x: Tensor, spec: Spec) -> Tensor:
 
 
 def _mean(x: Tensor) -> Tensor:
-    return x.sum((0, 2, 3)) / max(x.shape[0] * x.shape[2] * x.shape[3], 1)  # of nothing 0
+    return x.mean((0, 2, 3)) if x.shape[0] else x.sum((0, 2, 3))  # of nothing 0
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,7 @@ class _Statistics(torch.autograd.Function):
 def _scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)  # as batch norm: half precision has no room for mean / deviation
     scale, shift = (t.to(wide).view(-1, 1, 1, 1) for t in (scale, shift))
-    return torch.addcmul(shift, x.to(wide), scale).relu_().to(x.dtype)
+    return torch.addcmul(shift, x.to(wide), scale).relu().to(x.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
