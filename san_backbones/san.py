@@ -516,8 +516,8 @@ class SAN(nn.Module):
 
 
 class _Features(FeatureListNet):
-    """timm's list of feature maps; it recomputes blocks, as the classifier does, and not stages, whose norms would count
-    a batch twice.
+    """timm's list of feature maps; recomputes blocks, as the classifier does, not stages, whose norms would count a batch
+    twice.
     """
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
