@@ -516,7 +516,7 @@ class SAN(nn.Module):
 
 
 class _Features(FeatureListNet):
-    """timm's list of feature maps; recomputes blocks, as the classifier does, not stages, whose norms would count a batch
+    """timm's list of feature maps. It recomputes blocks, as the classifier does; of stages, norms would count a batch
     twice.
     """
 
