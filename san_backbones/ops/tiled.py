@@ -216,7 +216,8 @@ def attend(
     def affine(norm: Norm, statistics: Plan, inputs: Sequence[Tensor]) -> Affine:
         if not norm.batch_statistics:
             return fold(norm, norm.running_mean, norm.running_var)
-        return fold_batch(norm, *_Statistics.apply(statistics, *inputs), batch * height * width * area)
+        mean, var = _Statistics.apply(statistics, *inputs)
+        return fold_batch(norm, mean, var, batch * height * width * area)
 
     last = [gamma.weight2, gamma.bias2, geometry.reflect_pad(value, pad)]
     first = [*maps, *affine(gamma.norm1, plan(relation), maps), gamma.weight1]
