@@ -9,7 +9,8 @@ from . import _requirements, ops  # noqa: F401, refuses a torch or timm too old,
 from ._version import __version__
 from .attention import PairwiseAttention, PatchwiseAttention
 from .diagnosis import diagnose
-from .fuse import fuse_for_inference
+from .fuse import fuse_for_inference, refold
 from .san import SAN
 
-__all__ = ['SAN', 'PairwiseAttention', 'PatchwiseAttention', '__version__', 'diagnose', 'fuse_for_inference', 'ops']
+__all__ = ['SAN', 'PairwiseAttention', 'PatchwiseAttention', '__version__', 'diagnose', 'fuse_for_inference', 'ops',
+           'refold']

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attention import _FootprintAttention
 from .ops import geometry, reference
-from .san import _spare_buffers
+from .san import _SpareBuffers
 
 __all__ = ['attention_blocks', 'attention_rollout', 'attention_weights', 'effective_size', 'footprint_weights']
 
@@ -135,7 +135,7 @@ def _run(net: _Net, images: Tensor, hooks: Sequence[Hook]) -> None:
     handles = [module.register_forward_pre_hook(before(see)) if is_input else module.register_forward_hook(after(see))
                for module, is_input, see in hooks]
     try:
-        with torch.no_grad(), _spare_buffers(net.trunk):
+        with torch.no_grad(), _SpareBuffers(net.trunk):
             net.trunk(images)
     finally:
         for handle in handles:
@@ -196,7 +196,7 @@ def _weights_at(layer: _FootprintAttention, x: Tensor, pixels: Tensor) -> Iterat
             None if places is None else at(places), None if places is None else around(places),
             layer.is_pairwise, layer.relation, layer.position_mode, k, 1)
         relation = relation.flatten(2).unflatten(0, (images, len(part))).permute(0, 2, 3, 1).contiguous()
-        with nullcontext() if local else _spare_buffers(layer):
+        with nullcontext() if local else _SpareBuffers(layer):
             logits = layer.weight_mlp(relation)  # (N, G, k * k, P), or (N, G * k * k, 1, P)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         weights = logits.softmax(2) if layer.is_pairwise else logits.squeeze(2).unflatten(1, (-1, area))

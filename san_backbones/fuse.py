@@ -5,6 +5,7 @@ Folded, that is four passes: relu(a1 x + b1); one product for query, key and val
 since the attention is linear in it); the attention, ending in relu(y + b2); and a product added to x where it stands.
 The bias of W is kept out of x: every norm of the stage that reads x has it in its shift.
 """
+import functools
 import logging
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import ops
 from .activations import BoundedReLU
@@ -19,7 +21,7 @@ from .attention import _FootprintAttention
 from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
 from .ops.gamma import widened
 
-__all__ = ['FoldedStage', 'folded', 'fuse_for_inference']
+__all__ = ['FoldedStage', 'folded', 'fuse_for_inference', 'refold']
 
 _logger = logging.getLogger('san_backbones')
 
@@ -127,10 +129,47 @@ _SETTINGS = ('eps', 'stride', 'padding', 'groups', 'kernel_size', 'dilation', 'r
              'position_step', 'limit')
 
 
+_steps = 0  # begun and ended, of all optimizers: torch's fused ones do not count what they write
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_count_step)  # a step that fails has written, too
+    register_optimizer_step_post_hook(_count_step)
+
+
+def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor | None]]:
+    """What holds tensors, by which name, and the tensors: also plain attributes, which FullyShardedDataParallel makes
+    of parameters.
+    """
+    attributes = {name: x for name, x in module.__dict__.items() if isinstance(x, Tensor)}
+    return [(holder, name, x) for holder, found in (
+        (module._parameters, module._parameters), (module._buffers, module._buffers), (module.__dict__, attributes))
+        for name, x in found.items()]
+
+
+def _sample(x: Tensor) -> Tensor:
+    """A view of some elements: all of a vector, the diagonal of the matrix of a 1x1 convolution."""
+    while x.dim() > 2:
+        x = x[..., 0]
+    return x.diagonal() if x.dim() == 2 else x.view(-1)
+
+
 class _Watch:
-    """Tells whether anything changed that a stage was folded from: modules, their settings, tensors, their versions."""
+    """Tells whether anything changed that a stage was folded from: modules, their settings, tensors, their versions.
+
+    And on the CPU some elements, for what is written past torch: through `tensor.data`, NumPy, shared memory, by
+    collectives. On a GPU to look at them would mean to wait for it.
+    """
 
     def __init__(self, stage: nn.Module):
+        _watch_optimizers()
+        self.steps = _steps
         # not the stage itself, which would then hold itself
         self.modules = [(module, type(module), len(module._modules)) for module in stage.modules()
                         if module is not stage]
@@ -139,11 +178,14 @@ class _Watch:
             self.entries += [(module._modules, name, child, None) for name, child in module._modules.items()]
             self.entries += [(module.__dict__, name, module.__dict__[name], None) for name in _SETTINGS
                              if name in module.__dict__]
-            for tensors in (module._parameters, module._buffers):
-                self.entries += [(tensors, name, x, None if x is None else self._state(x))
-                                 for name, x in tensors.items()]
-        # kept, so that no other tensor comes to lie at the same address
-        self.storages = [x.untyped_storage() for x in (*stage.parameters(), *stage.buffers())]
+            self.entries += [(holder, name, x, None if x is None else self._state(x))
+                             for holder, name, x in _tensors(module)]
+        tensors = [x for module in stage.modules() for _, _, x in _tensors(module) if x is not None]
+        # kept, so that no other tensor comes to lie at the same address; of no size, where their memory was given back
+        self.storages = [(x.untyped_storage(), x.untyped_storage().nbytes()) for x in tensors]
+        self.samples = [_sample(x.detach()) for x in tensors
+                        if ops.is_plain_tensor(x) and x.device.type == 'cpu' and x.is_floating_point()]
+        self.sampled = torch.cat(self.samples) if self.samples else None
 
     @staticmethod
     def _state(x: Any) -> Any:
@@ -153,6 +195,8 @@ class _Watch:
     def unchanged(self, stage: nn.Module) -> bool:
         if self.entries[0][0] is not stage._modules:  # a replica of DataParallel begins with the original's attributes
             return False
+        if self.steps != _steps:
+            return False
         for module, kind, children in self.modules:
             if module.training or module._forward_hooks or module._forward_pre_hooks or 'forward' in module.__dict__ \
                     or type(module) is not kind or len(module._modules) != children:
@@ -160,7 +204,9 @@ class _Watch:
         for holder, name, item, state in self.entries:
             if holder.get(name) is not item or (state is not None and self._state(item) != state):
                 return False
-        return True
+        if any(storage.nbytes() != size for storage, size in self.storages):
+            return False
+        return self.sampled is None or torch.equal(torch.cat(self.samples), self.sampled)
 
 
 class FoldedStage:
@@ -202,10 +248,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     what they are, and outputs are equal up to rounding. Training, gradients (call the model under `torch.no_grad()` or
     `torch.inference_mode()`), autocast, tracing, scripting and torch.compile run the modules as before, and so does a
     stage with forward hooks inside. Folding happens in the first call and anew when parameters or buffers have been
-    loaded, moved, converted, trained or replaced. Only what torch does not count as a write goes unseen: through
-    `tensor.data` or NumPy, by collectives such as `torch.distributed.broadcast`, by another process into shared memory.
-    Call this again after those. Where parameters or buffers were themselves made under `torch.inference_mode()`, torch
-    does not count writes into them, and every call folds anew, which costs time; make or load the model outside it.
+    loaded, moved, converted, trained or replaced. `refold` says what may go unseen, and is for that. Where parameters
+    or buffers were themselves made under `torch.inference_mode()`, torch does not count writes into them, and every
+    call folds anew, which costs time; make or load the model outside it.
 
     Args:
         model: A SAN, a SANBackbone, or anything that holds one: a feature extractor, a detector.
@@ -222,8 +267,36 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
                          'or one that holds its stages')
     for name, stage in stages.items():
         obstacle = _obstacle(stage)
+        if obstacle is not None and any(getattr(x, '_fsdp_flattened', False) for x in stage.parameters()):
+            obstacle = 'FullyShardedDataParallel holds its parameters; fuse the model before it is wrapped, and wrap ' \
+                       'stages or the whole model (blocks that are wrapped run unfused)'
         if obstacle is not None:
             raise ValueError(f'fuse_for_inference cannot fold {name or "this stage"}: {obstacle}')
     for stage in stages.values():
+        stage.set_folding(True)
+    return model
+
+
+def refold(model: nn.Module) -> nn.Module:
+    """Lets every stage inside `model` that `fuse_for_inference` was called for fold anew in its next call.
+
+    For writes into parameters or buffers that nothing tells of. Writes that torch counts, steps of optimizers of torch
+    and tensors that are loaded or replaced are noticed, and training forgets all folds. Writes past torch are noticed
+    on the CPU if they change any number of a vector (biases, norms) or of the diagonal of a matrix: by
+    `tensor.data`, NumPy, DLPack, collectives such as `torch.distributed.broadcast`, fused optimizers that are called as
+    functions, and other processes (shared memory). Call this after such a write of a few numbers beside the diagonal,
+    and after any of them on a GPU, replays of CUDA graphs included.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: There is no fused stage in `model`.
+    """
+    stages: list[Any] = [module for module in model.modules() if getattr(module, '_folding', False)]
+    if not stages:
+        raise ValueError(f'there is no fused SAN in this {type(model).__name__}: expected a model that '
+                         'fuse_for_inference was called for')
+    for stage in stages:
         stage.set_folding(True)
     return model

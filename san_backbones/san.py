@@ -11,8 +11,8 @@ produces the weights of a footprint from the whole footprint.
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from timm.models import (
     register_notrace_module,
     resolve_pretrained_cfg,
 )
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureListNet, feature_take_indices
 from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
@@ -105,16 +105,23 @@ class Stem(nn.Module):
         return self.pool(self.act(self.norm(self.conv(x))))
 
 
-@contextmanager
-def _spare_buffers(module: nn.Module) -> Iterator[None]:
-    """Lets the module work on copies of its buffers, so that computing it again counts no batch a second time."""
-    kept = [(owner, name, buffer) for owner in module.modules() for name, buffer in owner.named_buffers(recurse=False)]
-    for owner, name, buffer in kept:
-        setattr(owner, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for owner, name, buffer in kept:
+class _SpareBuffers:
+    """Lets the module work on copies of its buffers, so that computing it again counts no batch a second time.
+
+    Entered once for each recomputation, of which each backward pass makes one.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.kept = [(owner, name, buffer) for owner in self.module.modules()
+                     for name, buffer in owner.named_buffers(recurse=False)]
+        for owner, name, buffer in self.kept:
+            setattr(owner, name, buffer.clone())
+
+    def __exit__(self, *_: Any) -> None:
+        for owner, name, buffer in self.kept:
             setattr(owner, name, buffer)
 
 
@@ -153,8 +160,8 @@ class Block(nn.Module):
         x = self.attn(x)
         x = self.act2(self.norm2(x))
         x = self.drop_path(self.conv(x))
-        x += residual  # in place: one map less to find memory for
-        return x
+        # in place, one map less to find memory for; but in training another may have kept the convolution's output
+        return x + residual if torch.is_grad_enabled() else x.add_(residual)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if isinstance(self.act1, BoundedReLU) and any(name.startswith(f'{prefix}conv.') for name in state_dict):
@@ -220,7 +227,7 @@ class Stage(nn.Module):
         """block(x), computed again in the backward pass, where it leaves its running statistics alone."""
         if ops.is_compiling(x):  # which traces the block once, and takes no context
             return checkpoint(block, x, use_reentrant=False)
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _spare_buffers(block)))
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _SpareBuffers(block)))
 
     @torch.jit.ignore
     def set_folding(self, enable: bool = True) -> None:
@@ -234,7 +241,7 @@ class Stage(nn.Module):
         if isinstance(x, torch.fx.Proxy) or ops.is_compiling(x):
             return None
         if self.training or torch.is_grad_enabled():
-            self._folded = [None]  # torch's fused optimizers do not count their writes into parameters
+            self._folded = [None]  # trained: on a GPU not every write is seen
         if self.training or torch.is_autocast_enabled(x.device.type) or ops.symbolic_caller(x) is not None:
             return None
         if has_process_wide_hooks():
@@ -547,6 +554,18 @@ class SAN(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+class _Features(FeatureListNet):
+    """timm's list of feature maps. It recomputes blocks, as the classifier does; of stages, norms would count a batch
+    twice.
+    """
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass instead of keeping its activations."""
+        for module in self.values():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+
 _RELEASED_NAMES = (
     (r'^conv_in\.', 'stem.conv.'),
     (r'^bn_in\.', 'stem.norm.'),
@@ -682,7 +701,7 @@ def _create_san(variant: str, pretrained: bool = False, **kwargs: Any) -> SAN:
         model: Any = build_model_with_cfg(
             SAN, variant, pretrained,
             pretrained_filter_fn=_checked_filter_fn if strict else checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
+            feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True, feature_cls=_Features),
             **kwargs,
         )
     except hub.WeightsError as error:

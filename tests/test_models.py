@@ -1,5 +1,6 @@
 """The timm models: registration, names, features, counts, tracing, import."""
 import copy
+import functools
 import os
 import shutil
 import subprocess
@@ -10,13 +11,15 @@ import timm
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import oracle
 import san_backbones
 from san_backbones import SAN, ops
 from san_backbones.attention import PairwiseAttention, PatchwiseAttention
 from san_backbones.count import count_multiply_adds, count_parameters
-from san_backbones.san import checkpoint_filter_fn
+from san_backbones.san import Block, checkpoint_filter_fn
 
 # Zhao, Jia, Koltun, CVPR 2020: exact parameters of the released models; multiply-adds of linear maps and aggregation
 # in G; the paper's own count in G
@@ -363,6 +366,87 @@ def test_set_grad_checkpointing_recomputes_blocks():
     assert len(calls) == 1 + 2
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('features', [False, True])
+@pytest.mark.parametrize('name', ['test_san_pairwise', 'test_san_patchwise'])
+def test_several_backward_passes_under_recomputation(name, features):
+    """Each computes the blocks again, with equal gradients; norms count each batch once."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **(dict(features_only=True) if features else dict(num_classes=2))).train()
+    image, found = torch.rand(2, 3, 64, 64), []
+    for enable, computed in ((False, 5), (True, 17 if features else 20)):
+        again, calls = copy.deepcopy(model), []
+        again.set_grad_checkpointing(enable)
+        for block in again.modules():
+            if isinstance(block, Block):
+                block.register_forward_pre_hook(lambda *_: calls.append(1))
+        for _ in range(2):
+            output = again(image)
+            a, b = (output[-1].square().mean(), output[1].mean()) if features else output.sum(0)
+            a.backward(retain_graph=True)
+            b.backward(retain_graph=True)
+            (a + b).backward()
+        assert len(calls) == 2 * computed
+        found.append(again)
+    for p, q in zip(*(model.parameters() for model in found)):
+        assert (p.grad - q.grad).norm() <= 1e-4 * (1 + p.grad.norm())
+    for (key, p), q in zip(found[0].named_buffers(), found[1].buffers()):
+        torch.testing.assert_close(p, q, msg=key)
+        assert not key.endswith('tracked') or int(p) == 2
+
+
+def test_features_stop_recomputing():
+    model, calls = timm.create_model('test_san_pairwise', features_only=True).train(), []
+    model.stages_3.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for enable, count in ((True, 2), (False, 1)):
+        model.set_grad_checkpointing(enable)
+        calls.clear()
+        model(torch.rand(2, 3, 64, 64))[-1].sum().backward()
+        assert len(calls) == count
+
+
+def _keeping(kept):
+    """Contexts of a selective activation checkpoint that keeps the outputs of some operators; all, where None."""
+    def policy(context, operator, *arguments, **named):
+        return CheckpointPolicy.MUST_SAVE if kept is None or operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return functools.partial(create_selective_checkpoint_contexts, policy)
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.seen.add(function)
+        return function(*arguments, **(named or {}))
+
+
+# keeping these is refused in resnet18, too: what writes or is there to be written to, what ReLUs in place write over,
+# and what timm's head does
+NOT_KEPT = ('add_', 'copy_', 'hardtanh_', 'mul_', 'new_empty', 'relu_', 'native_batch_norm', 'as_strided_', 'mean')
+
+
+@pytest.mark.parametrize('path', ['auto', 'tiled', 'reference'])
+@pytest.mark.parametrize('name', ['test_san_pairwise', 'test_san_patchwise'])
+def test_selective_checkpoints_may_keep_any_operator(name, path):
+    torch.manual_seed(0)
+    model, image = timm.create_model(name, num_classes=3).train(), torch.rand(2, 3, 64, 64)
+    with ops.use_backend(path):
+        with _Operators() as operators:
+            model(image)
+        plain = copy.deepcopy(model)
+        plain(image).square().sum().backward()
+        kept = [{operator} for operator in sorted(operators.seen, key=str)
+                if operator.__name__.partition('.')[0] not in NOT_KEPT]
+        assert {torch.ops.aten.convolution.default} in kept
+        for operators in (*kept, set.union(*kept)):
+            again = copy.deepcopy(model)
+            output = checkpoint(again, image, use_reentrant=False, context_fn=_keeping(operators))
+            output.square().sum().backward()
+            for p, q in zip(plain.parameters(), again.parameters()):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3, msg=str(operators))
 
 
 def test_group_matcher_orders_the_layers():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import check_operator, need
 from .folding import Shape, channels_first, channels_last, fold_gamma, in_loop_order, memory_format, pad, round_up
-from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_other_backward
+from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, refuse_other_backward
 from .native import attention as native_attention
 from .native import library
 from .statistics import relation_statistics
@@ -225,9 +225,7 @@ def attend_triton(
 def _affine(norm: Norm, statistics: Callable[[], tuple[Tensor, Tensor, int]]) -> Affine:
     if not norm.batch_statistics:
         return fold(norm, norm.running_mean, norm.running_var)
-    mean, var, values = statistics()
-    need_several_values(values)
-    return fold_batch(norm, mean, var, mean.new_full((), values))
+    return fold_batch(norm, *statistics())
 
 
 def _hidden_statistics(query: Tensor, key: Tensor, place: Tensor | None, norm1: Affine, gamma: Gamma,
@@ -238,6 +236,6 @@ def _hidden_statistics(query: Tensor, key: Tensor, place: Tensor | None, norm1: 
     sums = _hidden_sums(query, key, place, scale1, shift1, pad(weight1, round_up(hidden, width)).contiguous(),
                         Shape.of(spec, hidden, 1, width, path))
     vectors = query.shape[0] * query.shape[2] * query.shape[3] * (spec.kernel_size ** 2 if spec.pairwise else 1)
-    mean, square = sums / vectors
+    mean, square = sums / max(vectors, 1)
     var = (square - mean * mean).clamp(min=0)  # in float64 the difference keeps float32's digits
     return mean.float(), var.float(), vectors

@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'fold_batch', 'need_several_values', 'normalise',
-           'refuse_other_backward', 'synchronise', 'update_running_statistics', 'widened']
+__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'fold_batch', 'moments', 'normalise', 'refuse_other_backward',
+           'synchronise', 'update_running_statistics', 'widened']
 
 
 class Spec(NamedTuple):
@@ -88,33 +88,42 @@ def synchronise(mean: Tensor, var: Tensor, count: Tensor, group: Any) -> tuple[T
     """Joins the statistics of the processes of `group`: mean, biased variance and count of all their data.
 
     Two reductions, so that the variance is not the small difference of two large sums. Gradients flow back to every
-    process's own statistics.
+    process's own statistics; of a process without data they count for nothing, but must be finite.
     """
     from torch.distributed.nn.functional import all_reduce
     total = count.clone()
     dist.all_reduce(total, group=group)
-    share = count / total
+    share = count / total.clamp(min=1)
     joined_mean = all_reduce(mean * share, group=group)
     joined_var = all_reduce((var + (mean - joined_mean) ** 2) * share, group=group)
     return joined_mean, joined_var, total
 
 
-def fold_batch(norm: Norm, mean: Tensor, var: Tensor, count: Tensor) -> Affine:
-    """`fold` by the statistics of this call's `count` values per channel: shared over the norm's process group, and
-    the running buffers moved towards them.
+def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over `dims`; 0 where there is no value."""
+    if x.numel() == 0:
+        return x.sum(dims), x.sum(dims)
+    var, mean = torch.var_mean(x, dims, correction=0)
+    return mean, var
+
+
+def fold_batch(norm: Norm, mean: Tensor, var: Tensor, values: int) -> Affine:
+    """`fold` by the statistics of this call's values, so many for each channel: shared over the norm's process group,
+    and the running buffers moved towards them. Statistics of no values are finite and move nothing.
+
+    Raises:
+        ValueError: The processes together have a single value.
     """
+    count = mean.new_full((), values)
     if norm.group is not None:
         mean, var, count = synchronise(mean, var, count, norm.group)
-    update_running_statistics(norm, mean.detach(), var.detach(), count)
+        values = values if values > 1 else int(count)  # which waits for a GPU, and is needed in the rarest case only
+    if values == 1:
+        raise ValueError('batch statistics need more than 1 value per channel, got 1: use a larger batch or image, or '
+                         'put the norm in eval mode')
+    if values:
+        update_running_statistics(norm, mean.detach(), var.detach(), count)
     return fold(norm, mean, var)
-
-
-def need_several_values(count: int) -> None:
-    """Raises ValueError where batch statistics would be those of a single value, or of none."""
-    if count <= 1:
-        raise ValueError(
-            f'batch statistics need more than 1 value per channel, got {count}: '
-            'use a larger batch or image, or put the norm in eval mode')
 
 
 def normalise(x: Tensor, norm: Norm) -> Tensor:
@@ -128,9 +137,7 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     if fused:
         affine = fold(norm, norm.running_mean, norm.running_var)
     else:
-        var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-        count = torch.tensor(x.numel() / x.shape[1], dtype=wide.dtype, device=x.device)
-        affine = fold_batch(norm, mean, var, count)
+        affine = fold_batch(norm, *moments(wide, (0, 2, 3)), x.numel() // x.shape[1])
     return (wide * affine.scale[:, None, None] + affine.shift[:, None, None]).to(x.dtype)
 
 

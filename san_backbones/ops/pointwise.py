@@ -7,7 +7,7 @@ from . import native
 from .backends import serves
 from .checks import check_channels
 from .folding import FUSED_DTYPES
-from .gamma import Norm, fold, fold_batch, need_several_values
+from .gamma import Norm, fold, fold_batch
 
 __all__ = ['scale_shift_relu', 'stem']
 
@@ -19,10 +19,9 @@ def _linear_statistics(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int]:
     """
     x, weight = x.double(), weight.double()
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    need_several_values(count)
-    mean = x.mean((0, 2, 3))
+    mean = x.mean((0, 2, 3)) if count else x.sum((0, 2, 3))  # of nothing 0
     centred = (x - mean[:, None, None]).flatten(2)
-    covariance = torch.matmul(centred, centred.transpose(1, 2)).sum(0) / count
+    covariance = torch.matmul(centred, centred.transpose(1, 2)).sum(0) / max(count, 1)
     return (weight @ mean).float(), ((weight @ covariance) * weight).sum(1).clamp(min=0).float(), count
 
 
@@ -55,8 +54,7 @@ def stem(image: Tensor, weight: Tensor, norm: Norm) -> Tensor:
     with torch.autocast(kind, enabled=False):
         image = image.to(dtype)  # first: statistics are of what is normalised by them
         if norm.batch_statistics:
-            mean, var, count = _linear_statistics(image, weight)
-            affine = fold_batch(norm, mean, var, mean.new_full((), count))
+            affine = fold_batch(norm, *_linear_statistics(image, weight))
         else:
             affine = fold(norm, norm.running_mean, norm.running_var)
         return native.stem(image, (weight.float() * affine.scale[:, None]).float(), affine.shift.float())

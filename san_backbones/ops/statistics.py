@@ -32,7 +32,7 @@ def _box(x: Tensor, spec: Spec) -> Tensor:
 
 
 def _mean(x: Tensor) -> Tensor:
-    return x.mean((0, 2, 3))
+    return x.mean((0, 2, 3)) if x.shape[0] else x.sum((0, 2, 3))  # of nothing 0
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def _window_sums(x: Tensor, spec: Spec) -> Tensor:
         """How often every row is seen from each place: (k, size)."""
         index = geometry.reflection_index(size, reach // 2, x.device)
         places = index.unfold(0, size, spec.dilation)
-        return torch.zeros(spec.kernel_size, size, dtype=x.dtype, device=x.device).scatter_add_(
+        return torch.zeros(spec.kernel_size, size, dtype=x.dtype, device=x.device).scatter_add(
             1, places, torch.ones((), dtype=x.dtype, device=x.device).expand_as(places))
 
     return counts(x.shape[-2]) @ x.sum(0) @ counts(x.shape[-1]).t()
@@ -85,7 +85,7 @@ def _window_sums(x: Tensor, spec: Spec) -> Tensor:
 def _shifted(x: Tensor, spec: Spec) -> _Moments:
     """Of each place of the footprint on its own, over all pixels: (C * k * k,), places innermost."""
     centre, x = _centred(x)
-    pixels = x.numel() // x.shape[1]
+    pixels = max(x.numel() // x.shape[1], 1)
     mean = _window_sums(x, spec) / pixels
     square = _window_sums(x * x, spec) / pixels
     return (centre[:, None, None] + mean).flatten(), (square - mean * mean).flatten()

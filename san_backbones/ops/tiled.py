@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import geometry, reference
-from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, need_several_values, refuse_other_backward
+from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, moments, refuse_other_backward
 
 __all__ = ['TILE_ELEMENTS', 'attend']
 
@@ -129,13 +129,13 @@ class _Statistics(torch.autograd.Function):
     """Mean and biased variance per channel of what a plan computes, (N, C, P, H, W) over all but C."""
 
     @staticmethod
-    def forward(ctx, plan: Plan, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, plan: Plan, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         count, mean, scatter = 0, torch.empty(0), torch.empty(0)
         for tile in plan.tiles:
             part = plan.function(*map(tile.cut, inputs, plan.kinds))
             part = part if part.dtype == torch.float64 else part.float()
             n = part.numel() // part.shape[1]
-            part_var, part_mean = torch.var_mean(part, (0, 2, 3, 4), correction=0)
+            part_mean, part_var = moments(part, (0, 2, 3, 4))
             if count == 0:
                 count, mean, scatter = n, part_mean, part_var * n
             else:  # Chan, Golub and LeVeque 1979: joining two sets without subtracting large sums
@@ -143,15 +143,12 @@ class _Statistics(torch.autograd.Function):
                 scatter = scatter + part_var * n + delta * delta * (count * n / (count + n))
                 mean = mean + delta * (n / (count + n))
                 count += n
-        need_several_values(count)
-        ctx.plan, ctx.count, ctx.autocast = plan, count, _autocast_state(inputs[0])
+        ctx.plan, ctx.count, ctx.autocast = plan, max(count, 1), _autocast_state(inputs[0])
         ctx.save_for_backward(mean, *inputs)
-        total = torch.tensor(float(count), dtype=mean.dtype, device=mean.device)
-        ctx.mark_non_differentiable(total)
-        return mean, scatter / count, total
+        return mean, scatter / ctx.count
 
     @staticmethod
-    def backward(ctx, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         refuse_other_backward(grad_mean)
         mean, *inputs = ctx.saved_tensors
         shape = (1, -1, 1, 1, 1)
@@ -167,7 +164,7 @@ class _Statistics(torch.autograd.Function):
 def _scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)  # as batch norm: half precision has no room for mean / deviation
     scale, shift = (t.to(wide).view(-1, 1, 1, 1) for t in (scale, shift))
-    return torch.addcmul(shift, x.to(wide), scale).relu_().to(x.dtype)
+    return torch.addcmul(shift, x.to(wide), scale).relu().to(x.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -219,7 +216,8 @@ def attend(
     def affine(norm: Norm, statistics: Plan, inputs: Sequence[Tensor]) -> Affine:
         if not norm.batch_statistics:
             return fold(norm, norm.running_mean, norm.running_var)
-        return fold_batch(norm, *_Statistics.apply(statistics, *inputs))
+        mean, var = _Statistics.apply(statistics, *inputs)
+        return fold_batch(norm, mean, var, batch * height * width * area)
 
     last = [gamma.weight2, gamma.bias2, geometry.reflect_pad(value, pad)]
     first = [*maps, *affine(gamma.norm1, plan(relation), maps), gamma.weight1]

@@ -3,6 +3,7 @@ import copy
 import ctypes
 import itertools
 import os
+import pathlib
 import platform
 import subprocess
 import sys
@@ -199,6 +200,105 @@ def test_libraries_of_other_sources_and_processors(monkeypatch):
         for capability, build in (('AVX2', 'avx2'), ('DEFAULT', 'baseline'), ('AVX512', 'avx512')):
             monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda capability=capability: capability)
             assert build in load()[1]
+
+
+MAPS = b"""\
+7f1000000000-7f1000001000 r-xp 00000000 08:01 1001                       /opt/arm/libarm_compute.so
+7f1000001000-7f1000002000 r-xp 00000000 08:01 1002                       /usr/lib/libgomp.so.1.0.0
+7f1000002000-7f1000003000 r-xp 00000000 08:01 1003                       /usr/lib/libompitrace.so.40
+7f1000003000-7f1000004000 r--s 00000000 08:01 1004                       /data/my libgomp-notes/photo \xfc.bin
+7f1000004000-7f1000005000 r-xp 00000000 08:01 1005                       TORCH/lib/libgomp-a34b3233.so.1
+7f1000005000-7f1000006000 r--p 00001000 08:01 1005                       TORCH/lib/libgomp-a34b3233.so.1
+7f1000006000-7f1000007000 r-xp 00000000 08:01 1006                       /opt/intel \xff/libiomp5.so
+7f1000007000-7f1000008000 r-xp 00000000 08:01 1007                       TORCH/lib/libcompute_omp.so
+7f1000008000-7f1000009000 r-xp 00000000 08:01 1008                       /usr/lib/llvm/libomp.so.5
+7f1000009000-7f100000a000 rw-p 00000000 00:00 0
+7ffe00000000-7ffe00001000 rw-p 00000000 00:00 0                          [stack]
+"""
+
+
+def test_the_runtime_of_threads_is_found_by_its_name():
+    """Torch's own first; no library that has `omp` somewhere in its name, no file that is no library."""
+    home = os.path.realpath(os.path.dirname(torch.__file__))
+    found = native.library._runtimes(MAPS.replace(b'TORCH', os.fsencode(home)))
+    assert found == [f'{home}/lib/libgomp-a34b3233.so.1', os.fsdecode(b'/opt/intel \xff/libiomp5.so'),
+                     '/usr/lib/libgomp.so.1.0.0', '/usr/lib/llvm/libomp.so.5']
+    beside = native.library._runtimes(MAPS.replace(b'TORCH/lib', os.fsencode(home) + b'.libs'))
+    assert beside[0] == f'{home}.libs/libgomp-a34b3233.so.1'
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('kind', ['none', 'no permission', 'no runtime', 'a file of that name', 'gone', 'nonsense'])
+def test_without_a_runtime_the_loops_run_on_one_thread(kind, tmp_path, monkeypatch):
+    layer, x = _layer(PairwiseAttention), torch.randn(1, 64, 9, 9)
+    with torch.no_grad():
+        expected = layer(x)
+    maps = tmp_path / 'maps'
+    runtime = tmp_path / 'libgomp.so.1'
+    line = b'7f00-7f10 r-xp 00000000 08:01 1 ' + os.fsencode(runtime)
+    if kind == 'no permission':
+        maps.mkdir()  # the superuser may read everything else
+    elif kind == 'a file of that name':
+        runtime.write_bytes(b'\x7fELF')
+        maps.write_bytes(line)
+    elif kind == 'gone':
+        maps.write_bytes(line + b' (deleted)\n')
+    elif kind == 'nonsense':
+        maps.write_bytes(b'\x00/libgomp.so\xff\n\n/libomp.so\r/libgomp-')
+    elif kind == 'no runtime':
+        maps.write_bytes(b'')
+    monkeypatch.setattr(native.library, '_MAPS', str(maps))
+    found = native.library._torch_parallel.__wrapped__()
+    assert found == (None, kind in ('none', 'no permission'))
+    monkeypatch.setattr(native.library, '_torch_parallel', lambda: found)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_a_mapped_library_is_not_loaded(tmp_path, monkeypatch):
+    """A runtime that only lies in memory as data would bring threads of its own."""
+    found = native.library._torch_parallel()
+    if found[0] is None:
+        pytest.skip('no runtime here')
+    with open('/proc/self/maps', 'rb') as maps:
+        runtime = native.library._runtimes(maps.read())[0]
+    copy_of_it = tmp_path / 'libgomp.so.1'
+    copy_of_it.write_bytes(pathlib.Path(runtime).read_bytes())
+    (tmp_path / 'maps').write_bytes(b'7f00-7f10 r-xp 00000000 08:01 1 ' + os.fsencode(copy_of_it))
+    monkeypatch.setattr(native.library, '_MAPS', str(tmp_path / 'maps'))
+    assert native.library._torch_parallel.__wrapped__() == (None, False)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='maps files')
+@pytest.mark.parametrize('name, environment', [
+    (b'photo \xff\xfe.bin', {}), ('gemälde.bin'.encode(), dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0'))])
+def test_a_mapped_file_of_any_name(name, environment, tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), name)
+    program = f"""
+import mmap, torch, san_backbones
+from san_backbones.ops.native import library
+with open({path!r}, 'wb') as file:
+    file.write(bytes(4096))
+with open({path!r}, 'rb') as file:
+    kept = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+assert {name!r} in open('/proc/self/maps', 'rb').read()
+san_backbones.PairwiseAttention(32).eval()(torch.zeros(1, 32, 4, 4))
+print(library._torch_parallel()[0] is None)
+"""
+    done = subprocess.run([sys.executable, '-c', program], env={**os.environ, **environment}, capture_output=True)
+    expected = native.library._torch_parallel()[0] is None
+    assert done.stdout.decode().split() == [str(expected)], done.stderr.decode(errors='replace')
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_a_fork_that_cannot_count_threads(monkeypatch):
+    def listdir(path):
+        raise FileNotFoundError(path)
+    monkeypatch.setattr(native.library, '_threads_at_fork', 1)
+    monkeypatch.setattr(native.library.os, 'listdir', listdir)
+    native.library._before_fork()
+    assert native.library._threads_at_fork > 1
 
 
 def test_no_memory_for_a_thread(monkeypatch):

@@ -182,10 +182,34 @@ def test_empty_batch(model):
         assert model(IMAGE[:0]).shape == (0, 3)
 
 
-def test_nothing_to_take_statistics_of():
+@pytest.mark.parametrize('path', ['auto', *ops.available_backends()])
+@pytest.mark.parametrize('name', ['resnet18', 'test_san_pairwise', 'test_san_patchwise'])
+def test_an_empty_batch_in_training(name, path):
+    """All gradients are there, and zero; running statistics stay, finite as they are."""
+    model = timm.create_model(name, num_classes=3).train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with ops.use_backend(path):
+        output = model(IMAGE[:0])
+        assert output.shape == (0, 3)
+        output.sum().backward()
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+        optimizer.step()
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()
+                   if not key.endswith('num_batches_tracked'))
+        optimizer.zero_grad()
+        model(torch.cat([IMAGE, IMAGE.flip(3)])).sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('path', ['auto', *ops.available_backends()])
+def test_a_single_value_in_training(path):
     model = timm.create_model('test_san_patchwise').train()
-    with pytest.raises(ValueError, match='more than 1 value per channel, got 0'):
-        model(IMAGE[:0])
+    before = {name: buffer.clone() for name, buffer in model.stages[-1].blocks[0].attn.named_buffers()}
+    with pytest.raises(ValueError, match='more than 1 value per channel'), ops.use_backend(path):
+        model(IMAGE[:1, :, :32, :32])
+    assert all(torch.equal(buffer, before[name])
+               for name, buffer in model.stages[-1].blocks[0].attn.named_buffers() if 'tracked' not in name)
 
 
 @pytest.mark.skipif(ops.native.unavailable() is not None, reason='no compiled loops')

@@ -3,6 +3,7 @@ import ctypes
 import functools
 import os
 import pathlib
+import re
 import sys
 import warnings
 
@@ -115,21 +116,36 @@ def width() -> int:
     return _loaded().san_width()
 
 
+_MAPS = '/proc/self/maps'
+_RUNTIME = re.compile(rb'lib(gomp|omp|iomp5)[-.]')
+
+
+def _runtimes(maps: bytes) -> list[str]:
+    """The OpenMP runtimes among the files that /proc/self/maps lists: torch's own first, and always in one order."""
+    # names are bytes: in no encoding that is known here
+    paths = {line.split(None, 5)[-1] for line in maps.split(b'\n') if _RUNTIME.match(line.rpartition(b'/')[2])}
+    home = os.path.realpath(torch.__path__[0])  # and in some wheels beside it, in torch.libs
+    return sorted(map(os.fsdecode, paths), key=lambda path: (not path.startswith(home), path))
+
+
 @functools.cache
 def _torch_parallel() -> tuple[int | None, bool]:
     """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, so that its threads do this work too; and
-    whether that is GCC's, whose threads are waited for in vain after a fork.
+    whether that is GCC's, whose threads are waited for in vain after a fork. Without one the loops run on one thread.
     """
     if not sys.platform.startswith('linux'):
         return None, False
-    with open('/proc/self/maps') as maps:
-        paths = {line.split(None, 5)[-1].strip() for line in maps if 'omp' in line.rpartition('/')[2]}
-    torch_first = sorted(paths, key=lambda path: 'torch' not in path)
-    for path in torch_first:
+    try:
+        with open(_MAPS, 'rb') as maps:
+            paths = _runtimes(maps.read())
+    except OSError:
+        return None, True  # nobody knows
+    for path in paths:
         try:
-            address = ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
-            return address, 'gomp' in path.rpartition('/')[2]
-        except (OSError, AttributeError):
+            runtime = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_NOLOAD)  # another would bring threads of its own
+            address = ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+            return address, 'gomp' in os.path.basename(path)
+        except (OSError, AttributeError, ValueError):
             continue
     return None, False
 
@@ -139,7 +155,10 @@ _threads_at_fork, _left_threads_behind = 1, False
 
 def _before_fork() -> None:
     global _threads_at_fork
-    _threads_at_fork = len(os.listdir('/proc/self/task'))
+    try:
+        _threads_at_fork = len(os.listdir('/proc/self/task'))
+    except OSError:
+        _threads_at_fork = 2  # nobody knows
 
 
 def _in_child() -> None:
