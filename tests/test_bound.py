@@ -240,5 +240,5 @@ def test_other_activations_have_no_bound():
     options = dict(depths=(1,), widths=(32,), kernel_sizes=(3,))
     assert not isinstance(SAN(**options, act_layer='gelu').stages[0].blocks[0].act1, nn.ReLU)
     assert SAN(**options, act_layer='relu').stages[0].blocks[0].act1.limit == 6.
-    with pytest.raises(ValueError, match=r"relu_bound is the bound of a ReLU, got relu_bound=6\.0 with act_layer='gelu'"):
+    with pytest.raises(ValueError, match=r"bound of a ReLU, got relu_bound=6\.0 with act_layer='gelu'"):
         SAN(**options, act_layer='gelu', relu_bound=6.)

@@ -249,7 +249,7 @@ def test_operators_around_the_attention(operator, changes, message):
     ('shape', lambda x: [*x[:3], 0, *x[4:]], 'dilation=0'),
     ('shape', lambda x: [*x[:4], 0, *x[5:]], 'hidden=0'),
     ('shape', lambda x: [*x[:6], x[6] + 1, x[7]], 'lanes a multiple of'),
-    ('shape', lambda x: [*x[:5], x[6], *x[6:]], 'channels of value must be a multiple of the .*, got 8'),
+    ('shape', lambda x: [*x[:5], 3 * x[6], 3 * x[6], x[7]], 'channels of value must be a multiple of the .*, got 8'),
     ('shape', lambda x: [5, *x[1:]], 'place must be None for the patchwise form'),
     ('query', lambda x: x.double(), 'one dtype'),
     ('value', lambda x: None, 'value must be a tensor, got None'),
