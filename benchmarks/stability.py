@@ -153,7 +153,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=MODELS)
     parser.add_argument('--variants', nargs='+', choices=small_data.VARIANTS, default=['package'])
-    parser.add_argument('--seeds', type=int, default=20, help='how many (default: %(default)s)')
+    parser.add_argument('--seeds', type=int, default=20, help='the first one that is not run (default: %(default)s)')
+    parser.add_argument('--first-seed', type=int, default=0, help='for several processes side by side')
     parser.add_argument('--pictures', type=int, default=48, help='crops to train on (default: %(default)s)')
     parser.add_argument('--size', type=int, default=32, help='pixels of a crop (default: %(default)s)')
     parser.add_argument('--summary', action='store_true', help='run nothing')
@@ -168,7 +169,7 @@ def main():
                 ('autocast', 'images rounded'), zip(*errors))), flush=True)
         return
     path = options.results / 'stability.csv'
-    for seed in range(0 if options.summary else options.seeds):
+    for seed in () if options.summary else range(options.first_seed, options.seeds):
         for name in options.models:
             for variant in options.variants:
                 key = dict(model=name, variant=variant, seed=seed, pictures=options.pictures, size=options.size)
