@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import ops
+from .activations import PLAIN_RELUS, ReLU
 from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
 from .ops import geometry, reference
 
@@ -22,10 +23,10 @@ def _weight_mlp(width: int, hidden: int, out: int, norm_layer: type[nn.Module], 
     """gamma: Norm, ReLU, Linear (no bias), Norm, ReLU, Linear."""
     return nn.Sequential(OrderedDict([
         ('norm1', norm_layer(width, **dd)),
-        ('act1', nn.ReLU(inplace=True)),
+        ('act1', ReLU(inplace=True)),
         ('fc1', nn.Conv2d(width, hidden, 1, bias=False, **dd)),
         ('norm2', norm_layer(hidden, **dd)),
-        ('act2', nn.ReLU(inplace=True)),
+        ('act2', ReLU(inplace=True)),
         ('fc2', nn.Conv2d(hidden, out, 1, **dd)),
     ]))
 
@@ -144,7 +145,7 @@ class _FootprintAttention(nn.Module):
         mlp: Any = self.weight_mlp
         if len(mlp) != 6 or not is_plain(mlp, (nn.Sequential.forward,)) \
                 or not all(is_batch_norm(norm) for norm in (mlp.norm1, mlp.norm2)) \
-                or not all(is_plain(act, (nn.ReLU.forward,)) for act in (mlp.act1, mlp.act2)) \
+                or not all(is_plain(act, PLAIN_RELUS) for act in (mlp.act1, mlp.act2)) \
                 or not all(is_pointwise(fc) for fc in (mlp.fc1, mlp.fc2)):
             return False
         return mlp.fc2.bias is not None and (mlp.fc1.bias is None or isinstance(mlp.norm2, nn.Identity))

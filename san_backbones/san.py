@@ -31,7 +31,7 @@ from timm.models._features import FeatureListNet, feature_take_indices
 from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
-from .activations import BoundedReLU, is_setting, resolve_bound
+from .activations import PLAIN_RELUS, BoundedReLU, ReLU, is_setting, may_write_over, resolve_bound
 from .attention import PairwiseAttention, PatchwiseAttention
 from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
 from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
@@ -42,6 +42,7 @@ __all__ = ['SAN']
 register_notrace_module(PairwiseAttention)
 register_notrace_module(PatchwiseAttention)
 register_notrace_module(BoundedReLU)
+register_notrace_module(ReLU)
 
 DEPTHS = {'san10': (2, 1, 2, 4, 1), 'san15': (3, 2, 3, 5, 2), 'san19': (3, 3, 4, 6, 3)}
 RELATIONS = {'pairwise': PAIRWISE_RELATIONS, 'patchwise': PATCHWISE_RELATIONS}
@@ -62,7 +63,7 @@ class Stem(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_chans, width, 1, bias=False, **dd)
         self.norm = norm_layer(width, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.act = ReLU(inplace=True)
         self.pool = nn.MaxPool2d(2, 2)
 
     def _pools_by_twos(self) -> bool:
@@ -75,7 +76,7 @@ class Stem(nn.Module):
     def _forward_operator(self, x: torch.Tensor) -> torch.Tensor | None:
         conv, norm = self.conv, self.norm
         if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_batch_norm(norm) \
-                or not is_plain(self.act, (nn.ReLU.forward,)) or not self._pools_by_twos() \
+                or not is_plain(self.act, PLAIN_RELUS) or not self._pools_by_twos() \
                 or (conv.bias is not None and not isinstance(norm, nn.Identity)) or not ops.serves(x):
             return None
         return ops.stem(x, conv.weight.flatten(1), as_norm(norm, conv.weight[:, 0, 0, 0], conv.bias))
@@ -131,7 +132,7 @@ class Block(nn.Module):
         self.act1 = act1_layer(inplace=True, **dd)
         self.attn = attention(dim, **dd)
         self.norm2 = norm_layer(self.attn.out_planes, **dd)
-        self.act2 = nn.ReLU(inplace=True)
+        self.act2 = ReLU(inplace=True)
         self.conv = nn.Conv2d(self.attn.out_planes, dim, 1, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
@@ -142,8 +143,8 @@ class Block(nn.Module):
         x = self.attn(x)
         x = self.act2(self.norm2(x))
         x = self.drop_path(self.conv(x))
-        # in place, one map less to find memory for; but in training another may have kept the convolution's output
-        return x + residual if torch.is_grad_enabled() else x.add_(residual)
+        # in place: one map less to find memory for
+        return x.add_(residual) if may_write_over() else x + residual
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if isinstance(self.act1, BoundedReLU) and any(name.startswith(f'{prefix}conv.') for name in state_dict):
@@ -177,7 +178,7 @@ class Stage(nn.Module):
         # norm and act come last in forward; registered here, tools that fuse a norm into the convolution registered
         # before it (mmcv's fuse_conv_bn) leave them alone
         self.norm = norm_layer(dim, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.act = ReLU(inplace=True)
         self.pool = nn.MaxPool2d(2, 2) if downsample else nn.Identity()
         self.conv = nn.Conv2d(in_dim, dim, 1, bias=False, **dd)
         self.blocks = nn.Sequential(*[
