@@ -1,4 +1,4 @@
-"""The ReLU before an attention layer, which may have an upper bound."""
+"""ReLUs that write over their input in inference only; the one before an attention layer may have an upper bound."""
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['BoundedReLU', 'follow_bounds', 'is_setting', 'resolve_bound']
+__all__ = ['PLAIN_RELUS', 'BoundedReLU', 'ReLU', 'follow_bounds', 'is_setting', 'may_write_over', 'resolve_bound']
 
 AUTO_BOUND = 6.
 """Bound of a new patchwise network."""
@@ -28,7 +28,25 @@ def is_setting(name: str) -> bool:
     return name.endswith('.act1.bound')
 
 
-class BoundedReLU(nn.ReLU):
+def may_write_over() -> bool:
+    """Whether a module may work in place: where gradients are on, a selective activation checkpoint may have kept what
+    another operator gave. A traced program is one for both.
+    """
+    return torch.jit.is_tracing() or not torch.is_grad_enabled()
+
+
+class ReLU(nn.ReLU):
+    """`torch.nn.ReLU` that works in place only where gradients are off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """relu(x)."""
+        return F.relu(x, inplace=self.inplace and may_write_over())
+
+
+PLAIN_RELUS = (nn.ReLU.forward, ReLU.forward)
+
+
+class BoundedReLU(ReLU):
     """min(relu(x), bound); without a bound, ReLU.
 
     The patchwise form has no softmax: attention multiplies two things that grow with its input, and a block squares an
@@ -39,7 +57,7 @@ class BoundedReLU(nn.ReLU):
     Args:
         bound: Positive number, or None.
         chosen: Whether the bound stays as it is when weights are loaded.
-        inplace: Write the output over the input.
+        inplace: Write the output over the input where gradients are off.
         device: Where the entry of the state dict is made.
         dtype: Its dtype.
 
@@ -67,8 +85,8 @@ class BoundedReLU(nn.ReLU):
         """min(relu(x), bound)."""
         limit = self.limit
         if limit is None:
-            return F.relu(x, inplace=self.inplace)
-        return F.hardtanh(x, 0., limit, inplace=self.inplace)
+            return F.relu(x, inplace=self.inplace and may_write_over())
+        return F.hardtanh(x, 0., limit, inplace=self.inplace and may_write_over())
 
     def follow(self, bound: Tensor | None) -> None:
         """Takes the bound of weights that are being loaded, None where they have none, unless it was chosen."""

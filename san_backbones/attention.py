@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import ops
+from .activations import PLAIN_RELUS
 from .norms import (
     as_norm,
     check_dtype,
@@ -176,7 +177,7 @@ class _FootprintAttention(nn.Module):
         mlp: Any = self.weight_mlp
         if len(mlp) != 6 or not is_plain(mlp, (nn.Sequential.forward,)) \
                 or not all(is_batch_norm(norm) for norm in (mlp.norm1, mlp.norm2)) \
-                or not all(is_plain(act, (nn.ReLU.forward,)) for act in (mlp.act1, mlp.act2)) \
+                or not all(is_plain(act, PLAIN_RELUS) for act in (mlp.act1, mlp.act2)) \
                 or not all(is_pointwise(fc) for fc in (mlp.fc1, mlp.fc2)):
             return False
         return has_bias(mlp.fc2) and (not has_bias(mlp.fc1) or isinstance(mlp.norm2, nn.Identity))

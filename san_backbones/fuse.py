@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import ops
-from .activations import BoundedReLU
+from .activations import PLAIN_RELUS, BoundedReLU
 from .attention import _FootprintAttention
 from .norms import as_norm, is_batch_norm, is_plain, is_pointwise
 from .ops.gamma import widened
@@ -107,8 +107,8 @@ def _obstacle(stage: Any) -> str | None:
             ('norm1', 'norm'), ('act1', 'bounded'), ('attn.query', 'conv'), ('attn.key', 'conv'),
             ('attn.value', 'conv'), ('norm2', 'norm'), ('act2', 'relu'), ('conv', 'conv'))]
     fits = {'conv': is_pointwise, 'norm': is_batch_norm,
-            'relu': lambda layer: is_plain(layer, (nn.ReLU.forward,)),
-            'bounded': lambda layer: is_plain(layer, (nn.ReLU.forward, BoundedReLU.forward))}
+            'relu': lambda layer: is_plain(layer, PLAIN_RELUS),
+            'bounded': lambda layer: is_plain(layer, (*PLAIN_RELUS, BoundedReLU.forward))}
     wanted = {'conv': '1x1 convolution', 'norm': 'batch norm', 'relu': 'ReLU', 'bounded': 'ReLU'}
     for name, layer, kind in layers:
         if not fits[kind](layer):

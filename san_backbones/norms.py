@@ -16,6 +16,7 @@ from torch.utils.module_tracker import ModuleTracker
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import ops
+from .activations import ReLU
 from .ops.gamma import normalise
 
 __all__ = ['SyncBatchNorm', 'as_norm', 'check_dtype', 'has_bias', 'has_process_wide_hooks', 'is_batch_norm',
@@ -117,6 +118,8 @@ def make_act(act_layer: Any) -> nn.Module:
     """
     if not callable(act_layer) and not isinstance(act_layer, str):
         raise TypeError(f"act_layer must be a class or timm's name of one, got {act_layer!r}")
+    if act_layer in ('relu', nn.ReLU):
+        return ReLU(inplace=True)
     act = None
     with contextlib.suppress(KeyError):
         act = create_act_layer(act_layer, inplace=True)

@@ -32,7 +32,7 @@ from timm.models._features import FeatureListNet, feature_take_indices
 from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
-from .activations import BoundedReLU, is_setting, resolve_bound
+from .activations import PLAIN_RELUS, BoundedReLU, ReLU, is_setting, may_write_over, resolve_bound
 from .attention import PairwiseAttention, PatchwiseAttention
 from .norms import (
     as_norm,
@@ -54,6 +54,7 @@ __all__ = ['SAN']
 register_notrace_module(PairwiseAttention)
 register_notrace_module(PatchwiseAttention)
 register_notrace_module(BoundedReLU)
+register_notrace_module(ReLU)
 
 DEPTHS = {'san10': (2, 1, 2, 4, 1), 'san15': (3, 2, 3, 5, 2), 'san19': (3, 3, 4, 6, 3)}
 RELATIONS = {'pairwise': PAIRWISE_RELATIONS, 'patchwise': PATCHWISE_RELATIONS}
@@ -90,7 +91,7 @@ class Stem(nn.Module):
         if isinstance(x, torch.Tensor):
             check_dtype(x, conv)
         if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_batch_norm(norm) \
-                or not is_plain(self.act, (nn.ReLU.forward,)) or not self._pools_by_twos() \
+                or not is_plain(self.act, PLAIN_RELUS) or not self._pools_by_twos() \
                 or (has_bias(conv) and not isinstance(norm, nn.Identity)) or not ops.serves(x):
             return None
         weight = conv.weight.flatten(1)  # once: a parametrisation computes it
@@ -160,8 +161,8 @@ class Block(nn.Module):
         x = self.attn(x)
         x = self.act2(self.norm2(x))
         x = self.drop_path(self.conv(x))
-        # in place, one map less to find memory for; but in training another may have kept the convolution's output
-        return x + residual if torch.is_grad_enabled() else x.add_(residual)
+        # in place: one map less to find memory for
+        return x.add_(residual) if may_write_over() else x + residual
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if isinstance(self.act1, BoundedReLU) and any(name.startswith(f'{prefix}conv.') for name in state_dict):
@@ -378,7 +379,7 @@ class SAN(nn.Module):
                 f'position_ref_size must be None or an integer of at least {2 ** (len(depths) + 1)} (2 pixels in the '
                 f'last of {len(depths)} stages), got {position_ref_size!r}')
         act1_layer = partial(BoundedReLU, resolve_bound(relu_bound, attention), relu_bound is not None)
-        is_relu = type(make_act(act_layer)) is nn.ReLU
+        is_relu = type(make_act(act_layer)) is ReLU
         if relu_bound is not None and not is_relu:
             raise ValueError(f'relu_bound is the bound of a ReLU, got relu_bound={relu_bound!r} with '
                              f'act_layer={act_layer!r}: leave one of them out')
