@@ -31,6 +31,10 @@ val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_epochs=4)
-optim_wrapper = dict(optimizer=dict(lr=0.05))
-param_scheduler = dict(T_max=4)
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='AdamW', lr=2e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=1.))  # from random weights gradients are steep where the learning rate peaks
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.04, by_epoch=True, begin=0, end=1, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', T_max=3, by_epoch=True, begin=1, end=4, convert_to_iter_based=True)]
 randomness = dict(seed=0)
