@@ -88,12 +88,27 @@ class BoundedReLU(ReLU):
             return F.relu(x, inplace=self.inplace and may_write_over())
         return F.hardtanh(x, 0., limit, inplace=self.inplace and may_write_over())
 
-    def follow(self, bound: Tensor | None) -> None:
-        """Takes the bound of weights that are being loaded, None where they have none, unless it was chosen."""
+    def follow(self, bound: Tensor | None, like: Tensor | None = None) -> None:
+        """Takes the bound of weights that are being loaded, unless it was chosen.
+
+        Args:
+            bound: One positive number, None where the weights have none.
+            like: A parameter beside it, for the device and dtype of the entry; None takes those of `bound`.
+
+        Raises:
+            ValueError: The bound is no positive finite number.
+        """
         if self.chosen or (bound is not None and bound.is_meta):
             return
-        self.limit = None if bound is None else float(bound)
-        self.bound = None if bound is None else bound.detach().clone()
+        if bound is None:
+            self.limit = self.bound = None
+            return
+        if bound.numel() != 1 or not 0 < float(bound) < math.inf:
+            raise ValueError(f'the bound of a ReLU in these weights must be one positive finite number, got {bound}: '
+                             'the file is damaged, take another')
+        like = bound if like is None or like.is_meta else like
+        self.limit = float(bound)
+        self.bound = torch.tensor(self.limit, device=like.device, dtype=like.dtype)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: the block calls `follow`, which knows whether its weights are there at all."""
@@ -101,8 +116,7 @@ class BoundedReLU(ReLU):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self.limit is not None and self.bound is not None and not self.bound.is_meta:
-            with torch.no_grad():
-                self.bound.fill_(self.limit)  # what to_empty() makes holds anything
+            self.bound = torch.full_like(self.bound, self.limit)  # what to_empty() makes holds anything
         return self
 
     def extra_repr(self) -> str:

@@ -36,9 +36,11 @@ class Diagnosis(NamedTuple):
 
 
 def _range(name: str, norm: Any, x: Tensor) -> LayerRange:
-    shape = (1, -1, *(1,) * (x.dim() - 2))
-    mean, var = (t.detach().double().view(shape) for t in (norm.running_mean, norm.running_var))
-    distances = ((x.detach().double() - mean).abs() / (var + getattr(norm, 'eps', 1e-5)).sqrt()).flatten(2).amax(2)
+    wide = torch.float32 if x.device.type == 'mps' else torch.float64  # which Apple's GPUs lack
+    x = x.detach().to(wide)
+    x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, values)
+    mean, var = (t.detach().to(wide)[:, None] for t in (norm.running_mean, norm.running_var))
+    distances = ((x - mean).abs() / (var + getattr(norm, 'eps', 1e-5)).sqrt()).amax(2)
     where = int(distances.argmax())  # NaN counts as the largest
     return LayerRange(name, float(distances.flatten()[where]), where % distances.shape[1], where // distances.shape[1])
 
@@ -80,6 +82,7 @@ def diagnose(model: nn.Module, images: Tensor, threshold: float = 300.) -> Diagn
     Raises:
         ValueError: The model is in training mode, where batch statistics hide what evaluation does.
     """
+    model = getattr(model, '_orig_mod', model)  # compiled: hooks are not seen there
     if model.training:
         raise ValueError('expected a model in eval mode, where running statistics are used; call model.eval()')
     state = [*model.named_parameters(), *model.named_buffers()]
@@ -99,8 +102,11 @@ def diagnose(model: nn.Module, images: Tensor, threshold: float = 300.) -> Diagn
             handle.remove()
     finite = all(bool(tensor.isfinite().all()) for tensor in _tensors(output))
     first = next((layer for layer in found if not layer.deviations <= threshold), None)
-    if first is None and finite:
-        largest = max((layer.deviations for layer in found), default=0.)
+    if not found:
+        message = (f'No batch norm with running statistics ran in this {type(model).__name__}, so there is nothing to '
+                   f'compare with; the output is {"" if finite else "not "}finite.')
+    elif first is None and finite:
+        largest = max(layer.deviations for layer in found)
         message = f'All values are finite and within {largest:.3g} standard deviations of what training saw.'
     elif first is None:
         message = 'The output is not finite, although every batch norm has inputs in range: look at the layers behind.'

@@ -157,8 +157,11 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to the same."""
         residual = x
-        x = self.act1(self.norm1(x))
-        x = self.attn(x)
+        x = self.norm1(x)
+        if not torch.jit.is_scripting():
+            if x is residual:  # no norm: what follows may write over it
+                x = x.clone()
+        x = self.attn(self.act1(x))
         x = self.act2(self.norm2(x))
         x = self.drop_path(self.conv(x))
         # in place: one map less to find memory for
@@ -166,7 +169,7 @@ class Block(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if isinstance(self.act1, BoundedReLU) and any(name.startswith(f'{prefix}conv.') for name in state_dict):
-            self.act1.follow(state_dict.get(f'{prefix}act1.bound'))
+            self.act1.follow(state_dict.get(f'{prefix}act1.bound'), self.attn.query.weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -242,3 +242,37 @@ def test_other_activations_have_no_bound():
     assert SAN(**options, act_layer='relu').stages[0].blocks[0].act1.limit == 6.
     with pytest.raises(ValueError, match=r"bound of a ReLU, got relu_bound=6\.0 with act_layer='gelu'"):
         SAN(**options, act_layer='gelu', relu_bound=6.)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_the_entry_has_the_dtype_of_the_network(dtype):
+    """Not that of the weights that are loaded."""
+    model = timm.create_model('test_san_patchwise').to(dtype)
+    model.load_state_dict(timm.create_model('test_san_patchwise', relu_bound=3.).state_dict())
+    assert first_relu(model).bound.dtype == dtype and first_relu(model).limit == 3.
+
+
+@pytest.mark.parametrize('bound', [-1., 0., float('nan'), float('inf'), [1., 2.]])
+def test_a_damaged_bound(bound):
+    model = timm.create_model('test_san_patchwise')
+    state = {name: torch.tensor(bound) if name.endswith('.bound') else tensor
+             for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match='one positive finite number, got'):
+        model.load_state_dict(state)
+
+
+def test_made_under_inference_mode():
+    with torch.inference_mode():
+        model = timm.create_model('test_san_patchwise')
+    assert first_relu(model.to('cpu').float()).bound == 6
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_block_without_norms_keeps_its_residual(form):
+    """Whether gradients are on, where the ReLU works in place, does not matter."""
+    torch.manual_seed(0)
+    model = SAN(form, depths=(1,), widths=(32,), kernel_sizes=(3,), norm_layer=nn.Identity, num_classes=3).eval()
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        without = model(x)
+    torch.testing.assert_close(without, model(x))

@@ -115,3 +115,22 @@ def test_recalibrated_networks():
     assert not free.finite or max(layer.deviations for layer in free.layers) > 1e6
     assert bounded.finite and max(layer.deviations for layer in bounded.layers) < 1e4
     assert free.layer.startswith('stages.0') and 'relu_bound=6.' in str(free)
+
+
+def test_vectors():
+    """What heads of other networks have: (N, C)."""
+    norm = torch.nn.BatchNorm1d(5).eval()
+    found = diagnose(torch.nn.Sequential(norm).eval(), torch.tensor([[0., 1., -7., 2., 3.]]))
+    assert found.layers[0].deviations == pytest.approx(7, rel=1e-4) and found.layers[0].channel == 2
+
+
+def test_networks_without_statistics():
+    network = timm.create_model('test_san_patchwise', norm_layer='groupnorm1').eval()
+    found = diagnose(network, images())
+    assert found.finite and 'No batch norm with running statistics ran in this SAN' in str(found)
+
+
+def test_compiled_networks():
+    network = model()
+    found = diagnose(torch.compile(network, backend='eager'), images())
+    assert found.layers == diagnose(network, images()).layers and len(found.layers) == 26

@@ -1,5 +1,5 @@
 _base_ = 'mmdet::_base_/default_runtime.py'
 
-# data, classes and heads that do not fit are errors that name the file; feature maps that are not finite in an
-# evaluation are a warning that names the layer
+# data, classes and heads that do not fit are errors that name the file; the layer that makes an
+# evaluation not finite is named in the log
 custom_hooks = [dict(type='CheckSetupHook'), dict(type='CheckInvalidFeaturesHook')]

@@ -24,6 +24,6 @@ optim_wrapper = dict(
         _delete_=True, decay_rate=1.0, backbone_lr_mult=0.1, norm_decay_mult=0., bias_decay_mult=0.,
         flat_decay_mult=0.))  # the last one for biases of other names, in DINO's attention
 
-# data, classes and heads that do not fit are errors that name the file; feature maps that are not finite in an
-# evaluation are a warning that names the layer
+# data, classes and heads that do not fit are errors that name the file; the layer that makes an
+# evaluation not finite is named in the log
 custom_hooks = [dict(type='CheckSetupHook'), dict(type='CheckInvalidFeaturesHook')]

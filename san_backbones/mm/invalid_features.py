@@ -21,7 +21,7 @@ class CheckInvalidFeaturesHook(Hook):
     which batch statistics keep finite where evaluation is not.
 
     Args:
-        stop: End the run with a RuntimeError instead of a warning.
+        stop: End the run with a RuntimeError instead of a line in the log.
     """
 
     priority = 'NORMAL'
@@ -29,29 +29,33 @@ class CheckInvalidFeaturesHook(Hook):
     def __init__(self, stop: bool = False):
         self.stop = stop
         self._handles: list[Any] = []
-        self._images: list[tuple[SANBackbone, torch.Tensor]] = []
+        self._looking = False
+        self._message: str | None = None
 
     def _watch(self, backbone: SANBackbone, args: tuple[torch.Tensor, ...], maps: tuple[torch.Tensor, ...]) -> None:
-        if not self._images and not all(bool(x.isfinite().all()) for x in maps):
-            self._images.append((backbone, args[0].detach().clone()))
+        if self._looking and not all(bool(x.isfinite().all()) for x in maps):
+            self._looking = False  # once; and diagnose calls the backbone again
+            # here, where weights and precision are those of the evaluation
+            self._message = f'SANBackbone gave values that are not finite. {diagnose(backbone, args[0])}'
 
     def _before(self, runner: Runner) -> None:
         self._after()
+        self._looking = True
         self._handles = [module.register_forward_hook(self._watch) for module in runner.model.modules()
                          if isinstance(module, SANBackbone)]
 
-    def _after(self) -> list[tuple[SANBackbone, torch.Tensor]]:
+    def _after(self) -> str | None:
         for handle in self._handles:
             handle.remove()
-        found, self._handles, self._images = self._images, [], []
-        return found
+        message, self._message, self._handles, self._looking = self._message, None, [], False
+        return message
 
     def _report(self, runner: Runner) -> None:
-        for backbone, images in self._after():
-            message = f'SANBackbone gave values that are not finite. {diagnose(backbone, images)}'
-            if self.stop:
-                raise RuntimeError(message)
-            runner.logger.warning(message)
+        message = self._after()
+        if message is not None and self.stop:
+            raise RuntimeError(message)
+        if message is not None:
+            runner.logger.error(message)  # what processes after the first show as well
 
     before_val_epoch = before_test_epoch = _before
 

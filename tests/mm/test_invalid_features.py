@@ -15,14 +15,16 @@ def pictures(tmp_path_factory):
 
 
 def runner(build, pictures, folder, monkeypatch, broken=True, **options):
-    """A runner, and what its log warns of."""
+    """A runner, and the errors in its log."""
     made = Runner.from_cfg(build(pictures, folder, iters=2, custom_hooks=[
         dict(type='CheckInvalidFeaturesHook', **options)]))
     if broken:
         with torch.no_grad():
-            made.model.backbone.stages[2].blocks[0].conv.weight.fill_(3e38)
+            block = made.model.backbone.stages[2].blocks[0]
+            block.norm2.bias.fill_(1e3)
+            block.conv.weight.fill_(1e38)
     said = []
-    monkeypatch.setattr(made.logger, 'warning', lambda message, *rest: said.append(message))
+    monkeypatch.setattr(made.logger, 'error', lambda message, *rest: said.append(message))
     return made, said
 
 
