@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['PLAIN_RELUS', 'BoundedReLU', 'ReLU', 'follow_bounds', 'is_setting', 'may_write_over', 'resolve_bound']
+__all__ = ['PLAIN_RELUS', 'BoundedReLU', 'ReLU', 'follow_bounds', 'is_setting', 'may_write_over', 'relu_bound',
+           'resolve_bound']
 
 AUTO_BOUND = 6.
 """Bound of a new patchwise network."""
@@ -17,10 +18,10 @@ def resolve_bound(relu_bound: float | None, attention: str) -> float | None:
     """The bound of a new network, None for none; raises ValueError unless `relu_bound` asks for one."""
     if relu_bound is None:
         return AUTO_BOUND if attention == 'patchwise' else None
-    if isinstance(relu_bound, bool) or not isinstance(relu_bound, (int, float)) or not relu_bound > 0:
-        raise ValueError("relu_bound must be a positive number, float('inf') for no bound, or None for the default, "
+    if isinstance(relu_bound, bool) or not isinstance(relu_bound, (int, float)) or not relu_bound >= 0:
+        raise ValueError('relu_bound must be a positive number, 0 for no bound, or None for the default, '
                          f'got {relu_bound!r}')
-    return None if relu_bound == math.inf else float(relu_bound)
+    return float(relu_bound) if 0 < relu_bound < math.inf else None
 
 
 def is_setting(name: str) -> bool:
@@ -129,3 +130,8 @@ def follow_bounds(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, BoundedReLU):
             module.follow(state_dict.get(f'{name}.bound'))
+
+
+def relu_bound(model: nn.Module) -> float:
+    """The bound of a model, as its option says it: 0 for none."""
+    return next((module.limit or 0. for module in model.modules() if isinstance(module, BoundedReLU)), 0.)

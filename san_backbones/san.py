@@ -319,8 +319,8 @@ class SAN(nn.Module):
         global_pool: Pooling of the head, '' for none.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, growing linearly over the blocks.
-        relu_bound: Upper bound of the first ReLU of each block; float('inf') for none. None: what loaded weights were
-            made with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
+        relu_bound: Upper bound of the first ReLU of each block; 0 for none. None: what loaded weights were made
+            with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
             pairwise one. A number given here holds whatever is loaded. Other activations have none.
         norm_layer: Norm of all layers, called with the number of channels, or timm's name of one ('groupnorm1').
         act_layer: Activation of all layers, or timm's name of one ('gelu'). With norms other than batch norms or

@@ -28,7 +28,7 @@ GEOMETRY, BACKENDS = 'tests/ops/test_geometry.py', 'tests/ops/test_backends.py'
 NATIVE, POINTWISE, STATISTICS = (f'tests/ops/test_{name}.py' for name in ('native', 'pointwise', 'statistics'))
 NETWORK, MODELS, FUSE, WEIGHTS, BOUND, DIAGNOSIS = (f'tests/test_{name}.py' for name in (
     'network', 'models', 'fuse', 'weights', 'bound', 'diagnosis'))
-FLOPS, GUARD, TOOLS = 'tests/ops/test_flops.py', 'tests/trust/test_guard_bytes.py', 'tests/test_tools.py'
+FLOPS, GUARD, TOOLS = 'tests/ops/test_flops.py', 'tests/trust/test_guard_bytes.py', 'tests/test_layer_tools.py'
 EXPORT, CLI, VISUALIZE = 'tests/test_export.py', 'tests/test_cli.py', 'tests/test_visualize.py'
 KERNELS, TRITON = f'{OPS}/triton/kernels.py', 'tests/ops/test_triton.py'
 REFUSALS, NUMBERS, CONCURRENCY, INTERRUPTION = (f'tests/trust/test_{name}.py' for name in (

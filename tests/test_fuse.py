@@ -280,7 +280,7 @@ def test_writes_past_torch_are_seen_on_the_cpu(kind, name):
     assert _error(model, image) < 2e-6
 
 
-@pytest.mark.parametrize('where', [(3, slice(None)), (slice(None), 3)])
+@pytest.mark.parametrize('where', [(3, slice(None)), (slice(None), slice(3, 9))])
 def test_a_row_written_past_torch_is_seen(where):
     model, image = fuse_for_inference(_model()), _image()
     with torch.no_grad():
@@ -354,7 +354,7 @@ def test_fully_sharded_models_are_fused_before_they_are_wrapped(tmp_path):
         assert [folded for _, _, folded in found] == [True] * 4 + [False] * 2
         assert all(error < 2e-6 for _, errors, _ in found for error in errors), found
         for i, (message, _, _) in enumerate(found):
-            if i < 4 and i % 2 == 0:
+            if i < 4:
                 assert message is None  # whose weights are whole inside a call
             else:
                 assert 'cannot fold' in message and 'fuse the model before it is wrapped' in message

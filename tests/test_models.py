@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import oracle
 import san_backbones
 from san_backbones import SAN, ops
+from san_backbones.activations import ReLU
 from san_backbones.attention import PairwiseAttention, PatchwiseAttention
 from san_backbones.count import count_multiply_adds, count_parameters
 from san_backbones.san import Block, checkpoint_filter_fn
@@ -601,7 +602,7 @@ def test_version():
     (dict(norm_layer='groupnorm1'), {timm.layers.GroupNorm1}),
     (dict(norm_layer='layernorm2d'), {timm.layers.LayerNorm2d}),
     (dict(act_layer='gelu'), {nn.BatchNorm2d, type(timm.layers.create_act_layer('gelu', inplace=True))}),
-    (dict(act_layer='relu', norm_layer='batchnorm2d'), {nn.BatchNorm2d, nn.ReLU}),
+    (dict(act_layer='relu', norm_layer='batchnorm2d'), {nn.BatchNorm2d, ReLU}),
 ])
 def test_layers_by_timms_names(options, kinds, tmp_path):
     """In the whole network, and through timm's folder of a model and its options."""
@@ -628,7 +629,7 @@ def test_layers_by_timms_names(options, kinds, tmp_path):
 def test_activations_are_those_asked_for():
     """Against the modules that a user would put in their place."""
     torch.manual_seed(0)
-    model = timm.create_model('test_san_patchwise', num_classes=4).eval()
+    model = timm.create_model('test_san_patchwise', num_classes=4, relu_bound=0).eval()
     other = timm.create_model('test_san_patchwise', num_classes=4, act_layer=nn.Tanh).eval()
     other.load_state_dict(model.state_dict())
     for module in list(model.modules()):

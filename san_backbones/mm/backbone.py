@@ -73,8 +73,8 @@ class SANBackbone(BaseModule):
             effect). The default 224 is the size that the released models were trained at; None spans [-1, 1] over
             each image, as the released code does.
         drop_path_rate: Stochastic depth.
-        relu_bound: Upper bound of the first ReLU of each block; float('inf') for none. None: what loaded weights were
-            made with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
+        relu_bound: Upper bound of the first ReLU of each block; 0 for none. None: what loaded weights were made
+            with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
             pairwise one. A number given here holds whatever is loaded.
         init_cfg: For instance dict(type='Pretrained', checkpoint='san15_patchwise.pth'). A checkpoint that does not
             fit is an error; weights for three image channels are adapted to `in_channels` as timm adapts them.

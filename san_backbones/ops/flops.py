@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import fused, native  # noqa: F401, they define the operators
 from .folding import Shape
 
-__all__: list[str] = []
+__all__ = ()
 
 _operators = torch.ops.san_backbones
 

@@ -32,7 +32,7 @@ from timm.models._hub import save_config_for_hf
 
 from .. import hub
 from .._requirements import LEAST_FOR_CONVERSION, check, check_pickles
-from ..activations import follow_bounds
+from ..activations import follow_bounds, relu_bound
 from ..hub import WeightsError
 from ..san import DEPTHS, SAN, checkpoint_filter_fn
 from . import card, common
@@ -310,7 +310,7 @@ def released(content: Mapping[str, Any], path: pathlib.Path, name: str, entry: M
                            'this is a training of your own, give it a --tag of its own')
     state, _ = translate(content, path)
     net = timm.create_model(known_to_timm(entry['architecture'], common.TAG), num_classes=IMAGENET_CLASSES,
-                            device='meta', relu_bound=float('inf'))
+                            device='meta', relu_bound=0)
     weights = serialised(fit(state, net, {}, path))
     sha256 = hashlib.sha256(weights).hexdigest()
     if entry['sha256'] not in (None, sha256):
@@ -347,6 +347,8 @@ def config_json(model: Any, data_options: Mapping[str, Any]) -> bytes:
         config = json.loads(path.read_text())
         # timm finds the number above, and transformers' TimmWrapper passes it beside the model_args
         config.get('model_args', {}).pop('num_classes', None)
+        # the state dict has it too; but not every library loads by load_state_dict, which looks there
+        config.setdefault('model_args', {})['relu_bound'] = relu_bound(model)
         for labels in ('label_names', 'label_descriptions'):  # beside the cfg, where both of them look first
             if labels in config['pretrained_cfg']:
                 config[labels] = config['pretrained_cfg'].pop(labels)
@@ -423,7 +425,8 @@ def convert(
                and is_the_authors(content))
     if entry is not None and authors:
         name = f'{architecture}.{common.TAG}'
-        net = timm.create_model(known_to_timm(architecture, common.TAG), num_classes=IMAGENET_CLASSES, device='meta')
+        net = timm.create_model(known_to_timm(architecture, common.TAG), num_classes=IMAGENET_CLASSES, device='meta',
+                                relu_bound=0)
         weights = released(content, source, name, entry)
     else:
         state, left_out = translate(content, source)

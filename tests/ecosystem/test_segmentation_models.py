@@ -93,7 +93,7 @@ def test_weights_that_are_not_there(monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', 'nowhere')
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     with pytest.warns(UserWarning, match="encoder_weights='imagenet'"), \
-            pytest.raises(WeightsError, match='weights of san15_patchwise.*Two ways out'):
+            pytest.raises(WeightsError, match='weights of san15_patchwise.*To get them'):
         smp.Unet('tu-san15_patchwise', encoder_weights='imagenet')
     with pytest.raises(RuntimeError, match='No pretrained weights exist for test_san_pairwise'):
         smp.Unet('tu-test_san_pairwise', encoder_weights=True)

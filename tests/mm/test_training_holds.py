@@ -206,7 +206,8 @@ def test_frozen_stages_stay_as_they_are(build, pictures, tmp_path):
     assert len(recorder.metrics) == 2
     frozen = ('backbone.stem.', 'backbone.stages.0.', 'backbone.stages.1.')
     for name, tensor in runner.model.state_dict().items():
-        assert torch.equal(tensor, initial[name]) == name.startswith(frozen), name
+        if not name.endswith('.bound'):  # a setting
+            assert torch.equal(tensor, initial[name]) == name.startswith(frozen), name
     for name, _ in runner.model.named_parameters():
         assert (name in recorder.gradients) != name.startswith(frozen), name
     for name, module in runner.model.train().named_modules():

@@ -106,6 +106,7 @@ def test_no_backend_stays_asked_for():
 
 PACKAGE = pathlib.Path(san_backbones.__file__).parent
 CACHES = {  # what is kept for the life of the process, by file and name, and its bound
+    'fuse.py _watch_optimizers': 'one',
     'hub.py manifest': 'one',
     'ops/native/attention.py _reflection_index': 64,
     'ops/native/library.py _load': 'one',

@@ -243,7 +243,8 @@ def test_operators_around_the_attention(operator, changes, message):
 @pytest.mark.parametrize('name, change, message', [
     ('shape', lambda x: x[:-1], r'shape must be 8 integers \(relation, .*, path\)'),
     ('shape', lambda x: [*x[:-1], 2], r'path must be 0 .* or 1 .*, got 2'),
-    ('shape', lambda x: [*x[:-1], 1], 'Triton kernels do not serve these maps'),
+    pytest.param('shape', lambda x: [*x[:-1], 1], 'Triton kernels do not serve these maps', marks=pytest.mark.skipif(
+        'triton' in ops.available_backends('cpu'), reason='in the interpreter they do')),
     ('shape', lambda x: [x[0], 2, *x[2:]], 'absolute must be 0 or 1, got 2'),
     ('shape', lambda x: [*x[:2], 4, *x[3:]], 'kernel_size=4'),
     ('shape', lambda x: [*x[:3], 0, *x[4:]], 'dilation=0'),

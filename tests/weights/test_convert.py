@@ -128,6 +128,7 @@ def test_the_authors_file(name, manifest, tmp_path, capsys):
 
     config = json.loads((out / 'config.json').read_text())
     assert config['architecture'] == name and config['num_classes'] == 1000 and config['num_features'] == 128
+    assert config['model_args']['relu_bound'] == 0
     assert config['global_pool'] == 'avg' and not {'file', 'url', 'hf_hub_id', 'source'} & set(config['pretrained_cfg'])
     with safe_open(out / 'model.safetensors', 'pt') as file:
         assert file.metadata() == {'format': 'pt'} and set(file.keys()) == set(model.state_dict())
