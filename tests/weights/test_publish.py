@@ -25,6 +25,9 @@ def hub(monkeypatch, tmp_path):
     """An empty Hub on which the token may write to `org`."""
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)  # the server has no Xet storage
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.delenv('SAN_BACKBONES_AUTHORS', raising=False)
+    monkeypatch.setenv('SAN_BACKBONES_CACHE', str(tmp_path / 'authors'))
     with HubServer() as server:
         server.add_token('secret', 'someone', organisations=['org'])
         yield server
