@@ -7,9 +7,10 @@ A model's weights, say those of `san15_patchwise.in1k`, are looked for in this o
 2. the weights that ship with the package;
 3. the Hugging Face Hub, repository `san-backbones/san15_patchwise.in1k` (SAN_BACKBONES_HUB_ORG names another
    organisation, HF_ENDPOINT another server), through huggingface_hub: its cache, tokens, offline mode, progress bar. It
-   is not asked for what the manifest knows not to be there yet;
+   is not asked for what the manifest knows not to be there yet, nor for what 4. left on this machine;
 4. the file that the authors published, on Google Drive, converted and kept when it is first used
-   (`san_backbones.weights.authors`).
+   (`san_backbones.weights.authors`). What is kept is taken before the Hub is asked, unless another organisation is
+   named.
 
 Files are safetensors but for the authors', of which only tensors are read. Where the manifest pins a digest, the file
 must have it.
@@ -42,6 +43,7 @@ MIRROR_VARIABLE = 'SAN_BACKBONES_AUTHORS_URL'
 CACHE_VARIABLE = 'SAN_BACKBONES_CACHE'
 
 HUB = 'https://huggingface.co'
+FULL = {errno.ENOSPC, errno.EDQUOT}  # of a disk, or of one's share of it
 _logger = logging.getLogger('san_backbones.hub')
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
@@ -178,7 +180,7 @@ def _reason(error: BaseException, where: str, filename: str, revision: str | Non
     cause = error.__cause__ or error
     status = getattr(getattr(cause, 'response', None), 'status_code', None)
     numbers = {getattr(error, 'errno', None), getattr(cause, 'errno', None)}
-    if errno.ENOSPC in numbers:
+    if numbers & FULL:
         return f'the disk with the cache ({cache}) is full'
     if numbers & {errno.EROFS, errno.EACCES}:
         return f'the cache ({cache}) cannot be written to, and the file is not in it'
@@ -205,9 +207,13 @@ def _reason(error: BaseException, where: str, filename: str, revision: str | Non
 def discard(error: WeightsError, *paths: str | os.PathLike) -> WeightsError:
     """Removes files of a cache that are not what they should be, lest the next call finds them again.
 
+    Those that could not be read stay: they may be good, and readable the next time.
+
     Returns:
         The error, with what became of the files.
     """
+    if isinstance(error.__cause__, OSError):
+        return WeightsError(f'{error} The file was left in the cache: it may be readable the next time.')
     try:
         for path in paths:
             if os.path.lexists(path):
@@ -225,6 +231,7 @@ def fetch(
         sha256: str | None = None,
         filename: str = FILENAME,
         cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
 ) -> str:
     """Downloads a file of a Hub repository, or takes it from the cache, and checks it.
 
@@ -236,6 +243,7 @@ def fetch(
             is removed from the cache.
         filename: The file in the repository.
         cache_dir: Another cache than huggingface_hub's.
+        local_files_only: Take it from the cache or not at all.
 
     Returns:
         Path of the file in the cache.
@@ -249,7 +257,7 @@ def fetch(
     try:
         path = huggingface_hub.hf_hub_download(
             repository, filename, revision=revision, cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            library_name='san-backbones')
+            library_name='san-backbones', local_files_only=local_files_only)
     except Exception as error:
         reason = _reason(error, where, filename, revision, str(cache_dir or constants.HF_HUB_CACHE))
         raise Unavailable(f'cannot get {filename}, the weights of {model}, from {origin}: {reason}', model) from error
@@ -272,8 +280,9 @@ def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike 
 
     Args:
         source: ORGANISATION/NAME[@REVISION]. One of `ORGANISATION` is looked for in the local folders first, unless it
-            names a revision, then on the Hub at the organisation that the environment names, then where the authors
-            put it.
+            names a revision, then in the cache of what was made of the authors' files (unless the environment names
+            another organisation), then on the Hub at the organisation that the environment names, then where the
+            authors put it.
         filename: The file in the repository.
         cache_dir: Another cache than huggingface_hub's; what comes from the authors' files is kept below it too.
 
@@ -303,7 +312,7 @@ def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike 
 
 
 def _of_the_authors(name: str, model: str, pinned: str | None, cache_dir: str | os.PathLike | None) -> str:
-    """Weights that their authors published: from the Hub, if they may be there, else made of the authors' file."""
+    """Weights that their authors published: those made of their file before, or the Hub's, or made now."""
     from .weights import authors
     if name == f'{ORGANISATION}/{model}' and not authors_off():  # another organisation may have other weights
         made = authors.cached(model, cache_dir)
@@ -313,8 +322,7 @@ def _of_the_authors(name: str, model: str, pinned: str | None, cache_dir: str | 
         folder = None if cache_dir is None else str(cache_dir)
         path = huggingface_hub.try_to_load_from_cache(name, FILENAME, cache_dir=folder)
         if isinstance(path, str):  # published since
-            check(path, model, f'{constants.ENDPOINT}/{name}')
-            return path
+            return fetch(name, model, cache_dir=cache_dir, local_files_only=True)
         return str(authors.weights(model, cache_dir))
     try:
         return fetch(name, model, None, pinned, FILENAME, cache_dir)

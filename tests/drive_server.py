@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._text(drive.status, 'in trouble')
         elif self.host == 'mirror':
             content = drive.mirrored.get(self.seen.path.lstrip('/'))
-            self._text(404, 'not found') if content is None else self._file(content, None)
+            self._text(drive.lacking, 'not found') if content is None else self._file(content, None)
         else:
             self._drive(query)
 
@@ -178,13 +178,14 @@ class DriveServer:
         step, pause: How many bytes come at a time, and seconds between them.
         delay: Seconds before any answer.
         status: Of every answer, if not 0.
+        lacking: Status of what the mirror does not have.
         mirrored: The mirror's files, by path.
         environment: Variables that bring a client here.
     """
     FRONT, CONTENT = FRONT, CONTENT
 
     def __init__(self, folder: pathlib.Path):
-        self.redirect, self.page, self.ranges, self.status = True, None, True, 0
+        self.redirect, self.page, self.ranges, self.status, self.lacking = True, None, True, 0, 404
         self.word = 't'
         self.cut_after, self.cuts, self.step, self.pause, self.delay = 0, 0, 1 << 16, 0., 0.
         self.files: dict[str, bytes] = {}

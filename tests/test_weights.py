@@ -248,6 +248,21 @@ def test_what_was_damaged_in_the_cache_is_fetched_anew(server, monkeypatch):
     assert pathlib.Path(hub.weights('san-backbones/model.tag')).read_bytes() == content
 
 
+def test_a_file_that_cannot_be_read_now_stays(server, monkeypatch):
+    content = _content(2.)
+    server.add_repo('san-backbones/model.tag')
+    server.put('san-backbones/model.tag', hub.FILENAME, content)
+    monkeypatch.setattr(hub, 'manifest', lambda: {'model.tag': {'sha256': hashlib.sha256(content).hexdigest()}})
+    path = pathlib.Path(hub.weights('san-backbones/model.tag'))
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, 'digest', fail)
+        assert os.strerror(errno.EIO) in _error('san-backbones/model.tag')
+    assert path.read_bytes() == content
+
+
 def test_a_pickle_is_not_read(server):
     server.put(REPOSITORY, 'pytorch_model.bin', b'\x80\x04pickle')
     with pytest.raises(WeightsError, match='no other kind is read'):
@@ -256,6 +271,7 @@ def test_a_pickle_is_not_read(server):
 
 @pytest.mark.parametrize('number, message', [
     (errno.ENOSPC, r'the disk with the cache \(.*elsewhere\) is full'),
+    (errno.EDQUOT, r'the disk with the cache \(.*elsewhere\) is full'),
     (errno.EROFS, r'the cache \(.*elsewhere\) cannot be written to, and the file is not in it'),
     (errno.EACCES, r'the cache \(.*elsewhere\) cannot be written to')])
 def test_a_disk_that_cannot_be_written_to(number, message, server, monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ COMMANDS = dict(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that the arguments name; returns its exit status, 2 if there is no such command."""
-    name, *rest = sys.argv[1:] if argv is None else argv or ['--help']
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name in COMMANDS:
         return importlib.import_module(f'{__package__}.{name}').main(rest)
     wrong = name not in ('-h', '--help')

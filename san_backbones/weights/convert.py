@@ -69,8 +69,8 @@ class Converted:
     notes: tuple[str, ...]
 
 
-class Unreadable(WeightsError):
-    """A file that is damaged or no checkpoint at all."""
+class WrongFile(WeightsError):
+    """A file that is damaged, no checkpoint, one that asks for more than data, or another model's."""
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -81,12 +81,17 @@ def _load(path: pathlib.Path) -> Any:
         return torch.load(path, map_location='cpu', weights_only=True)
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
+def read(path: pathlib.Path, mmengine: bool = True) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU.
 
+    Args:
+        path: The file.
+        mmengine: Whether it may ask for the classes of mmengine that hold data. They are then allowed in the whole
+            process, as `import san_backbones.mm` does.
+
     Raises:
-        Unreadable: It is damaged or no checkpoint.
-        WeightsError: There is no such file, or it holds more than data.
+        WrongFile: It is damaged, no checkpoint, or holds more than data.
+        WeightsError: There is no such file, or a package to read it is missing or too old.
     """
     if not path.is_file():
         raise WeightsError(f'{path} is no file; expected a checkpoint (.pth, .pth.tar, .safetensors)')
@@ -101,7 +106,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
         try:
             content = _load(path)
         except pickle.UnpicklingError as error:
-            if not _refused(error).startswith('mmengine.'):
+            if not mmengine or not _refused(error).startswith('mmengine.'):
                 raise
             from .. import mm  # noqa: F401, allows the classes of mmengine's own checkpoints
             content = _load(path)
@@ -111,18 +116,18 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     except Exception as error:
         refused = _refused(error)
         if refused:
-            raise WeightsError(f'{path} asks for {refused}, and what is loaded that way can run code; expected tensors '
-                               'and plain data. Nothing was run. Get the file from where it is known to be good, or '
-                               'save its state dict alone') from None
+            raise WrongFile(f'{path} asks for {refused}, and what is loaded that way can run code; expected tensors '
+                            'and plain data. Nothing was run. Get the file from where it is known to be good, or '
+                            'save its state dict alone') from None
         # of what torch says of pickles only the reason: its advice is to unpickle everything
         reason = str(error).rpartition('WeightsUnpickler error: ')[2].strip().splitlines() or ['no more is known']
         page = ' It looks like a web page: a download that was refused.' if _starts_as_page(path) else ''
-        raise Unreadable(f'{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint '
-                         f'({type(error).__name__}: {reason[0]}); expected what torch.save or safetensors wrote. It '
-                         f'may be cut short: get it again.{page}') from error
+        raise WrongFile(f'{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint '
+                        f'({type(error).__name__}: {reason[0]}); expected what torch.save or safetensors wrote. It '
+                        f'may be cut short: get it again.{page}') from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise WeightsError(f'{path} holds a {type(content).__name__}, expected a dict of tensors by name, or one with '
-                           "it under 'state_dict'")
+        raise WrongFile(f'{path} holds a {type(content).__name__}, expected a dict of tensors by name, or one with '
+                        "it under 'state_dict'")
     return content
 
 
@@ -150,7 +155,7 @@ def translate(content: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str,
         The tensors, and how many were left out because they are not below `backbone.`; -1 if no name is.
 
     Raises:
-        WeightsError: There is none, or something else than a tensor.
+        WrongFile: There is none, or something else than a plain tensor.
     """
     try:
         state = checkpoint_filter_fn(content)
@@ -164,11 +169,22 @@ def translate(content: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str,
         if inner:
             left_out = len(state) - len(inner)
             state = inner
-    other = [f'{name} ({type(value).__name__})' for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    other = [f'{name} ({kind})' for name, kind in zip(state, map(_unlike_plain, state.values())) if kind]
     if other or not state:
-        raise WeightsError(f"{path} holds {', '.join(other[:10]) or 'no tensors'}; expected a dict of tensors by name, "
-                           "alone or under 'state_dict_ema', 'model_ema', 'state_dict' or 'model'")
+        raise WrongFile(f"{path} holds {', '.join(other[:10]) or 'no tensors'}; expected a dict of tensors by name "
+                        "(strided, on the CPU, not quantised), alone or under 'state_dict_ema', 'model_ema', "
+                        "'state_dict' or 'model'")
     return state, left_out
+
+
+def _unlike_plain(value: Any) -> str:
+    """What a value is instead of a plain tensor in memory; '' if it is one."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    if value.is_nested or value.is_quantized or value.layout != torch.strided or value.device.type != 'cpu':
+        kind = 'nested ' * value.is_nested + 'quantised ' * value.is_quantized
+        return f'a {kind}tensor, {value.layout}, {value.device}'
+    return ''
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
@@ -257,7 +273,7 @@ def fit(
         path: Where the tensors come from, for messages.
 
     Raises:
-        WeightsError: They are not the model's, or not finite.
+        WrongFile: They are not the model's, or not finite.
     """
     architecture = model.pretrained_cfg['architecture']
     what = architecture + (f' with {dict(options)}' if options else '') + f' and {model.num_classes} classes'
@@ -276,22 +292,23 @@ def fit(
                       'classes, give it a --tag of its own')
         else:
             remedy = f'These are the tensors of {other}: give --model {other}'
-        raise WeightsError(f'{path} does not fit {what}. {problems}. {remedy}')
+        raise WrongFile(f'{path} does not fit {what}. {problems}. {remedy}')
     fitted = {}
     for name, like in expected.items():
         tensor = state[name].detach().to(like.dtype).contiguous().clone()
         if not tensor.isfinite().all():
             count = int(tensor.numel() - tensor.isfinite().sum())
-            raise WeightsError(f'{path} holds {count} values in {name} that are infinite or not numbers; expected '
-                               'finite ones. The file is damaged or the training diverged: take another checkpoint')
+            raise WrongFile(f'{path} holds {count} values in {name} that are infinite or not numbers; expected '
+                            'finite ones. The file is damaged or the training diverged: take another checkpoint')
         if name.endswith('running_var') and (tensor < 0).any():
-            raise WeightsError(f'{path} holds variances below zero in {name}; expected none. The file is damaged: take '
-                               'another checkpoint')
+            raise WrongFile(f'{path} holds variances below zero in {name}; expected none. The file is damaged: take '
+                            'another checkpoint')
         fitted[name] = tensor
     return fitted
 
 
-def released(content: Mapping[str, Any], path: pathlib.Path, name: str, entry: Mapping[str, Any]) -> bytes:
+def released(content: Mapping[str, Any], path: pathlib.Path, name: str, entry: Mapping[str, Any],
+             source_sha256: str) -> bytes:
     """model.safetensors, made of the content of the authors' file.
 
     Args:
@@ -299,11 +316,11 @@ def released(content: Mapping[str, Any], path: pathlib.Path, name: str, entry: M
         path: The file.
         name: A model of the manifest.
         entry: The manifest's.
+        source_sha256: Digest of the file.
 
     Raises:
         WeightsError: It is not the file that the manifest pins, or its tensors are not the model's.
     """
-    source_sha256 = hub.digest(path)
     if entry['source_sha256'] not in (None, source_sha256):
         raise WeightsError(f"{path} has the SHA-256 {source_sha256}; the authors' file for {entry['architecture']} has "
                            f"{entry['source_sha256']} (Google Drive id {entry['drive_id']}). Download it again; or, if "
@@ -427,7 +444,7 @@ def convert(
         name = f'{architecture}.{common.TAG}'
         net = timm.create_model(known_to_timm(architecture, common.TAG), num_classes=IMAGENET_CLASSES, device='meta',
                                 relu_bound=0)
-        weights = released(content, source, name, entry)
+        weights = released(content, source, name, entry, source_sha256)
     else:
         state, left_out = translate(content, source)
         if left_out >= 0:

@@ -45,17 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = source.rpartition('/')[2]
         try:
             path = pathlib.Path(hub.weights(source))
+            sha256 = hub.digest(path)
+            note = authors.provenance(model) if path.parent == authors.cache_folder() / model else {}
             if options.out:
                 common.replace_files(options.out / model, {hub.FILENAME: path.read_bytes()})
                 path = options.out / model / hub.FILENAME
-        except WeightsError as error:
+        except (WeightsError, OSError) as error:
             print(f'error: {error}', file=sys.stderr)
             failed = True
             continue
         entry = hub.manifest().get(model) or {}
         print(f'{model}: {path}')
-        print(f'  SHA-256 {hub.digest(path)}, licence {entry.get("license") or "not said"}')
-        note = authors.provenance(model) if 'drive_id' in entry else {}
+        print(f'  SHA-256 {sha256}, licence {entry.get("license") or "not said"}')
         if note:
             trust = 'pinned' if note['pinned'] else 'taken on trust'
             print(f"  made of {note['origin']} ({note['authors']}), SHA-256 {note['source_sha256']}, {trust} on "

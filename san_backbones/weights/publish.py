@@ -23,7 +23,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from .. import hub
-from ..hub import WeightsError
+from ..hub import Unavailable, WeightsError
 from . import authors, common, convert, verify
 
 FILES = ['README.md', 'config.json', hub.FILENAME]
@@ -31,20 +31,26 @@ FILES = ['README.md', 'config.json', hub.FILENAME]
 
 # --- The authors' file -----------------------------------------------------------------------------------------------
 
-def fetched(name: str, entry: dict[str, Any], work: pathlib.Path) -> pathlib.Path:
-    """The authors' file, downloaded if no earlier run did.
+def fetched(name: str, entry: dict[str, Any], options: argparse.Namespace) -> authors.Source:
+    """The authors' file: from --source if that is given, else downloaded if no earlier run did.
 
     Raises:
         WeightsError: It cannot be had.
     """
-    path = work / name / entry['source_file']
+    if options.source:
+        path = authors.provided(options.source, name, entry)
+        return authors.Source(path, str(path), False)
+    path = options.work / name / entry['source_file']
     if not path.is_file():
+        reason = authors.refusal(path)
+        if reason is not None:
+            raise Unavailable(f"the authors' file of {name} is not asked for: {reason}", name)
         print(f'{name}: getting {entry["source_file"]}')
-        source = authors.download(name, entry, work / name / 'partial')
+        source = authors.download(name, entry, path.parent / 'partial', '--work')
         if not source.ours:
-            return source.path
+            return source
         os.replace(source.path, path)
-    return path
+    return authors.Source(path, str(path), True)
 
 
 def converted(name: str, entry: dict[str, Any], options: argparse.Namespace) -> convert.Converted:
@@ -54,29 +60,33 @@ def converted(name: str, entry: dict[str, Any], options: argparse.Namespace) -> 
         WeightsError: They cannot be had or are not what they should be. What was downloaded is then deleted if it is at
             fault, so that the next run downloads anew.
     """
-    if options.source:
-        source = authors.provided(options.source, name, entry)
-    else:
-        source = fetched(name, entry, options.work)
-    ours = source.is_relative_to(options.work)
+    with authors.explained(options.work / name, '--work'):
+        source = fetched(name, entry, options)
+        try:
+            return _converted(source.path, name, entry, options)
+        except convert.WrongFile as error:
+            if not source.ours:
+                raise
+            source.path.unlink()
+            raise WeightsError(f'{str(error).rstrip(".")}. It was deleted: run again to download it anew') from error
+
+
+def _converted(source: pathlib.Path, name: str, entry: dict[str, Any],
+               options: argparse.Namespace) -> convert.Converted:
     found = hub.digest(source)
     if entry['source_sha256'] not in (None, found):
-        if ours:
-            source.unlink()
-        raise WeightsError(f"{source} has the SHA-256 {found}, and the manifest pins {entry['source_sha256']} for the "
-                           f"authors' file of {name} (Google Drive id {entry['drive_id']}). "
-                           + ('It was deleted: run again to download it' if ours else 'Download it again'))
+        raise convert.WrongFile(f"{source} has the SHA-256 {found}, and the manifest pins {entry['source_sha256']} for "
+                                f"the authors' file of {name} (Google Drive id {entry['drive_id']}). Download it again")
+    note = authors.provenance(name)
     try:
-        done = convert.convert(source, name, options.work / name / 'repository', manifest=options.manifest, force=True,
-                               repository=f'{options.org}/{name}')
-    except convert.Unreadable as error:
-        if not ours:
-            raise
-        source.unlink()
-        raise WeightsError(f'{error} It was deleted: run again to download it anew') from error
+        authors.check_trust(note, entry, found, authors.cache_folder() / name)
+    except WeightsError as error:
+        raise convert.WrongFile(f"{source} is not the authors' file of {name}: {error}") from error
+    done = convert.convert(source, name, options.work / name / 'repository', manifest=options.manifest, force=True,
+                           repository=f'{options.org}/{name}')
     if not done.authors:
-        raise WeightsError(f"{source} is not in the authors' format, so it is not theirs; expected model_best.pth as "
-                           f"Google Drive has it under the id {entry['drive_id']}")
+        raise convert.WrongFile(f"{source} is not in the authors' format, so it is not theirs; expected model_best.pth "
+                                f"as Google Drive has it under the id {entry['drive_id']}")
     return done
 
 

@@ -16,6 +16,7 @@ within the tolerance or there are none to compare with, 1 if they are not or som
 """
 import argparse
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -167,6 +168,15 @@ def added(state: Mapping[str, Any], right: torch.Tensor, targets: torch.Tensor) 
     return {'done': state['done'] + len(targets), 'top1': top1, 'top5': top5}
 
 
+@contextlib.contextmanager
+def in_words() -> Iterator[None]:
+    """Leaves the last line of an error from a process that reads images, which comes with its traceback."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(str(error).strip().splitlines()[-1].rpartition('WeightsError: ')[2]) from error
+
+
 def measure(
         model: Any,
         samples: Sequence[tuple[str, int]],
@@ -186,7 +196,8 @@ def measure(
     loader = DataLoader(Images(samples[state['done']:], transform), batch_size=batch_size, num_workers=workers,
                         pin_memory=torch.device(device).type == 'cuda')
     try:
-        with torch.inference_mode(), tqdm(total=len(samples), initial=state['done'], unit='images') as progress:
+        with in_words(), torch.inference_mode(), tqdm(
+                total=len(samples), initial=state['done'], unit='images') as progress:
             for number, (images, targets) in enumerate(loader, 1):
                 best = model(images.to(device)).topk(min(5, len(classes)), dim=1).indices.cpu()
                 state = added(state, best == targets[:, None], targets)  # whole batches, wherever it is interrupted
@@ -194,9 +205,6 @@ def measure(
                 progress.set_postfix_str(f"top-1 {100 * sum(state['top1']) / state['done']:.2f}", refresh=False)
                 if number % BATCHES_BETWEEN_SAVES == 0:
                     write_state(state_path, key, state)
-    except WeightsError as error:
-        # one from another process comes with its traceback, and says what is wrong in the last line
-        raise WeightsError(str(error).strip().splitlines()[-1].rpartition('WeightsError: ')[2]) from error
     finally:
         write_state(state_path, key, state)
     images_of = [0] * len(classes)
@@ -288,7 +296,7 @@ def quick(
     model, guesses = model.to(device), []
     loader = DataLoader(Images(samples, transform), batch_size=min(batch_size, 16), num_workers=workers)
     end = time.monotonic() + QUICK_SECONDS
-    with torch.inference_mode(), tqdm(total=len(samples), unit='images') as progress:
+    with in_words(), torch.inference_mode(), tqdm(total=len(samples), unit='images') as progress:
         for images, _ in loader:
             guesses += model(images.to(device)).topk(min(5, model.num_classes), dim=1).indices.tolist()
             progress.update(len(images))

@@ -1,23 +1,28 @@
 """The authors' files as a source of weights: the real gdown, and a Google Drive, mirrors and disks on this machine."""
 import contextlib
 import errno
+import hashlib
 import importlib
 import json
 import logging
 import multiprocessing
 import os
 import pathlib
+import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import traceback
 
 import huggingface_hub
 import pytest
 import timm
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 
 import oracle
 from drive_server import PAGES, DriveServer, missing
@@ -204,7 +209,35 @@ def test_pages_without_end(drive, cache, monkeypatch):
 @over_the_network
 def test_nobody_there(drive, cache, monkeypatch):
     monkeypatch.setenv(hub.MIRROR_VARIABLE, 'http://127.0.0.1:9/user')
-    assert 'cannot be reached' in fails(Unavailable) or 'broke off' in fails(Unavailable)
+    message = fails(Unavailable)
+    assert 'the server cannot be reached' in message and 'Connection refused' in message
+    assert 'broke off' not in message and 'kept' not in message and not [*cache.rglob('*.part')]
+
+
+@over_the_network
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='fills a queue as Linux has it')
+def test_an_address_that_does_not_answer(drive, cache, monkeypatch):
+    """Is given up sooner than a connection on which nothing comes."""
+    monkeypatch.setattr(authors, 'CONNECTION', 0.2)
+    monkeypatch.setattr(authors, 'RETRIES', 0)
+    assert authors.PATIENCE > 10
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(('127.0.0.1', 0), backlog=0))
+        for _ in range(4):  # what the queue has no room for is not answered at all
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        monkeypatch.setenv(hub.MIRROR_VARIABLE, f'http://127.0.0.1:{server.getsockname()[1]}')
+        start = time.monotonic()
+        message = fails(Unavailable)
+    assert 'the server cannot be reached' in message and time.monotonic() - start < 10
+
+
+@over_the_network
+def test_a_certificate_file_that_is_not_there(drive, cache, monkeypatch, tmp_path):
+    monkeypatch.setenv('REQUESTS_CA_BUNDLE', str(tmp_path / 'none.pem'))
+    message = fails(Unavailable)
+    assert 'none.pem' in message and 'the cache (' not in message
 
 
 def test_without_gdown(cache, monkeypatch):
@@ -293,6 +326,16 @@ def test_trust_is_given_once(mirror, cache, released, tmp_path):
     assert_is(authors.weights(MODEL), source.read_bytes(), tmp_path)
 
 
+def test_classes_of_mmengine_are_not_allowed_for_the_authors_files(mirror, cache, monkeypatch):
+    from san_backbones.weights import convert
+
+    def refusing(path):
+        raise pickle.UnpicklingError('Unsupported global: GLOBAL mmengine.logging.HistoryBuffer was not an allowed one')
+    monkeypatch.setattr(convert, '_load', refusing)
+    monkeypatch.setitem(sys.modules, 'san_backbones.mm', None)  # to import it is an error that names it
+    assert 'asks for mmengine.logging.HistoryBuffer' in fails()
+
+
 def test_no_file_is_read_where_torch_may_run_it(mirror, cache, monkeypatch):
     monkeypatch.setattr(torch, '__version__', '2.5.1')
     monkeypatch.setattr(authors, 'download', lambda *args: pytest.fail('something was asked for'))
@@ -310,6 +353,20 @@ def test_a_damaged_file_in_the_cache(mirror, cache):
     assert authors.weights(MODEL).read_bytes() == good
 
 
+@pytest.mark.parametrize('number', [errno.EIO, errno.ESTALE])
+def test_a_file_in_the_cache_that_cannot_be_read_now(number, mirror, cache, monkeypatch):
+    """It may be good: it stays."""
+    path = authors.weights(MODEL)
+
+    def failing(path):
+        raise OSError(number, os.strerror(number))
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, 'digest', failing)
+        message = fails()
+    assert os.strerror(number) in message and 'left in the cache' in message
+    assert authors.cached(MODEL) == path
+
+
 def test_a_pin_that_came_later(mirror, cache, manifest):
     path = authors.weights(MODEL)
     good = authors.provenance(MODEL)
@@ -324,7 +381,9 @@ def test_a_pin_that_came_later(mirror, cache, manifest):
         common.record(manifest, MODEL, **{pin: good[pin]})
 
 
-@pytest.mark.parametrize('content', ['{"origin": ', '[]', '{}'])
+@pytest.mark.parametrize('content', [
+    '{"origin": ', '[]', '{}', '{"origin": "", "date": "", "sha256": "", "source_sha256": "", "authors": ""}',
+    '{"origin": "", "date": "", "sha256": "", "source_sha256": "", "pinned": true}'])
 def test_a_note_that_cannot_be_read(content, mirror, cache):
     path = authors.weights(MODEL)
     (path.parent / 'provenance.json').write_text(content)
@@ -381,6 +440,29 @@ def test_a_part_of_another_source_is_not_gone_on_from(drive, cache, monkeypatch,
 
 
 @over_the_network
+@pytest.mark.parametrize('pinned', [False, True])
+def test_a_part_of_another_day(pinned, drive, cache, manifest, tmp_path):
+    """May be of another version of the file; it is gone on from only where a digest would tell."""
+    (tmp_path / 'source').write_bytes(file_of(drive))
+    common.record(manifest, MODEL, source_sha256=hub.digest(tmp_path / 'source') if pinned else None)
+    drive.cut_after, drive.cuts = 600_000, 99
+    fails(Unavailable)
+    part, = cache.rglob('*.part')
+    os.utime(part, (time.time() - 90_000,) * 2)
+    drive.cuts = 0
+    drive.requests.clear()
+    assert_is(authors.weights(MODEL), file_of(drive), tmp_path)
+    assert bool([request.range for request in drive.requests if request.range]) == pinned
+
+
+@over_the_network
+def test_a_server_that_never_goes_on(drive, cache):
+    drive.ranges, drive.cut_after, drive.cuts = False, 600_000, 99
+    message = fails(Unavailable)
+    assert 'does not go on from there' in message and 'kept' not in message and not [*cache.rglob('*.part')]
+
+
+@over_the_network
 def test_slow_bytes(drive, cache, tmp_path):
     drive.step, drive.pause = 1 << 14, 0.002
     assert_is(authors.weights(MODEL), file_of(drive), tmp_path)
@@ -390,7 +472,8 @@ def test_slow_bytes(drive, cache, tmp_path):
 def test_a_server_that_falls_silent(drive, cache, monkeypatch):
     monkeypatch.setattr(authors, 'PATIENCE', 0.2)
     drive.delay = 30
-    assert re.search('cannot be reached|broke off', fails(Unavailable))
+    message = fails(Unavailable)
+    assert 'the server cannot be reached' in message and 'Read timed out' in message and 'kept' not in message
 
 
 @over_the_network
@@ -420,6 +503,30 @@ def test_a_mirror_on_the_network(name, drive, cache, monkeypatch, tmp_path):
     assert 'has no file for' in message and 'test_san_pairwise.pth' in message and 'secret' not in message
     drive.status = 500
     assert 'secret' not in fails(Unavailable, OTHER)
+
+
+@over_the_network
+@pytest.mark.parametrize('status', [403, 404, 500])
+def test_passwords_of_a_mirror_are_not_shown(status, drive, cache, monkeypatch):
+    """Nor by an error that the one at hand comes from."""
+    drive.status = status
+    for scheme in ('http', 'HTTP', 'ftp'):
+        monkeypatch.setenv(hub.MIRROR_VARIABLE, drive.mirror.replace('http://', f'{scheme}://user:secret@'))
+        for get in (authors.weights, lambda model: hub.weights(f'san-backbones/{model}')):
+            with pytest.raises(Unavailable) as caught:
+                get(MODEL)
+            text = ''.join(traceback.format_exception(caught.value))
+            assert 'secret' not in text and '127.0.0.1' in text and '.. ' not in str(caught.value)
+            assert ('neither a folder' in text) == (scheme == 'ftp')
+
+
+@over_the_network
+def test_a_mirror_that_forbids_what_it_does_not_have(drive, cache, monkeypatch, tmp_path):
+    drive.lacking = 403
+    monkeypatch.setenv(hub.MIRROR_VARIABLE, drive.mirror)
+    assert 'the server refused (403' in fails(Unavailable) and len(drive.requests) == 4
+    drive.mirrored['test_san_patchwise.in1k.pth'] = file_of(drive)  # the last of the names
+    assert_is(authors.weights(MODEL), file_of(drive), tmp_path)
 
 
 @pytest.mark.parametrize('name', ['test_san_patchwise.pth', 'test_san_patchwise/model_best.pth'])
@@ -458,6 +565,8 @@ def test_offline_asks_nobody(drive, cache, monkeypatch):
     message = fails(Unavailable)
     assert 'offline mode is on (HF_HUB_OFFLINE)' in message and str(cache) in message
     assert 'HF_HUB_OFFLINE=0 san-backbones weights get' in message and not drive.requests
+    with pytest.raises(Unavailable, match='elsewhere'):
+        authors.weights(MODEL, cache / 'elsewhere')
 
 
 def test_where_the_cache_is(monkeypatch):
@@ -588,6 +697,13 @@ def test_a_full_disk_without_one(mirror, cache, monkeypatch):
     monkeypatch.setattr(common, '_replace_files', full)
     message = fails()
     assert 'No space left' in message and 'make room' in message and nothing_loads(cache)
+    assert message.endswith(f'({hub.CACHE_VARIABLE})')
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT])
+def test_a_share_of_the_disk_that_is_full(number, tmp_path):
+    with pytest.raises(WeightsError, match='is full'), authors.explained(tmp_path):
+        raise OSError(number, os.strerror(number))
 
 
 # --- Beside the Hub --------------------------------------------------------------------------------------------------
@@ -621,6 +737,22 @@ def test_what_the_hubs_cache_has_is_taken(mirror, cache, tmp_path):
     (folder / 'snapshots' / commit / hub.FILENAME).write_bytes(save({'weight': torch.ones(3)}))
     assert hub.weights(f'san-backbones/{MODEL}') == str(folder / 'snapshots' / commit / hub.FILENAME)
     assert not cache.exists()
+
+
+def test_what_is_damaged_in_the_hubs_cache_is_not_taken(mirror, cache, tmp_path):
+    """Large files are there under their digests."""
+    folder = tmp_path / 'hub' / f'models--san-backbones--{MODEL}'
+    commit, content = '0' * 40, save({'weight': torch.ones(3)})
+    for name in ('refs', 'blobs', f'snapshots/{commit}'):
+        (folder / name).mkdir(parents=True)
+    (folder / 'refs' / 'main').write_text(commit)
+    blob = folder / 'blobs' / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(content[:-1] + b'!')
+    (folder / 'snapshots' / commit / hub.FILENAME).symlink_to(blob)
+    with pytest.raises(WeightsError, match='SHA-256'):
+        hub.weights(f'san-backbones/{MODEL}')
+    assert not blob.exists()
+    assert hub.weights(f'san-backbones/{MODEL}') == str(cache / MODEL / hub.FILENAME)
 
 
 @pytest.fixture
@@ -689,12 +821,30 @@ def test_get(real, capsys, monkeypatch):
     assert command('get', 'san10_pairwise.in1k', '--out', real / 'out') == 0
     assert f'{hub.FOLDER_VARIABLE}={real / "out"}' in capsys.readouterr().out
     monkeypatch.setenv(hub.FOLDER_VARIABLE, str(real / 'out'))
+    save_file(load_file(real / 'out' / 'san10_pairwise.in1k' / hub.FILENAME), real / 'other.safetensors', {'a': 'b'})
+    (real / 'other.safetensors').rename(real / 'out' / 'san10_pairwise.in1k' / hub.FILENAME)
+    assert command('get', 'san10_pairwise') == 0
+    said = capsys.readouterr().out
+    assert str(real / 'out') in said and 'made of' not in said  # though the cache has a note of that model
     monkeypatch.setenv(hub.AUTHORS_VARIABLE, '0')
     timm.create_model('san10_pairwise', pretrained=True)
     assert command('get', '--all') == 1  # the others are not here
     result = capsys.readouterr()
     assert result.err.count('error: ') == 5 and 'san10_pairwise.in1k: ' in result.out
     assert 'Traceback' not in result.err
+
+
+def test_get_from_a_disk_that_refuses(real, capsys, monkeypatch):
+    def failing(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    command('get', 'san10_pairwise')
+    capsys.readouterr()
+    monkeypatch.setattr(pathlib.Path, 'read_bytes', failing)
+    assert command('get', 'san10_pairwise', '--out', real / 'out') == 1
+    assert os.strerror(errno.EIO) in capsys.readouterr().err
+    monkeypatch.setattr(hub, 'digest', failing)
+    assert command('get', 'test_san_patchwise') == 1
+    assert os.strerror(errno.EIO) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('words, part', [
@@ -705,11 +855,14 @@ def test_get_what_there_is_not(words, part, real, capsys):
     assert part in capsys.readouterr().err
 
 
-def test_commands(capsys):
+def test_commands(capsys, monkeypatch):
     assert command('--help') == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ('get', 'convert', 'verify', 'publish'))
     assert command() == 0
+    monkeypatch.setattr(sys, 'argv', ['san-backbones-weights'])
+    assert importlib.import_module('san_backbones.weights.__main__').main() == 0
+    assert capsys.readouterr().out == 2 * said
     assert command('sell') == 2 and "no command 'sell'" in capsys.readouterr().err
     for name in ('get', 'convert', 'verify', 'publish'):
         with pytest.raises(SystemExit) as ended:

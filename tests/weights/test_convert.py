@@ -340,6 +340,22 @@ def test_damaged_files(released, manifest, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('kind', ['sparse_coo', 'sparse_csr', 'meta', 'qint8'])
+@pytest.mark.filterwarnings('ignore')  # that such tensors are new or old
+def test_tensors_that_are_no_plain_ones(kind, released, manifest, tmp_path, capsys):
+    weight = torch.ones(1000, 32)
+    odd = {'sparse_coo': weight.to_sparse, 'sparse_csr': weight.to_sparse_csr, 'meta': lambda: weight.to('meta'),
+           'qint8': lambda: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)}[kind]()
+    source = released('test_san_patchwise')
+    checkpoint = torch.load(source, weights_only=True)
+    checkpoint['state_dict']['module.fc.weight'] = odd
+    torch.save(checkpoint, source)
+    message = error_of(capsys, source, '--model', 'test_san_patchwise', '--out', tmp_path / 'out', '--manifest',
+                       manifest)
+    assert 'head.fc.weight' in message and {'qint8': 'quantised'}.get(kind, kind) in message
+    assert not (tmp_path / 'out').exists()
+
+
 def test_wrong_arguments(released, manifest, tmp_path, capsys):
     source = released('test_san_patchwise')
     assert 'san19_pairwise' in error_of(capsys, source, '--model', 'resnet50', '--out', tmp_path / 'out')

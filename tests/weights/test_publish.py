@@ -1,6 +1,8 @@
 """`weights publish` against a Hub on this machine: what arrives there, and that any interruption can be continued."""
+import errno
 import hashlib
 import json
+import os
 import sys
 
 import pytest
@@ -25,6 +27,9 @@ def hub(monkeypatch, tmp_path):
     """An empty Hub on which the token may write to `org`."""
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)  # the server has no Xet storage
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.delenv('SAN_BACKBONES_AUTHORS', raising=False)
+    monkeypatch.setenv('SAN_BACKBONES_CACHE', str(tmp_path / 'authors'))
     with HubServer() as server:
         server.add_token('secret', 'someone', organisations=['org'])
         yield server
@@ -222,17 +227,70 @@ def test_one_that_fails_does_not_keep_the_others(run, drive, hub, manifest, caps
 
 # --- The authors' files ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kind', ['page', 'cut'])
-def test_a_bad_download_is_not_kept(kind, run, hub, drive, manifest, tmp_path, capsys):
+@pytest.mark.parametrize('kind', ['page', 'cut', 'another', 'ours', 'damaged', 'sparse'])
+def test_a_bad_download_is_not_kept(kind, run, hub, drive, released, manifest, tmp_path, capsys):
     def fetch(drive_id, path):
         drive(drive_id, path)
-        path.write_bytes(b'<html>quota exceeded' if kind == 'page' else path.read_bytes()[:-1000])
+        if kind in ('page', 'cut'):
+            path.write_bytes(b'<html>quota exceeded' if kind == 'page' else path.read_bytes()[:-1000])
+        elif kind == 'another':
+            released('test_san_pairwise', path)
+        elif kind == 'ours':
+            torch.save(timm.create_model('test_san_patchwise').state_dict(), path)
+        else:
+            bias = torch.full((1000,), float('nan')) if kind == 'damaged' else torch.ones(1000).to_sparse()
+            released('test_san_patchwise', path, **{'fc.bias': bias})
 
     assert run(NAME, fetch=fetch) == 1
     assert 'It was deleted: run again' in capsys.readouterr().err
     assert not (tmp_path / 'work' / NAME / 'model_best.pth').exists() and not changes(hub)
     assert run(NAME) == 0
     assert_published(hub, manifest)
+
+
+def test_a_source_below_work_is_the_users(run, hub, manifest, tmp_path, released):
+    common.record(manifest, NAME, source_sha256='0' * 64)
+    path = released('test_san_patchwise', tmp_path / 'work' / 'mine' / 'test_san_patchwise.pth')
+    assert run(NAME, '--source', tmp_path / 'work' / 'mine') == 1 and path.exists()
+    path.write_bytes(b'<html>')
+    assert run(NAME, '--source', tmp_path / 'work' / 'mine') == 1 and path.exists()
+
+
+@pytest.mark.parametrize('switch', ['SAN_BACKBONES_AUTHORS', 'HF_HUB_OFFLINE'])
+def test_switches(switch, run, drive, monkeypatch, capsys):
+    if switch == 'HF_HUB_OFFLINE':
+        monkeypatch.setattr(constants, switch, True)
+    else:
+        monkeypatch.setenv(switch, '0')
+    assert run(NAME) == 1 and not drive.calls
+    assert switch in capsys.readouterr().err.partition('To get them')[0]
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_refuses(number, run, hub, drive, tmp_path, monkeypatch, capsys):
+    """The words name --work, not the cache of `pretrained=True`."""
+    def failing(*args):
+        raise OSError(number, os.strerror(number))
+    assert run(NAME, fetch=failing) == 1
+    message = capsys.readouterr().err
+    assert str(tmp_path / 'work') in message and '--work' in message and 'SAN_BACKBONES_CACHE' not in message
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', failing)
+        assert run(NAME) == 1
+    assert '--work' in capsys.readouterr().err and not changes(hub)
+
+
+def test_another_file_than_the_one_taken_on_trust(run, hub, manifest, released, monkeypatch, tmp_path, capsys):
+    mirror = tmp_path / 'mirror' / 'test_san_patchwise.pth'
+    with monkeypatch.context() as patch:
+        released('test_san_patchwise', mirror, seed=5)
+        patch.setenv('SAN_BACKBONES_AUTHORS_URL', str(mirror.parent))
+        patch.setattr('san_backbones.hub.manifest', lambda: common.read_manifest(manifest))
+        path = authors.weights(NAME)
+    assert run(NAME) == 1
+    assert 'taken on trust' in capsys.readouterr().err and not changes(hub)
+    (path.parent / 'provenance.json').unlink()  # as the message says
+    assert run(NAME) == 0
 
 
 def test_pinned_source(run, hub, drive, manifest, tmp_path, released, capsys):

@@ -263,6 +263,11 @@ def test_errors_say_what_to_do(run, made, tmp_path, capsys):
     shutil.copytree(made / 'val', tmp_path / 'val')
     (tmp_path / 'val' / 'n003' / '2.png').write_bytes(b'no picture')
     fails('2.png', 'cannot be read as an image', images=tmp_path / 'val')
+    for workers in (0, 1):
+        words = [made / 'model', '--images', tmp_path / 'val', '--quick', '--workers', workers]
+        assert verify.main([str(word) for word in words]) == 1
+        message = capsys.readouterr().err
+        assert '2.png cannot be read as an image' in message and 'Traceback' not in message
     shutil.rmtree(tmp_path / 'val' / 'n007')
     fails('7 folders', '8 classes', images=tmp_path / 'val')
 
