@@ -161,7 +161,8 @@ class Block(nn.Module):
         if not torch.jit.is_scripting():
             if x is residual:  # no norm: what follows may write over it
                 x = x.clone()
-        x = self.attn(self.act1(x))
+        x = self.act1(x)
+        x = self.attn(x)
         x = self.act2(self.norm2(x))
         x = self.drop_path(self.conv(x))
         # in place: one map less to find memory for
