@@ -432,7 +432,8 @@ class FirstUse(Job):
 
     def _get(self, offline: bool) -> pathlib.Path:
         from huggingface_hub import constants
-        os.environ.update(self.drive.environment, SAN_BACKBONES_CACHE=str(self.folder / 'cache'))
+        os.environ.update(self.drive.environment, SAN_BACKBONES_AUTHORS='1',
+                          SAN_BACKBONES_CACHE=str(self.folder / 'cache'))
         constants.HF_HUB_OFFLINE = offline
         self.hub.manifest = lambda: self.manifest
         return self.authors.weights('test_san_patchwise.in1k')
