@@ -496,6 +496,7 @@ class Publishing(_HubJob):
         from huggingface_hub import HfApi
         self.authors._fetch = self._fetch
         self._use_hub(HF_HUB_CACHE=str(self.folder / 'cache'))
+        os.environ.update(SAN_BACKBONES_AUTHORS='1', SAN_BACKBONES_CACHE=str(self.folder / 'authors'))
         tempfile.tempdir = str(self.folder)
         words = ['--org', 'org', '--work', str(self.folder / 'work'), '--manifest', str(self.folder / 'manifest.json')]
         api = HfApi(endpoint=self.hub.endpoint, token='secret')
