@@ -70,14 +70,12 @@ def test_tiles_of_a_part_of_a_batch(cls, monkeypatch):
 
 
 @pytest.mark.parametrize('cls, relation, bound', [
-    (PairwiseAttention, 'dot', 0.015), (PairwiseAttention, 'subtraction', 0.02), (PatchwiseAttention, 'star', 0.015)])
+    (PairwiseAttention, 'dot', 0.015), (PairwiseAttention, 'subtraction', 0.02), (PatchwiseAttention, 'star', 0.01)])
 def test_tiles_of_half_precision_sum_in_float32(cls, relation, bound, monkeypatch):
     """Statistics, and gradients of parameters over thousands of tiles."""
     monkeypatch.setattr(tiled, 'TILE_ELEMENTS', 1 << 11)
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # a draw whose gradients are not mostly rounding
     layer = cls(32, kernel_size=3, relation=relation).train()
-    if cls is PatchwiseAttention:
-        layer.weight_mlp.fc2.weight.data *= 10  # so small that the gradients before it were rounding
     nn.init.constant_(layer.weight_mlp.norm2.bias, 3.)  # no ReLU's input rounds to the other side of 0
     x, exact = torch.randn(2, 32, 24, 30), copy.deepcopy(layer).double()
     exact(x.double()).square().sum().backward()
