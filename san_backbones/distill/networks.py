@@ -1,0 +1,240 @@
+"""Teacher and student, and what the student is to have in common with the teacher."""
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+__all__ = ['LEVELS', 'Answer', 'Student', 'Teacher', 'load_teacher']
+
+LEVELS = (8, 16, 32)  # strides of the feature maps that are compared
+
+
+class Answer(NamedTuple):
+    """What a network makes of pictures: logits (N, C), pooled features (N, F) and feature maps by stride."""
+    logits: Tensor | None
+    pooled: Tensor | None
+    maps: dict[int, Tensor]
+
+
+def load_teacher(name: str, weights: str | os.PathLike | None = None) -> Any:
+    """A teacher by its name.
+
+    Args:
+        name: A timm model, or MODULE:FUNCTION, where the function takes nothing and returns a timm model or a callable.
+        weights: A file with the timm model's weights; None takes those that timm knows.
+
+    Raises:
+        ValueError: There is none of this name.
+        RuntimeError: Its weights cannot be had or do not fit.
+    """
+    module, _, function = name.partition(':')
+    if function and module not in ('hf-hub', 'hf_hub', 'local-dir', 'timm'):
+        if weights:
+            raise ValueError(f'{name} brings its own weights: leave the file with weights out')
+        try:
+            return getattr(importlib.import_module(module), function)()
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ValueError(f'there is no teacher {name!r} ({error}): expected a timm model, or MODULE:FUNCTION of a '
+                             'module that Python finds (PYTHONPATH)') from error
+    if not module.count('/') and not function and not timm.is_model(name.partition('.')[0]):
+        raise ValueError(f'there is no teacher {name!r}: expected a timm model, or MODULE:FUNCTION')
+    if weights:
+        return timm.create_model(name, checkpoint_path=os.fspath(weights))
+    return timm.create_model(name, pretrained=True)
+
+
+def _levels(model: Any, who: str, wanted: Sequence[int]) -> dict[int, int]:
+    """Places in forward_intermediates, by stride; the last of each stride."""
+    info = getattr(model, 'feature_info', None)
+    if not callable(getattr(model, 'forward_intermediates', None)) or info is None:
+        raise ValueError(f'the {who} {type(model).__name__} has no feature maps: timm gives it no '
+                         'forward_intermediates and feature_info; ask for logits only (levels=())')
+    reductions = info.reduction() if callable(getattr(info, 'reduction', None)) else [i['reduction'] for i in info]
+    found = {stride: place for place, stride in enumerate(reductions)}
+    missing = [stride for stride in wanted if stride not in found]
+    if missing:
+        raise ValueError(f'the {who} {type(model).__name__} has no feature map at stride '
+                         f'{", ".join(map(str, missing))}, only at {", ".join(map(str, found))}: '
+                         f'ask for levels that it has')
+    return {stride: found[stride] for stride in wanted}
+
+
+def _answer(model: Any, places: dict[int, int], x: Tensor, pooled: bool, logits: bool = True) -> Answer:
+    if places:
+        indices = sorted(places.values())
+        last, maps = model.forward_intermediates(x, indices=indices)
+        by_place = dict(zip(indices, maps))
+        found = {stride: by_place[place] for stride, place in places.items()}
+    else:
+        last, found = model.forward_features(x) if hasattr(model, 'forward_features') else None, {}
+    if last is None:
+        return Answer(model(x), None, {})
+    features = model.forward_head(last, pre_logits=True) if pooled else None
+    return Answer(model.forward_head(last) if logits else None, features, found)
+
+
+class Teacher(nn.Module):
+    """A frozen network that answers.
+
+    Args:
+        model: A timm model, or a callable that takes normalised images (N, 3, size, size) and returns logits (N, C), or
+            a pair of them (or None) and a list of feature maps (N, C', H, W), whose strides are told by their sizes.
+        levels: Strides of the maps asked for.
+        mean: Of the pixels, in [0, 1], that it expects; None for those of the timm model, else ImageNet's.
+        std: Their standard deviation.
+    """
+
+    def __init__(self, model: Any, levels: Sequence[int] = LEVELS, mean: Sequence[float] | None = None,
+                 std: Sequence[float] | None = None):
+        super().__init__()
+        self.model, self.levels = model, tuple(levels)
+        self.is_timm = isinstance(model, nn.Module) and hasattr(model, 'forward_head')
+        self.places = _levels(model, 'teacher', self.levels) if self.is_timm and self.levels else {}
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        for name, value, default in (('mean', mean, IMAGENET_DEFAULT_MEAN), ('std', std, IMAGENET_DEFAULT_STD)):
+            values = torch.tensor(value or cfg.get(name) or default)
+            self.register_buffer(name, 255 * values.view(-1, 1, 1), persistent=False)
+        self.requires_grad_(False).to(memory_format=torch.channels_last).eval()
+        classifier = model.get_classifier() if self.is_timm else None
+        self.classifier = classifier if isinstance(classifier, nn.Linear) else None
+
+    def train(self, mode: bool = True) -> 'Teacher':
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def ends_in_classifier(self, answer: Answer) -> bool:
+        """Whether the logits are a linear map of the pooled features, and of nothing else."""
+        if self.classifier is None or answer.pooled is None or answer.logits is None:
+            return False
+        found = F.linear(answer.pooled, self.classifier.weight, self.classifier.bias)
+        return found.shape == answer.logits.shape and torch.allclose(found, answer.logits, atol=.05, rtol=.05)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Answer:
+        """Images (N, 3, size, size), uint8, to an answer in float32."""
+        x = (images - self.mean) / self.std
+        if self.is_timm:
+            answer = _answer(self.model, self.places, x, self.classifier is not None)
+        else:
+            result = self.model(x)
+            logits, maps = result if isinstance(result, (tuple, list)) else (result, [])
+            by_stride = {round(x.shape[-1] / each.shape[-1]): each for each in maps}
+            missing = [stride for stride in self.levels if stride not in by_stride]
+            if missing:
+                raise ValueError(f'the teacher gave no feature map at stride {", ".join(map(str, missing))}, only at '
+                                 f'{", ".join(map(str, by_stride)) or "none"}: ask for levels that it has')
+            answer = Answer(logits, None, {stride: by_stride[stride] for stride in self.levels})
+        return Answer(*(None if x is None else x.float() for x in answer[:2]),
+                      {stride: each.float() for stride, each in answer.maps.items()})
+
+
+class Standardised(nn.Module):
+    """Centres and scales the teacher's channels by numbers that are taken from some pictures once, so that the squared
+    error of nothing learnt is 1 for every teacher."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(channels))
+        self.register_buffer('scale', torch.ones(channels))
+
+    def measure(self, parts: Sequence[Tensor]) -> None:
+        rows = torch.cat([part.movedim(1, -1).flatten(0, -2) for part in parts]).double()
+        self.mean.copy_(rows.mean(0))
+        # a channel that hardly moves is not blown up
+        std = rows.std(0)
+        self.scale.copy_(1 / std.clamp(min=1e-3 * float(std.max()) + 1e-12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1,) + (1,) * (x.dim() - 2)
+        return (x - self.mean.view(shape)) * self.scale.view(shape)
+
+
+class Student(nn.Module):
+    """The network that learns, with projections that are thrown away.
+
+    Where the teacher ends in a linear classifier, it is taken over, frozen: the student learns the features in front
+    of it, by a linear map, and so knows classes that no picture shows (Chen et al., Knowledge Distillation with the
+    Reused Teacher Classifier, CVPR 2022). `export` multiplies the two into the student's own classifier.
+
+    Args:
+        model: A timm model with as many classes as the teacher.
+        teacher: The teacher.
+        example: Its answer to some pictures.
+        reuse: Take the teacher's classifier over.
+    """
+
+    def __init__(self, model: Any, teacher: Teacher, example: Answer, reuse: bool = True):
+        super().__init__()
+        self.model = model
+        self.places = _levels(model, 'student', teacher.levels) if teacher.levels else {}
+        channels = {stride: model.feature_info[place]['num_chs'] for stride, place in self.places.items()}
+        self.projections = nn.ModuleDict({
+            str(stride): nn.Conv2d(channels[stride], example.maps[stride].shape[1], 1) for stride in channels})
+        self.targets = nn.ModuleDict({
+            str(stride): Standardised(example.maps[stride].shape[1]) for stride in channels})
+        self.embed: nn.Linear | None = None
+        if reuse and teacher.ends_in_classifier(example):
+            classifier = teacher.classifier
+            model.get_classifier().requires_grad_(False)  # not used before `export`
+            self.embed = nn.Linear(model.head_hidden_size, classifier.in_features)
+            self.targets['pooled'] = Standardised(classifier.in_features)
+            self.register_buffer('classifier_weight', classifier.weight.detach().clone(), persistent=False)
+            bias = classifier.bias
+            self.register_buffer('classifier_bias', torch.zeros(classifier.out_features) if bias is None
+                                 else bias.detach().clone(), persistent=False)
+
+    def measure(self, answers: Sequence[Answer]) -> None:
+        """Takes the scales of the teacher's features."""
+        for name, target in self.targets.items():
+            target.measure([a.pooled if name == 'pooled' else a.maps[int(name)] for a in answers])
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+        reuses = self.embed is not None
+        answer = _answer(self.model, self.places, x, reuses, not reuses)
+        maps = {str(stride): self.projections[str(stride)](each) for stride, each in answer.maps.items()}
+        if self.embed is None:
+            return answer.logits, None, maps
+        pooled = self.embed(answer.pooled)  # of the standardised features
+        features = pooled / self.targets['pooled'].scale + self.targets['pooled'].mean
+        return F.linear(features, self.classifier_weight, self.classifier_bias), pooled, maps
+
+    def losses(self, x: Tensor, answer: Answer, temperature: float) -> dict[str, Tensor]:
+        """Each part of the loss, a scalar: 'logits' (KL divergence), 'pooled' and a stride (parts of the teacher's
+        variance that the student does not explain)."""
+        logits, pooled, maps = self(x)
+        found = {}
+        if answer.logits is not None:
+            found['logits'] = temperature ** 2 * F.kl_div(
+                F.log_softmax(logits.float() / temperature, 1), F.log_softmax(answer.logits / temperature, 1),
+                reduction='batchmean', log_target=True)
+        if pooled is not None:
+            found['pooled'] = F.mse_loss(pooled.float(), self.targets['pooled'](answer.pooled))
+        for stride, mine in maps.items():
+            theirs = self.targets[stride](answer.maps[int(stride)])
+            if theirs.shape[-1] > mine.shape[-1]:
+                theirs = F.adaptive_avg_pool2d(theirs, mine.shape[-2:])
+            elif theirs.shape[-1] < mine.shape[-1]:
+                theirs = F.interpolate(theirs, mine.shape[-2:], mode='bilinear')
+            found[stride] = F.mse_loss(mine.float(), theirs)
+        return found
+
+    @torch.no_grad()
+    def export(self) -> dict[str, Tensor]:
+        """The model's own state dict, with the classifier that it was given."""
+        state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        if self.embed is not None:
+            prefix = next(name for name, module in self.model.named_modules()
+                          if module is self.model.get_classifier())
+            target = self.targets['pooled']
+            weight = self.classifier_weight.double() / target.scale.double()  # of standardised features
+            state[f'{prefix}.weight'] = (weight @ self.embed.weight.double()).float()
+            state[f'{prefix}.bias'] = (
+                weight @ self.embed.bias.double() + self.classifier_weight.double() @ target.mean.double()
+                + self.classifier_bias.double()).float()
+        return state
