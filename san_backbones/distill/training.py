@@ -61,6 +61,7 @@ class Settings:
         temperature: Of the logits.
         weights: Of the parts of the loss: logits, pooled features, each feature map.
         lr: Learning rate of AdamW, for `batch` pictures in all.
+        projection_lr: Of the projections, as a part of `lr`.
         weight_decay: Of weights of two dimensions and more.
         warmup: Pictures over which the learning rate grows.
         decay: Part of the training, at its end, over which the learning rate falls to 0 as a cosine does.
@@ -78,6 +79,7 @@ class Settings:
     temperature: float = 1.
     weights: tuple[float, float, float] = (1., 1., 1.)
     lr: float = 2e-3
+    projection_lr: float = .1
     weight_decay: float = .05
     warmup: int = 10000
     decay: float = .25
@@ -119,12 +121,15 @@ class _Trainer:
         self.student = Student(model, teacher, answers[0], settings.reuse).to(device)
         self.student.measure(answers)
         self.averaged = ModelEmaV3(self.student, decay=settings.ema, use_warmup=True, warmup_gamma=10, warmup_power=1)
-        decayed = [p for p in self.student.parameters() if p.requires_grad and p.dim() > 1]
-        others = [p for p in self.student.parameters() if p.requires_grad and p.dim() <= 1]
-        self.parameters = decayed + others
-        self.optimizer = torch.optim.AdamW(
-            [dict(params=decayed, weight_decay=settings.weight_decay), dict(params=others, weight_decay=0.)],
-            settings.lr)
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        ours = {id(p) for p in model.parameters()}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for parameter in self.parameters:
+            groups.setdefault((id(parameter) in ours, parameter.dim() > 1), []).append(parameter)
+        self.optimizer = torch.optim.AdamW([
+            dict(params=params, weight_decay=settings.weight_decay * decays,
+                 factor=1. if is_ours else settings.projection_lr)
+            for (is_ours, decays), params in groups.items()], settings.lr)
         cfg = model.pretrained_cfg
         self.mean, self.std = (255 * torch.tensor(cfg[name], device=device).view(-1, 1, 1) for name in ('mean', 'std'))
         self.losses: nn.Module = _Losses(self.student, settings.temperature)
@@ -163,7 +168,7 @@ class _Trainer:
         self.student.train()
         rate = settings.rate(self.seen - self.begun, progress)
         for group in self.optimizer.param_groups:
-            group['lr'] = rate
+            group['lr'] = rate * group['factor']
         with self._autocast(settings.precision):
             parts = self.losses((small.to(self.device) - self.mean) / self.std, answer)
         weights = dict(logits=settings.weights[0], pooled=settings.weights[1])
