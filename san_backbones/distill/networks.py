@@ -182,7 +182,11 @@ class Student(nn.Module):
         if reuse and teacher.ends_in_classifier(example):
             classifier = teacher.classifier
             model.get_classifier().requires_grad_(False)  # not used before `export`
+            # pooled features of ReLUs have large means: standardised, the linear map learns from the first step
+            self.centred = nn.BatchNorm1d(model.head_hidden_size, affine=False)
             self.embed = nn.Linear(model.head_hidden_size, classifier.in_features)
+            nn.init.zeros_(self.embed.weight)
+            nn.init.zeros_(self.embed.bias)
             self.targets['pooled'] = Standardised(classifier.in_features)
             self.register_buffer('classifier_weight', classifier.weight.detach().clone(), persistent=False)
             bias = classifier.bias
@@ -200,7 +204,7 @@ class Student(nn.Module):
         maps = {str(stride): self.projections[str(stride)](each) for stride, each in answer.maps.items()}
         if self.embed is None:
             return answer.logits, None, maps
-        pooled = self.embed(answer.pooled)  # of the standardised features
+        pooled = self.embed(self.centred(answer.pooled))  # of the standardised features
         features = pooled / self.targets['pooled'].scale + self.targets['pooled'].mean
         return F.linear(features, self.classifier_weight, self.classifier_bias), pooled, maps
 
@@ -232,9 +236,12 @@ class Student(nn.Module):
             prefix = next(name for name, module in self.model.named_modules()
                           if module is self.model.get_classifier())
             target = self.targets['pooled']
-            weight = self.classifier_weight.double() / target.scale.double()  # of standardised features
-            state[f'{prefix}.weight'] = (weight @ self.embed.weight.double()).float()
-            state[f'{prefix}.bias'] = (
-                weight @ self.embed.bias.double() + self.classifier_weight.double() @ target.mean.double()
-                + self.classifier_bias.double()).float()
+            centred, embed = self.centred, self.embed
+            scale = (centred.running_var.double() + centred.eps).rsqrt()
+            first = embed.weight.double() * scale
+            bias = embed.bias.double() - first @ centred.running_mean.double()
+            last = self.classifier_weight.double()
+            state[f'{prefix}.weight'] = ((last / target.scale.double()) @ first).float()
+            state[f'{prefix}.bias'] = (last @ (bias / target.scale.double() + target.mean.double())
+                                       + self.classifier_bias.double()).float()
         return state

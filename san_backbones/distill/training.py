@@ -199,7 +199,7 @@ class _Trainer:
     def weights(self) -> dict[str, Tensor]:
         """The averaged weights, of the student's own names, in half precision."""
         exported = self.averaged.module.export()
-        return {name: (each.half() if each.is_floating_point() else each).cpu().contiguous()
+        return {name: (each.half() if each.is_floating_point() and each.dim() > 1 else each).cpu().contiguous()
                 for name, each in exported.items()}
 
 
