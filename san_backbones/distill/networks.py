@@ -1,7 +1,7 @@
 """Teacher and student, and what the student is to have in common with the teacher."""
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -90,6 +90,9 @@ class Teacher(nn.Module):
         std: Their standard deviation.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: Any, levels: Sequence[int] = LEVELS, mean: Sequence[float] | None = None,
                  std: Sequence[float] | None = None):
         super().__init__()
@@ -102,7 +105,7 @@ class Teacher(nn.Module):
             self.register_buffer(name, 255 * values.view(-1, 1, 1), persistent=False)
         self.requires_grad_(False).to(memory_format=torch.channels_last).eval()
         classifier = model.get_classifier() if self.is_timm else None
-        self.classifier = classifier if isinstance(classifier, nn.Linear) else None
+        self.classifier: Any = classifier if isinstance(classifier, nn.Linear) else None
 
     def train(self, mode: bool = True) -> 'Teacher':
         """Stays in eval mode."""
@@ -130,13 +133,17 @@ class Teacher(nn.Module):
                 raise ValueError(f'the teacher gave no feature map at stride {", ".join(map(str, missing))}, only at '
                                  f'{", ".join(map(str, by_stride)) or "none"}: ask for levels that it has')
             answer = Answer(logits, None, {stride: by_stride[stride] for stride in self.levels})
-        return Answer(*(None if x is None else x.float() for x in answer[:2]),
-                      {stride: each.float() for stride, each in answer.maps.items()})
+        logits, pooled = (None if x is None else x.float() for x in answer[:2])
+        return Answer(logits, pooled, {stride: each.float() for stride, each in answer.maps.items()})
 
 
 class Standardised(nn.Module):
     """Centres and scales the teacher's channels by numbers that are taken from some pictures once, so that the squared
-    error of nothing learnt is 1 for every teacher."""
+    error of nothing learnt is 1 for every teacher.
+    """
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
@@ -144,6 +151,7 @@ class Standardised(nn.Module):
         self.register_buffer('scale', torch.ones(channels))
 
     def measure(self, parts: Sequence[Tensor]) -> None:
+        """Takes them from feature maps or pooled features."""
         rows = torch.cat([part.movedim(1, -1).flatten(0, -2) for part in parts]).double()
         self.mean.copy_(rows.mean(0))
         # a channel that hardly moves is not blown up
@@ -169,6 +177,9 @@ class Student(nn.Module):
         reuse: Take the teacher's classifier over.
     """
 
+    classifier_weight: Tensor
+    classifier_bias: Tensor
+
     def __init__(self, model: Any, teacher: Teacher, example: Answer, reuse: bool = True):
         super().__init__()
         self.model = model
@@ -176,9 +187,10 @@ class Student(nn.Module):
         channels = {stride: model.feature_info[place]['num_chs'] for stride, place in self.places.items()}
         self.projections = nn.ModuleDict({
             str(stride): nn.Conv2d(channels[stride], example.maps[stride].shape[1], 1) for stride in channels})
-        self.targets = nn.ModuleDict({
+        self.targets: Any = nn.ModuleDict({
             str(stride): Standardised(example.maps[stride].shape[1]) for stride in channels})
         self.embed: nn.Linear | None = None
+        self.centred: Any = None
         if reuse and teacher.ends_in_classifier(example):
             classifier = teacher.classifier
             model.get_classifier().requires_grad_(False)  # not used before `export`
@@ -228,20 +240,58 @@ class Student(nn.Module):
             found[stride] = F.mse_loss(mine.float(), theirs)
         return found
 
+    @property
+    def _classifier_name(self) -> str:
+        classifier = self.model.get_classifier()
+        return next(name for name, module in self.model.named_modules() if module is classifier)
+
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor], images: Iterable[Tensor]) -> None:
+        """Starts from a model's weights, as `export` gives them. Of the projections it takes that of pooled features,
+        as far as the classifier tells it.
+
+        Args:
+            weights: State dict of the model.
+            images: Normalised, (N, 3, size, size), some at a time, to take the statistics of pooled features from.
+
+        Raises:
+            RuntimeError: They are another model's.
+        """
+        self.model.load_state_dict(weights)
+        if self.embed is None:
+            return
+        self.model.eval()
+        pooled = torch.cat([self.model.forward_head(self.model.forward_features(x), pre_logits=True) for x in images])
+        self.centred.running_mean.copy_(pooled.mean(0))
+        self.centred.running_var.copy_(pooled.var(0))
+        mean, scale, last = self._linear_maps()
+        classifier = self.model.get_classifier()
+        # of all maps to standardised features from which the teacher's classifier makes this one, about the least
+        product = last @ last.T
+        product += 1e-4 * product.diagonal().mean() * torch.eye(len(last)).to(last)
+        inverse = last.T @ torch.linalg.inv(product)
+        rest = classifier.bias.double() + classifier.weight.double() @ mean - self._teachers_bias()
+        self.embed.weight.copy_(inverse @ (classifier.weight.double() / scale))
+        self.embed.bias.copy_(inverse @ rest)
+
+    def _linear_maps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and reciprocal standard deviation of the student's pooled features, and the teacher's classifier on
+        standardised features, in float64."""
+        return (self.centred.running_mean.double(), (self.centred.running_var.double() + self.centred.eps).rsqrt(),
+                self.classifier_weight.double() / self.targets['pooled'].scale.double())
+
+    def _teachers_bias(self) -> Tensor:
+        """Logits where all standardised features are 0."""
+        return self.classifier_bias.double() + self.classifier_weight.double() @ self.targets['pooled'].mean.double()
+
     @torch.no_grad()
     def export(self) -> dict[str, Tensor]:
         """The model's own state dict, with the classifier that it was given."""
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         if self.embed is not None:
-            prefix = next(name for name, module in self.model.named_modules()
-                          if module is self.model.get_classifier())
-            target = self.targets['pooled']
-            centred, embed = self.centred, self.embed
-            scale = (centred.running_var.double() + centred.eps).rsqrt()
-            first = embed.weight.double() * scale
-            bias = embed.bias.double() - first @ centred.running_mean.double()
-            last = self.classifier_weight.double()
-            state[f'{prefix}.weight'] = ((last / target.scale.double()) @ first).float()
-            state[f'{prefix}.bias'] = (last @ (bias / target.scale.double() + target.mean.double())
-                                       + self.classifier_bias.double()).float()
+            prefix = self._classifier_name
+            mean, scale, last = self._linear_maps()
+            weight = last @ (self.embed.weight.double() * scale)
+            state[f'{prefix}.weight'] = weight.float()
+            state[f'{prefix}.bias'] = (last @ self.embed.bias.double() - weight @ mean + self._teachers_bias()).float()
         return state

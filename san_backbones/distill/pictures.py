@@ -27,11 +27,11 @@ SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.
 
 
 class _File(NamedTuple):
-    """A picture: a file of its own, or bytes within a tar, or a member of a zip."""
+    """A picture of `size` bytes: a file of its own, a member of a zip, or bytes of a tar from `offset` on."""
     path: str
+    size: int
     member: str = ''
     offset: int = -1
-    size: int = 0
 
 
 def _is_picture(name: str) -> bool:
@@ -46,26 +46,24 @@ def _in(path: pathlib.Path) -> Iterator[_File]:
             for name in sorted(names):
                 inside = pathlib.Path(folder, name)
                 if _is_picture(name):
-                    yield _File(str(inside))
+                    yield _File(str(inside), inside.stat().st_size)
                 elif name.endswith(('.zip', '.tar')) and not name.startswith('.'):
                     yield from _in(inside)
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            for name in sorted(archive.namelist()):
-                if _is_picture(name):
-                    yield _File(str(path), name)
+            for info in sorted(archive.infolist(), key=lambda info: info.filename):
+                if _is_picture(info.filename):
+                    yield _File(str(path), info.file_size, info.filename)
     elif tarfile.is_tarfile(path):
         try:
-            archive = tarfile.open(path, 'r:')
+            with tarfile.open(path, 'r:') as tar:
+                members = [member for member in tar if member.isfile() and _is_picture(member.name)]
         except tarfile.ReadError:
             raise ValueError(f'{path} is a compressed tar, whose pictures cannot be read one by one: unpack it, or '
                              'make a plain .tar of it') from None
-        with archive:
-            for member in archive:
-                if member.isfile() and _is_picture(member.name):
-                    yield _File(str(path), member.name, member.offset_data, member.size)
+        yield from (_File(str(path), member.size, member.name, member.offset_data) for member in members)
     elif _is_picture(path.name):
-        yield _File(str(path))
+        yield _File(str(path), path.stat().st_size)
     else:
         raise ValueError(f'{path} is neither a folder, nor a zip or tar file (of a WebDataset), nor a picture')
 
@@ -202,7 +200,11 @@ class Store:
         if needed > free:
             raise OSError(f'{len(files)} decoded pictures of {side} pixels need about {needed / 1e9:.1f} GB, and '
                           f'{path.parent} has {free / 1e9:.1f} GB free: take fewer, smaller sizes, or another place')
-        shapes, offsets, broken, end = [], [], [], 0
+        path.with_suffix('.npz').unlink(missing_ok=True)  # which must not be found beside other bytes
+        shapes: list[tuple[int, ...]] = []
+        offsets: list[int] = []
+        broken: list[str] = []
+        end = 0
 
         def decode(index: int) -> np.ndarray | Exception:
             try:
@@ -224,7 +226,8 @@ class Store:
                     shapes.append(pixels.shape[:2])
                     offsets.append(end)
                     end += pixels.size
-                tell(f'decoded {index + 1} of {len(files)} pictures' + f', {len(broken)} broken' * bool(broken))
+                tell(f'decoded {min(first + 1000, len(files))} of {len(files)} pictures'
+                     + f', {len(broken)} broken' * bool(broken))
             if not shapes:
                 raise ValueError(f'none of the {len(files)} pictures can be read; the first: {broken[0]}')
         about = json.dumps(dict(wanted, broken=broken[:100], left_out=len(broken)))

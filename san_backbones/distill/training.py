@@ -22,66 +22,84 @@ from .._files import written_whole
 from .networks import LEVELS, Answer, Student, Teacher, load_teacher
 from .pictures import Files, Store, Views
 
-__all__ = ['Settings', 'Size', 'distill', 'export']
+__all__ = ['Settings', 'Size', 'distill']
 
 CHECKPOINT = 'last.pt'
 WEIGHTS = 'model.safetensors'
 LOG = 'log.jsonl'
 MEASURED = 256  # pictures from which the scales of the teacher's features are taken
+STRIDE = 32  # of teachers, whose pictures have sides of a multiple of it
+PRECISIONS = ('fp32', 'bf16')
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A side of the student's pictures in pixels, the batch that goes with it, and how many pictures are seen so."""
+    """A side of the student's pictures, and for how long.
+
+    Args:
+        pixels: The side.
+        batch: Pictures of a step, of all processes.
+        pictures: How many are seen at this size before the next one; None for all that follow.
+    """
     pixels: int
     batch: int = 64
     pictures: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> 'Size':
-        """PIXELS[xBATCH][:PICTURES], say '64', '64x32' or '48x64:100000'."""
+        """PIXELS[xBATCH][:PICTURES], say '64', '64x32' or '48x64:100000'.
+
+        Raises:
+            ValueError: It is something else.
+        """
         size, colon, pictures = text.partition(':')
         pixels, times, batch = size.partition('x')
         parts = [pixels] + [batch] * bool(times) + [pictures] * bool(colon)
         if not all(part.isdecimal() and int(part) > 0 for part in parts):
             raise ValueError(f'expected PIXELS[xBATCH][:PICTURES] such as 64, 64x32 or 48x64:100000, got {text!r}')
-        return cls(int(pixels), int(batch) if times else 64, int(pictures) if colon else None)
+        return cls(int(pixels), int(batch) if times else cls.batch, int(pictures) if colon else None)
 
 
 @dataclasses.dataclass
 class Settings:
-    """What a distillation does. What decides its result is kept in the checkpoint, and must be the same to go on.
+    """What decides the result of a distillation. It is kept in checkpoints, and must be the same to go on with one.
 
     Args:
         sizes: Sides of the student's pictures, one after the other; the last one stays.
-        teacher_scale: Side of the teacher's pictures, as a multiple of the student's.
-        crop: Least part of a picture's area that a view shows.
-        levels: Strides of the feature maps that are compared.
-        reuse: Take the teacher's classifier over.
-        temperature: Of the logits.
+        teacher_scale: Side of the teacher's pictures as a multiple of the student's, rounded to one of 32.
+        teacher_size: That side in pixels, for teachers that take one size only.
+        crop: Least part of a picture's area that a view shows, in (0, 1].
+        levels: Strides of the feature maps that are compared; none for logits alone.
+        reuse: Take the teacher's classifier over, see `Student`.
+        temperature: That logits of both are divided by.
         weights: Of the parts of the loss: logits, pooled features, each feature map.
-        lr: Learning rate of AdamW, for `batch` pictures in all.
-        projection_lr: Of the projections, as a part of `lr`.
-        weight_decay: Of weights of two dimensions and more.
+        lr: Highest learning rate of AdamW.
+        projection_lr: That of what is thrown away, as a part of `lr`.
+        weight_decay: Of parameters of two dimensions and more.
         warmup: Pictures over which the learning rate grows.
-        decay: Part of the training, at its end, over which the learning rate falls to 0 as a cosine does.
+        decay: Part of the training, at its end, over which the learning rate falls to 0 as a cosine does; 1 for all of
+            it. A training without an end has no such part.
         clip: Largest norm of the gradient; 0 for any.
-        ema: Part of the averaged weights that one step keeps.
+        ema: Part of the averaged weights that a step keeps, less in the first steps.
         seed: Of everything random.
-        precision: 'fp32', or 'bf16' for autocast.
-        teacher_precision: The same of the teacher.
+        precision: Of the student, 'fp32' or 'bf16' (autocast).
+        teacher_precision: Of the teacher.
+
+    Raises:
+        ValueError: One is out of range.
     """
     sizes: tuple[Size, ...] = (Size(64),)
     teacher_scale: float = 2.
+    teacher_size: int | None = None
     crop: float = .4
     levels: tuple[int, ...] = LEVELS
     reuse: bool = True
     temperature: float = 1.
-    weights: tuple[float, float, float] = (1., 1., 1.)
-    lr: float = 2e-3
+    weights: tuple[float, float, float] = (1., 4., 1.)
+    lr: float = 1e-3
     projection_lr: float = .1
     weight_decay: float = .05
-    warmup: int = 10000
+    warmup: int = 5000
     decay: float = .25
     clip: float = 1.
     ema: float = .999
@@ -89,118 +107,46 @@ class Settings:
     precision: str = 'fp32'
     teacher_precision: str = 'fp32'
 
-    def size(self, seen: int) -> Size:
-        for size in self.sizes[:-1]:
-            if size.pictures is None or seen < size.pictures:
-                return size
-            seen -= size.pictures
-        return self.sizes[-1]
-
-    def rate(self, seen: int, progress: float) -> float:
-        """The learning rate after `seen` pictures, with `progress` of the training done, 0 to 1."""
-        rate = self.lr * min(1., (seen + 1) / max(1, self.warmup))
-        if self.decay and progress > 1 - self.decay:
-            rate *= .5 * (1 + math.cos(math.pi * min(1., (progress - 1 + self.decay) / self.decay)))
-        return rate
-
-
-class _Trainer:
-    """State, and what a step does to it."""
-
-    def __init__(self, model: Any, teacher: Teacher, views: Views, settings: Settings, device: torch.device,
-                 workers: int = 0):
-        self.settings, self.teacher, self.views, self.device = settings, teacher.to(device), views, device
-        self.rank, self.world = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.seen, self.steps, self.seconds = 0, 0, 0.
-        self.begun = 0  # pictures that the run had seen which this one starts from
-        self.batches = _Batches(self, workers)
-        torch.manual_seed(settings.seed)
-        answers = self._answers()
-        self.student = Student(model, teacher, answers[0], settings.reuse).to(device)
-        self.student.measure(answers)
-        self.averaged = ModelEmaV3(self.student, decay=settings.ema, use_warmup=True, warmup_gamma=10, warmup_power=1)
-        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
-        ours = {id(p) for p in model.parameters()}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for parameter in self.parameters:
-            groups.setdefault((id(parameter) in ours, parameter.dim() > 1), []).append(parameter)
-        self.optimizer = torch.optim.AdamW([
-            dict(params=params, weight_decay=settings.weight_decay * decays,
-                 factor=1. if is_ours else settings.projection_lr)
-            for (is_ours, decays), params in groups.items()], settings.lr)
-        cfg = model.pretrained_cfg
-        self.mean, self.std = (255 * torch.tensor(cfg[name], device=device).view(-1, 1, 1) for name in ('mean', 'std'))
-        self.losses: nn.Module = _Losses(self.student, settings.temperature)
-        if self.world > 1:
-            self.losses = nn.parallel.DistributedDataParallel(
-                self.losses, device_ids=[device.index] if device.type == 'cuda' else None)
-
-    def _answers(self) -> list[Answer]:
-        """The teacher's answers to the first pictures."""
-        size = self.settings.sizes[0]
-        numbers = range(min(MEASURED, 4 * len(self.views.store)))
-        return [self._teach(self.views.batch(numbers[i:i + 32], [self.teacher_pixels(size)])[0])
-                for i in range(0, len(numbers), 32)]
+    def __post_init__(self) -> None:
+        ends = [size.pictures for size in self.sizes]
+        for name, holds, expected in (
+                ('sizes', self.sizes and None not in ends[:-1], 'one or more, all but the last with their pictures'),
+                ('teacher_scale', self.teacher_scale > 0, 'a number above 0'),
+                ('teacher_size', self.teacher_size is None or self.teacher_size > 0, 'pixels, or none'),
+                ('crop', 0 < self.crop <= 1, 'a number in (0, 1]'),
+                ('levels', len(set(self.levels)) == len(self.levels) and all(x > 0 for x in self.levels), 'strides'),
+                ('temperature', self.temperature > 0, 'a number above 0'),
+                ('weights', len(self.weights) == 3 and min(self.weights) >= 0, 'three numbers, 0 or more'),
+                ('lr', self.lr > 0, 'a number above 0'),
+                ('projection_lr', self.projection_lr > 0, 'a number above 0'),
+                ('weight_decay', self.weight_decay >= 0, '0 or more'),
+                ('warmup', self.warmup >= 0, '0 or more'),
+                ('decay', 0 <= self.decay <= 1, 'a number in [0, 1]'),
+                ('clip', self.clip >= 0, '0 or more'),
+                ('ema', 0 <= self.ema < 1, 'a number in [0, 1)'),
+                ('precision', self.precision in PRECISIONS, ' or '.join(PRECISIONS)),
+                ('teacher_precision', self.teacher_precision in PRECISIONS, ' or '.join(PRECISIONS))):
+            if not holds:
+                raise ValueError(f'{name}: expected {expected}, got {getattr(self, name)!r}')
 
     def size(self, seen: int) -> Size:
         """What holds after `seen` pictures."""
-        return self.settings.size(seen - self.begun)
+        for size in self.sizes[:-1]:
+            if seen < (size.pictures or 0):
+                return size
+            seen -= size.pictures or 0
+        return self.sizes[-1]
 
     def teacher_pixels(self, size: Size) -> int:
-        """The side of the teacher's pictures, a multiple of its stride."""
-        return max(32, round(size.pixels * self.settings.teacher_scale / 32) * 32)
+        """The side of the teacher's pictures."""
+        return self.teacher_size or max(STRIDE, round(size.pixels * self.teacher_scale / STRIDE) * STRIDE)
 
-    def _autocast(self, precision: str):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == 'bf16')
-
-    def _teach(self, images: Tensor) -> Answer:
-        with self._autocast(self.settings.teacher_precision):
-            return self.teacher(images.to(self.device))
-
-    def step(self, progress: float) -> dict[str, float]:
-        """One step; returns the parts of the loss, those of this process."""
-        settings = self.settings
-        small, large = self.batches(self.seen)
-        answer = self._teach(large)
-        torch.manual_seed(hash((settings.seed, self.seen, self.rank)) % 2 ** 32)  # of dropout and stochastic depth
-        self.student.train()
-        rate = settings.rate(self.seen - self.begun, progress)
-        for group in self.optimizer.param_groups:
-            group['lr'] = rate * group['factor']
-        with self._autocast(settings.precision):
-            parts = self.losses((small.to(self.device) - self.mean) / self.std, answer)
-        weights = dict(logits=settings.weights[0], pooled=settings.weights[1])
-        loss = sum(weights.get(name, settings.weights[2]) * part for name, part in parts.items())
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, settings.clip or float('inf'))
-        self.optimizer.step()
-        self.averaged.update(self.student, self.steps)
-        self.seen += len(small) * self.world
-        self.steps += 1
-        return {name: float(part.detach()) for name, part in parts.items()} | dict(norm=float(norm), lr=rate)
-
-    def state(self) -> dict[str, Any]:
-        """Everything that going on needs, but for the settings."""
-        return dict(student=self.student.state_dict(), averaged=self.averaged.module.state_dict(),
-                    optimizer=self.optimizer.state_dict(), seen=self.seen, steps=self.steps, seconds=self.seconds,
-                    begun=self.begun)
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
-        self.student.load_state_dict(state['student'])
-        self.averaged.module.load_state_dict(state['averaged'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.seen, self.steps, self.seconds, self.begun = (
-            state[name] for name in ('seen', 'steps', 'seconds', 'begun'))
-
-    def weights(self) -> dict[str, Tensor]:
-        """The averaged weights, of the student's own names, in half precision."""
-        exported = self.averaged.module.export()
-        return {name: (each.half() if each.is_floating_point() and each.dim() > 1 else each).cpu().contiguous()
-                for name, each in exported.items()}
+    def rate(self, seen: int, done: float) -> float:
+        """The learning rate after `seen` pictures, where a part `done` of the training is over, 0 to 1."""
+        rate = self.lr * min(1., (seen + 1) / max(1, self.warmup))
+        if self.decay and done > 1 - self.decay:
+            rate *= .5 * (1 + math.cos(math.pi * min(1., (done - 1 + self.decay) / self.decay)))
+        return rate
 
 
 class _Losses(nn.Module):
@@ -214,50 +160,174 @@ class _Losses(nn.Module):
         return self.student.losses(x, answer, self.temperature)
 
 
-class _Batches:
-    """Batches of views, made by threads ahead of time; with no threads when asked for."""
+class _Trainer:
+    """The state of a training, and what a step does to it."""
 
-    def __init__(self, trainer: '_Trainer', workers: int):
-        self.trainer, self.ahead = trainer, 2
+    def __init__(self, model: str | nn.Module, teacher: Teacher, views: Views, settings: Settings,
+                 device: torch.device, workers: int):
+        self.settings, self.teacher, self.views, self.device = settings, teacher.to(device), views, device
+        self.rank, self.world = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        for size in settings.sizes:
+            if size.batch % self.world:
+                raise ValueError(f'{self.world} processes cannot share batches of {size.batch} pictures evenly: '
+                                 'expected a multiple')
+        self.seen, self.steps, self.seconds = 0, 0, 0.
+        self.begun = 0  # pictures that the run had seen from which this one started
         self.pool = ThreadPoolExecutor(workers) if workers else None
-        self.waiting: dict[int, list[Future]] = {}
+        self.coming: dict[int, list[Future]] = {}
+        torch.manual_seed(settings.seed)
+        answers = self._answers()
+        logits = answers[0].logits
+        if isinstance(model, str):
+            model = timm.create_model(model, num_classes=0 if logits is None else logits.shape[1])
+        self.student = Student(model, teacher, answers[0], settings.reuse).to(device)
+        self.student.measure(answers)
+        self.averaged = ModelEmaV3(self.student, decay=settings.ema, use_warmup=True, warmup_gamma=10, warmup_power=1)
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        ours = {id(p) for p in model.parameters()}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for parameter in self.parameters:
+            groups.setdefault((id(parameter) in ours, parameter.dim() > 1), []).append(parameter)
+        self.optimizer = torch.optim.AdamW([
+            dict(params=params, weight_decay=settings.weight_decay * decays,
+                 factor=1. if is_ours else settings.projection_lr)
+            for (is_ours, decays), params in groups.items()], settings.lr)
+        cfg: Any = model.pretrained_cfg
+        self.mean, self.std = (255 * torch.tensor(cfg[name], device=device).view(-1, 1, 1) for name in ('mean', 'std'))
+        self.losses: nn.Module = _Losses(self.student, settings.temperature)
+        if self.world > 1:
+            self.losses = nn.parallel.DistributedDataParallel(
+                self.losses, device_ids=[device.index] if device.type == 'cuda' else None)
 
-    def _numbers(self, seen: int) -> tuple[range, list[int], int]:
-        trainer, size = self.trainer, self.trainer.size(seen)
-        batch = size.batch // trainer.world
-        first = seen + trainer.rank * batch
-        return range(first, first + batch), [size.pixels, trainer.teacher_pixels(size)], seen + batch * trainer.world
+    def _autocast(self, precision: str) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == 'bf16')
 
-    def __call__(self, seen: int) -> list[Tensor]:
-        views = self.trainer.views
-        numbers, sizes, following = self._numbers(seen)
+    def _teach(self, images: Tensor) -> Answer:
+        with self._autocast(self.settings.teacher_precision):
+            return self.teacher(images.to(self.device))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return (images.to(self.device) - self.mean) / self.std
+
+    def _answers(self) -> list[Answer]:
+        """The teacher's, to the first pictures."""
+        pixels = self.settings.teacher_pixels(self.settings.sizes[0])
+        count = min(MEASURED, max(32, 4 * len(self.views.store)))
+        return [self._teach(self.views.batch(range(first, first + 32), [pixels])[0]) for first in range(0, count, 32)]
+
+    def size(self) -> Size:
+        """The present one."""
+        return self.settings.size(self.seen - self.begun)
+
+    def _share(self, seen: int) -> tuple[range, list[int], int]:
+        """This process's samples of a step, the sizes of their views, and the first sample of the next step."""
+        size = self.settings.size(seen - self.begun)
+        batch = size.batch // self.world
+        first = seen + self.rank * batch
+        return range(first, first + batch), [size.pixels, self.settings.teacher_pixels(size)], seen + size.batch
+
+    def _batch(self) -> list[Tensor]:
+        """The views of this step. Threads, if there are any, make those of the next two meanwhile."""
+        numbers, sizes, _ = self._share(self.seen)
         if self.pool is None:
-            return views.batch(numbers, sizes)
-        at = seen
-        for _ in range(1 + self.ahead):
-            those, their_sizes, after = self._numbers(at)
-            if at not in self.waiting:
-                self.waiting[at] = [self.pool.submit(views.batch, those[i:i + 16], their_sizes)
-                                    for i in range(0, len(those), 16)]
+            return self.views.batch(numbers, sizes)
+        at = self.seen
+        for _ in range(3):
+            numbers, sizes, after = self._share(at)
+            if at not in self.coming:
+                self.coming[at] = [self.pool.submit(self.views.batch, numbers[i:i + 16], sizes)
+                                   for i in range(0, len(numbers), 16)]
             at = after
-        return [torch.cat(parts) for parts in zip(*(part.result() for part in self.waiting.pop(seen)))]
+        return [torch.cat(parts) for parts in zip(*(part.result() for part in self.coming.pop(self.seen)))]
+
+    def step(self, done: float) -> dict[str, float]:
+        """One step, with a part `done` of the training over.
+
+        Returns:
+            The parts of the loss of this process, the norm of the gradient and the learning rate.
+
+        Raises:
+            FloatingPointError: The loss or the gradient is not finite. Nothing was changed.
+        """
+        settings = self.settings
+        small, large = self._batch()
+        answer = self._teach(large)
+        # of dropout and stochastic depth
+        torch.manual_seed((settings.seed * 1_000_003 + self.seen + self.rank) % 2 ** 63)
+        self.student.train()
+        rate = settings.rate(self.seen - self.begun, done)
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate * group['factor']
+        with self._autocast(settings.precision):
+            parts = self.losses(self._normalised(small), answer)
+        weights = dict(logits=settings.weights[0], pooled=settings.weights[1])
+        loss: Any = sum(weights.get(name, settings.weights[2]) * part for name, part in parts.items())
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip or float('inf')))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f'after {self.seen} pictures the gradient is not finite (the loss is '
+                                     f'{float(loss.detach())}): lower the learning rate, and go on from the last '
+                                     'checkpoint')
+        self.optimizer.step()
+        self.averaged.update(self.student, self.steps)
+        self.seen += self.size().batch
+        self.steps += 1
+        return {name: float(part.detach()) for name, part in parts.items()} | dict(norm=norm, lr=rate)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that going on needs, but the settings."""
+        return dict(student=self.student.state_dict(), averaged=self.averaged.module.state_dict(),
+                    optimizer=self.optimizer.state_dict(), seen=self.seen, steps=self.steps, seconds=self.seconds,
+                    begun=self.begun)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.student.load_state_dict(state['student'])
+        self.averaged.module.load_state_dict(state['averaged'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.seen, self.steps, self.seconds, self.begun = (
+            state[name] for name in ('seen', 'steps', 'seconds', 'begun'))
+
+    def start(self, path: pathlib.Path) -> None:
+        """Starts from another run's checkpoint, with all it has learnt, or from a model's weights.
+
+        Raises:
+            RuntimeError: It cannot be read, or is of another network.
+        """
+        try:
+            if path.suffix == '.safetensors':
+                pixels = self.settings.sizes[0].pixels
+                self.student.take(safetensors.torch.load_file(path), [
+                    self._normalised(self.views.batch(range(i, i + 32), [pixels])[0]) for i in range(0, MEASURED, 32)])
+                self.averaged.set(self.student)
+                return
+            self.load(_read(path))
+        except (RuntimeError, KeyError, ValueError, OSError, safetensors.SafetensorError) as error:
+            raise RuntimeError(f'cannot start from {path}: {error}') from error
+        self.begun, self.seconds = self.seen, 0.
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged weights by the student's own names; matrices in half precision."""
+        return {name: (each.half() if each.is_floating_point() and each.dim() > 1 else each).cpu().contiguous()
+                for name, each in self.averaged.module.export().items()}
 
 
 @contextlib.contextmanager
 def _stops() -> Iterator[list[str]]:
-    """A list that a signal to end puts its name into, instead of ending the process at once; a second one does."""
+    """A list that a signal to end puts its name into, instead of ending the process; a second one does that."""
     found: list[str] = []
-    kept = {}
+    kept: dict[Any, Any] = {}
 
     def note(number: int, frame: Any) -> None:
         found.append(signal.Signals(number).name)
         signal.signal(number, kept[number])
 
-    try:
+    with contextlib.suppress(ValueError):  # not the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
             kept[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread
-        pass
     try:
         yield found
     finally:
@@ -266,33 +336,65 @@ def _stops() -> Iterator[list[str]]:
 
 
 def _same(mine: dict[str, Any], its: dict[str, Any], path: pathlib.Path) -> None:
-    wrong = [f'{name} {its.get(name)!r}, now {mine[name]!r}' for name in mine if its.get(name) != mine[name]]
+    mine, its = ({**about['settings'], **{k: v for k, v in about.items() if k != 'settings'}} for about in (mine, its))
+    wrong = [f'{name} {its.get(name)!r}, now {value!r}' for name, value in mine.items() if its.get(name) != value]
     if wrong:
-        raise ValueError(f'{path} was made with other settings: {"; ".join(wrong)}. Give the same to go on, or another '
-                         'folder to begin anew (a run can start from that checkpoint)')
+        raise ValueError(f'{path} was made with other settings: {"; ".join(wrong)}. Give the same to go on with it; or '
+                         'another folder, and start from it (--start) with the new ones')
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        raise RuntimeError(f'{path} cannot be read as a checkpoint of a distillation ({error}): remove it to begin '
-                           'anew') from error
+    except FileNotFoundError:
+        raise RuntimeError('there is no such file') from None
+    except Exception as error:  # torch raises of every kind
+        raise RuntimeError(f'{path} cannot be read as a checkpoint of a distillation ({error})') from error
 
 
 def _save(trainer: _Trainer, about: dict[str, Any], out: pathlib.Path, keep: bool) -> None:
     with written_whole(out / CHECKPOINT) as part:
         torch.save(dict(trainer.state(), about=about), part)
-    export(trainer.weights(), out / WEIGHTS, trainer.seen)
+    weights, notes = trainer.weights(), dict(format='pt', pictures=str(trainer.seen))
+    paths = [out / WEIGHTS]
     if keep:
         (out / 'kept').mkdir(exist_ok=True)
-        export(trainer.weights(), out / 'kept' / f'{trainer.seen:09}.safetensors', trainer.seen)
+        paths.append(out / 'kept' / f'{trainer.seen:09}.safetensors')
+    for path in paths:
+        with written_whole(path) as part:
+            safetensors.torch.save_file(weights, part, notes)
 
 
-def export(weights: dict[str, Tensor], path: pathlib.Path, seen: int) -> None:
-    """Writes weights as safetensors."""
-    with written_whole(path) as part:
-        safetensors.torch.save_file(weights, part, dict(format='pt', pictures=str(seen)))
+class _Report:
+    """Means of what the steps gave, told and logged now and then."""
+
+    def __init__(self, trainer: _Trainer, out: pathlib.Path, tell: Callable[[str], None]):
+        self.trainer, self.out, self.tell = trainer, out, tell
+        self._begin()
+
+    def _begin(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count, self.since, self.first = 0, time.monotonic(), self.trainer.seen
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.) + value
+        self.count += 1
+
+    def write(self, done: float) -> None:
+        if not self.count:
+            return
+        trainer = self.trainer
+        rate = (trainer.seen - self.first) / max(1e-9, time.monotonic() - self.since)
+        means = {name: float(f'{value / self.count:.4g}') for name, value in self.sums.items()}
+        line = dict(pictures=trainer.seen, rate=round(rate, 1), seconds=round(trainer.seconds),
+                    size=trainer.size().pixels, **means)
+        with open(self.out / LOG, 'a') as log:
+            log.write(json.dumps(line) + '\n')
+        left = f', {trainer.seconds * (1 - done) / done / 60:.0f} minutes left' if 0 < done < 1 else ''
+        self.tell(f'{trainer.seen} pictures, {rate:.1f} a second{left}: '
+                  + ', '.join(f'{name} {value:.3g}' for name, value in means.items()))
+        self._begin()
 
 
 def distill(
@@ -301,10 +403,10 @@ def distill(
         sources: Sequence[str | os.PathLike],
         out: str | os.PathLike,
         settings: Settings | None = None,
+        *,
         pictures: int | None = None,
         minutes: float | None = None,
         start: str | os.PathLike | None = None,
-        teacher_weights: str | os.PathLike | None = None,
         save_minutes: float = 5.,
         keep_pictures: int | None = None,
         store: str | os.PathLike | None = None,
@@ -313,85 +415,105 @@ def distill(
         tell: Callable[[str], None] = print,
         tell_seconds: float = 30.,
 ) -> dict[str, Any]:
-    """Trains a network on unlabelled pictures to answer as a teacher does; goes on with what lies in `out`."""
-    settings = settings or Settings()
-    out = pathlib.Path(out)
+    """Trains a network to answer as a teacher does, on pictures without labels. Goes on with what lies in `out`.
+
+    `out` gets `last.pt`, from which a run that was stopped or killed goes on to the same bits (on one device, with
+    `pictures` for an end: a clock is never the same twice); `model.safetensors`, the averaged weights, matrices in half
+    precision; `log.jsonl`; and `kept/`, averaged weights on the way. SIGINT and SIGTERM save and end. Where
+    torch.distributed is initialised, processes share the batches.
+
+    Args:
+        model: The student, a timm model or the name of one.
+        teacher: A `Teacher`, what `Teacher` takes, or a name for `load_teacher`.
+        sources: Folders, zips and tars of pictures, see `Files`.
+        out: A folder.
+        settings: What decides the result.
+        pictures: End after so many, counted from the start; the same picture counts each time.
+        minutes: End after so many of training, those of runs that were gone on with included.
+        start: Checkpoint of another run, of which weights and optimizer are taken; or a model's .safetensors.
+        save_minutes: Time between checkpoints.
+        keep_pictures: Pictures between averaged weights that are kept.
+        store: Where decoded pictures go, for several runs; `pictures.bin` in `out` by default.
+        workers: Threads that cut views; with none, they are cut in between.
+        device: CUDA where there is a GPU, else the CPU, by default.
+        tell: Takes lines of progress.
+        tell_seconds: Time between them.
+
+    Returns:
+        `pictures` seen, `seconds`, the `signal` that ended it or None, and `left_out`, how many pictures are broken.
+
+    Raises:
+        ValueError: Something given is not as it must be, or the checkpoint in `out` was made with other settings.
+        OSError: A source is missing, or a disk full.
+        RuntimeError: A checkpoint or the teacher's weights cannot be read.
+        FloatingPointError: The training diverged.
+    """
+    settings, out = settings or Settings(), pathlib.Path(out)
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     first = not distributed or torch.distributed.get_rank() == 0
+    if not first:
+        def tell(line: str) -> None:
+            pass
+    for name, value in (('pictures', pictures), ('minutes', minutes), ('keep_pictures', keep_pictures)):
+        if value is not None and value <= 0:
+            raise ValueError(f'{name}: expected a number above 0, got {value!r}')
     out.mkdir(parents=True, exist_ok=True)
     files = Files(sources)
-    side = max(size.pixels for size in settings.sizes) * 3 // 2
-    path = pathlib.Path(store or out / 'pictures.bin')
+    side, path = max(size.pixels for size in settings.sizes) * 3 // 2, pathlib.Path(store or out / 'pictures.bin')
     if first:
         Store.of(files, side, path, tell)
     if distributed:
         torch.distributed.barrier()
-    views = Views(Store.of(files, side, path, tell), settings.seed, (settings.crop, 1.))
+    decoded = Store.of(files, side, path, tell)
     if isinstance(teacher, str):
-        teacher = load_teacher(teacher, teacher_weights)
+        teacher = load_teacher(teacher)
     if not isinstance(teacher, Teacher):
         teacher = Teacher(teacher, settings.levels)
-    torch.manual_seed(settings.seed)
-    name = model if isinstance(model, str) else type(model).__name__
-    if isinstance(model, str):
-        model = timm.create_model(model, num_classes=1000)
-    trainer = _Trainer(model, teacher, views, settings, device, workers)
-    about = dict(model=name, pictures=files.digest(), processes=trainer.world, settings=json.loads(json.dumps(
-        dataclasses.asdict(settings))))
+    about = dict(
+        model=model if isinstance(model, str) else type(model).__name__, pictures=files.digest(),
+        settings=json.loads(json.dumps(dataclasses.asdict(settings))))
+    trainer = _Trainer(model, teacher, Views(decoded, settings.seed, (settings.crop, 1.)), settings, device, workers)
+    about['processes'] = trainer.world
     if (out / CHECKPOINT).exists():
         state = _read(out / CHECKPOINT)
         _same(about, state['about'], out / CHECKPOINT)
         trainer.load(state)
-        tell(f'goes on behind {trainer.seen} pictures')
+        tell(f'goes on with {out / CHECKPOINT}, behind {trainer.seen} pictures')
     elif start is not None:
-        trainer.load(_read(pathlib.Path(start)))
-        trainer.begun, trainer.seconds = trainer.seen, 0.
-        tell(f'starts from {start}, which has seen {trainer.seen} pictures')
-    sums: dict[str, float] = {}
-    count, kept = 0, trainer.seen
-    told = saved = last = time.monotonic()
-    told_seen = trainer.seen
+        trainer.start(pathlib.Path(start))
+        tell(f'starts from {start}' + f', which has seen {trainer.seen} pictures' * bool(trainer.seen))
 
-    def progress() -> float:
-        done = [0.]
+    def part_done() -> float:
+        parts = [0.]
         if pictures:
-            done.append((trainer.seen - trainer.begun) / pictures)
+            parts.append((trainer.seen - trainer.begun) / pictures)
         if minutes:
-            done.append(trainer.seconds / 60 / minutes)
-        return max(done)
+            parts.append(trainer.seconds / 60 / minutes)
+        return max(parts)
 
+    report = _Report(trainer, out, tell)
+    kept, saved, last = trainer.seen, time.monotonic(), time.monotonic()
     with _stops() as stops:
         while True:
-            done = progress()
-            stop = done >= 1 or bool(stops)
-            if trainer.world > 1:
-                both = torch.tensor([done, stop], dtype=torch.float64, device=device)
-                torch.distributed.broadcast(both, 0)
-                done, stop = float(both[0]), bool(both[1])
             now = time.monotonic()
             trainer.seconds += now - last
             last = now
-            if first and count and (stop or now - told >= tell_seconds):
-                rate = (trainer.seen - told_seen) / (now - told)
-                means = {key: value / count for key, value in sums.items()}
-                left = trainer.seconds * (1 - done) / done if done else None
-                line = dict(pictures=trainer.seen, rate=round(rate, 1), seconds=round(trainer.seconds),
-                            size=trainer.size(trainer.seen).pixels) | {k: float(f'{v:.4g}') for k, v in means.items()}
-                with open(out / LOG, 'a') as log:
-                    log.write(json.dumps(line) + '\n')
-                tell(f'{trainer.seen} pictures, {rate:.1f} a second' + (
-                    f', {left / 60:.0f} minutes left' if left is not None else '') + ': '
-                    + ', '.join(f'{key} {value:.3g}' for key, value in means.items()))
-                sums, count, told, told_seen = {}, 0, now, trainer.seen
-            keep = bool(keep_pictures) and trainer.seen // (keep_pictures or 1) > kept // (keep_pictures or 1)
-            if first and (stop or keep or now - saved >= 60 * save_minutes):
-                _save(trainer, about, out, keep or stop)
-                saved = time.monotonic()
-                kept = trainer.seen
-            if stop:
+            done = part_done()
+            ends = done >= 1 or bool(stops)
+            if distributed:  # by the first process's clock and signals
+                decided = torch.tensor([done, ends], dtype=torch.float64, device=device)
+                torch.distributed.broadcast(decided, 0)
+                done, ends = float(decided[0]), bool(decided[1])
+            if first:
+                if ends or now - report.since >= tell_seconds:
+                    report.write(done)
+                keeps = bool(keep_pictures) and trainer.seen // (keep_pictures or 1) > kept // (keep_pictures or 1)
+                if ends or keeps or now - saved >= 60 * save_minutes:
+                    _save(trainer, about, out, keeps)
+                    saved, kept = time.monotonic(), trainer.seen
+            if ends:
                 break
-            for key, value in trainer.step(done).items():
-                sums[key] = sums.get(key, 0.) + value
-            count += 1
-    return dict(pictures=trainer.seen, seconds=trainer.seconds, stopped=stops[0] if stops else None)
+            report.add(trainer.step(done))
+    return dict(pictures=trainer.seen, seconds=trainer.seconds, signal=stops[0] if stops else None,
+                left_out=decoded.about['left_out'])
