@@ -503,3 +503,39 @@ class TestWeights:
                 cli.main()
             assert ended.value.code == code
         assert 'licence apache-2.0' in capsys.readouterr().out
+
+
+def test_distill(tmp_path, monkeypatch):
+    """Options reach the training: what the checkpoint says, against what was given."""
+    for i in range(6):
+        noise(tmp_path / 'in' / f'{i}.png', seed=i)
+    (tmp_path / 'my_teachers.py').write_text('def colours():\n    return lambda x: x.mean((2, 3))\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ('in', '--teacher', 'my_teachers:colours', '--level', '0', '--model', 'test_san_patchwise', '--out', 'out')
+    result = run('distill', *options, '--size', '32x2:4', '--size', '64x3', '--pictures', '10', '--device', 'cpu')
+    assert re.fullmatch(r'10 pictures in 0\.\d minutes: out/model.safetensors\n', result.stdout)
+    assert '10 pictures, ' in result.stderr and load_file('out/model.safetensors')['head.fc.weight'].shape == (3, 128)
+    settings = torch.load('out/last.pt', weights_only=True)['about']['settings']
+    assert settings['sizes'] == [dict(pixels=32, batch=2, pictures=4), dict(pixels=64, batch=3, pictures=None)]
+    given = dict(teacher_scale=1.5, teacher_size=96, crop=.7, temperature=2., lr=.002, projection_lr=.3,
+                 weight_decay=.1, warmup=7, decay=.6, clip=.4, ema=.9, seed=3, precision='bf16', teacher_precision='fp32')
+    flags = [str(x) for name, value in given.items() for x in ('--' + name.replace('_', '-'), value)]
+    done = data('distill', *options[:-1], 'other', '--size', '32x2', '--pictures', 4, '--no-reuse', '--loss', 3, 2, 1,
+                '--keep', 2, '--save-minutes', 0, '--store', 'pixels.bin', '--workers', 2, '--start', 'out/last.pt',
+                '--minutes', 60, *flags)
+    assert done['pictures'] == 14 and done['left_out'] == 0 and done['signal'] is None
+    settings = torch.load('other/last.pt', weights_only=True)['about']['settings']
+    expected = dict(given, levels=[], reuse=False, weights=[3, 2, 1], sizes=[dict(pixels=32, batch=2, pictures=None)])
+    assert settings == expected and pathlib.Path('pixels.bin').is_file()
+    assert len(list(pathlib.Path('other/kept').iterdir())) == 2
+
+
+@pytest.mark.parametrize('arguments, message, code', [
+    (['--size', 'large'], 'expected PIXELS[xBATCH][:PICTURES]', 2), (['--teacher', 'nobody'], 'no teacher', 2),
+    (['--crop', '2'], 'crop: expected a number in (0, 1]', 2), (['--precision', 'fp8'], 'expected fp32 or bf16', 2),
+    ([], 'nowhere is not there', 1)])
+def test_distill_refuses(tmp_path, monkeypatch, arguments, message, code):
+    (tmp_path / 'my_teachers.py').write_text('def colours():\n    return lambda x: x.mean((2, 3))\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run('distill', 'nowhere', '--teacher', 'my_teachers:colours', '--out', 'out', *arguments, code=code)
+    assert message in ' '.join(result.stderr.replace('│', '').split())

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import json
 import math
+import os
 import pathlib
 import pickle
 import sys
@@ -14,10 +15,12 @@ from typing import Annotated, Any, Literal
 import safetensors.torch
 import timm
 import torch
+import torch.distributed
 import typer
 import typer.core
 
 from .. import __version__, hub, measure
+from .. import distill as distillation
 from .._files import written_whole
 from ..attention import _FootprintAttention
 from ..count import count_multiply_adds, count_parameters, multiply_adds_by_part
@@ -29,7 +32,8 @@ from .weights import class_names, create, load, our_models, whereabouts
 __all__ = ['app']
 
 EXPLAINED = (RuntimeError, OSError, ValueError, ImportError, MemoryError, safetensors.SafetensorError,
-             pickle.UnpicklingError, AssertionError)  # with which timm's own models refuse sizes
+             pickle.UnpicklingError, FloatingPointError,
+             AssertionError)  # with which timm's own models refuse sizes
 EXIT_CODES = """\b
 Exit codes:
   0  done
@@ -164,6 +168,7 @@ def an_output(suffixes: Sequence[str]) -> Any:
     return check
 
 
+DEFAULTS = distillation.Settings()
 RANDOM = 'The weights are random: the shapes are right, the values mean nothing.'
 FIGURES = ('.png', '.pdf', '.svg', '.jpg')
 TENSORS = ('.safetensors', '.npz')
@@ -658,6 +663,120 @@ def _known(value: float) -> float | None:
 
 def _figure(value: float | None, digits: str) -> str:
     return '-' if value is None else format(value, digits)
+
+
+def _sizes(texts: Iterable[str]) -> tuple[distillation.Size, ...]:
+    try:
+        return tuple(distillation.Size.parse(text) for text in texts)
+    except ValueError as error:
+        raise typer.BadParameter(f'--size: {error}') from error
+
+
+@app.command()
+def distill(
+        sources: Annotated[list[str], typer.Argument(
+            metavar='SOURCE', help='Pictures: folders, zips, tars (the shards of a WebDataset), with those in them; '
+                                   'SOURCE//PART for what begins with PART in it.')],
+        teacher: Annotated[str, typer.Option(
+            metavar='NAME', help="A model of timm's with pretrained weights, or MODULE:FUNCTION, which returns one or "
+                                 'any callable.')],
+        out: Annotated[pathlib.Path, typer.Option(
+            metavar='FOLDER', help='For weights, checkpoints and the log. What lies there is gone on with.')],
+        model: Model = 'san10_patchwise',
+        teacher_weights: Annotated[pathlib.Path | None, typer.Option(
+            metavar='FILE', exists=True, dir_okay=False, help="The teacher's weights, instead of its own.")] = None,
+        count: Annotated[int | None, typer.Option(
+            '--pictures', min=1, metavar='N', help='End after N pictures; one counts as often as it is seen.')] = None,
+        minutes: Annotated[float | None, typer.Option(
+            min=0, metavar='N', help='End after N minutes of training, those before an interruption included. With '
+                                     'neither: until it is stopped.')] = None,
+        start: Annotated[pathlib.Path | None, typer.Option(
+            metavar='FILE', exists=True, dir_okay=False,
+            help='Begin from last.pt of another run, or from the .safetensors of the model.')] = None,
+        size: Annotated[list[str], typer.Option(
+            metavar='PIXELS[xBATCH][:PICTURES]',
+            help="The student's pictures; several times for several sizes, each for so many pictures.")] = ['64'],  # noqa: B006
+        teacher_scale: Annotated[float, typer.Option(
+            metavar='X', help="The teacher's pictures, as a multiple of the student's.")] = DEFAULTS.teacher_scale,
+        teacher_size: Annotated[int | None, typer.Option(
+            min=1, metavar='PIXELS', help='That side, for a teacher that takes one only.')] = None,
+        level: Annotated[list[int], typer.Option(
+            metavar='STRIDE', help='Strides of the feature maps to compare; 0 for none.')] = list(DEFAULTS.levels),  # noqa: B006
+        crop: Annotated[float, typer.Option(
+            metavar='X', help='Least part of a picture that a view shows.')] = DEFAULTS.crop,
+        reuse: Annotated[bool, typer.Option(help="Take the teacher's classifier over.")] = DEFAULTS.reuse,
+        temperature: Annotated[float, typer.Option(metavar='T', help='Of the logits.')] = DEFAULTS.temperature,
+        loss: Annotated[tuple[float, float, float], typer.Option(
+            metavar='LOGITS POOLED MAPS', help='Weights of the parts of the loss.')] = DEFAULTS.weights,
+        lr: Annotated[float, typer.Option(metavar='X', help='Highest learning rate.')] = DEFAULTS.lr,
+        projection_lr: Annotated[float, typer.Option(
+            metavar='X', help='That of the projections, as a part of it.')] = DEFAULTS.projection_lr,
+        weight_decay: Annotated[float, typer.Option(metavar='X', help="AdamW's.")] = DEFAULTS.weight_decay,
+        warmup: Annotated[int, typer.Option(
+            metavar='PICTURES', help='Over which the learning rate grows.')] = DEFAULTS.warmup,
+        decay: Annotated[float, typer.Option(
+            metavar='X', help='Last part of the training, over which it falls to 0; 1: all of it, a cosine.',
+        )] = DEFAULTS.decay,
+        clip: Annotated[float, typer.Option(metavar='X', help='Largest norm of the gradient; 0: any.')] = DEFAULTS.clip,
+        ema: Annotated[float, typer.Option(
+            metavar='X', help='Part of the averaged weights that a step keeps.')] = DEFAULTS.ema,
+        seed: Annotated[int, typer.Option(min=0, metavar='N')] = DEFAULTS.seed,
+        precision: Annotated[str | None, typer.Option(
+            metavar='fp32|bf16', help='Of the student. [default: bf16 on CUDA, else fp32]')] = None,
+        teacher_precision: Annotated[str | None, typer.Option(
+            metavar='fp32|bf16', help='Of the teacher. [default: as --precision]')] = None,
+        save_minutes: Annotated[float, typer.Option(min=0, metavar='N', help='Between checkpoints.')] = 5.,
+        keep: Annotated[int | None, typer.Option(
+            min=1, metavar='PICTURES', help='Keep averaged weights now and then, after so many pictures.')] = None,
+        store: Annotated[pathlib.Path | None, typer.Option(
+            metavar='FILE', help='Decoded pictures, for several runs. [default: pictures.bin in --out]')] = None,
+        workers: Annotated[int | None, typer.Option(
+            min=0, metavar='N', help='Threads that cut views. [default: 0 on the CPU, else its cores, 16 at most]',
+        )] = None,
+        device: Device = None,
+        as_json: Json = False,
+) -> None:
+    """Train a SAN on pictures without labels, to answer as a trained network does.
+
+    Weights are averaged and written to model.safetensors in --out now and then. Ctrl-C saves and ends; the same command
+    goes on, to the same bits where --pictures ends it. Processes of `torchrun -m san_backbones distill ...` share the
+    batches.
+    """
+    processes = int(os.environ.get('WORLD_SIZE', 1))
+    where = a_device(device or (f'cuda:{os.environ["LOCAL_RANK"]}' if processes > 1 and torch.cuda.is_available()
+                                else None))
+    precision = precision or ('bf16' if where.type == 'cuda' else 'fp32')
+    try:
+        settings = distillation.Settings(
+            sizes=_sizes(size), teacher_scale=teacher_scale, teacher_size=teacher_size, crop=crop,
+            levels=() if level == [0] else tuple(level), reuse=reuse, temperature=temperature, weights=loss, lr=lr,
+            projection_lr=projection_lr, weight_decay=weight_decay, warmup=warmup, decay=decay, clip=clip, ema=ema,
+            seed=seed, precision=precision, teacher_precision=teacher_precision or precision)
+        network = distillation.load_teacher(teacher, teacher_weights)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if workers is None:
+        workers = 0 if where.type == 'cpu' else max(1, min(16, (os.cpu_count() or 1) // processes))
+    if processes > 1:
+        if where.type == 'cuda':
+            torch.cuda.set_device(where)
+        torch.distributed.init_process_group('nccl' if where.type == 'cuda' else 'gloo')
+    try:
+        done = distillation.distill(
+            model, network, sources, out, settings, pictures=count, minutes=minutes, start=start,
+            save_minutes=save_minutes, keep_pictures=keep, store=store, workers=workers, device=where, tell=complain)
+        first = processes == 1 or torch.distributed.get_rank() == 0
+    finally:
+        if processes > 1:
+            torch.distributed.destroy_process_group()
+    weights = out / distillation.WEIGHTS
+    if first and as_json:
+        show_json(dict(done, weights=str(weights)))
+    elif first:
+        typer.echo(f'{done["pictures"]} pictures in {done["seconds"] / 60:.1f} minutes: {weights}')
+    if done['signal']:
+        complain(f'stopped by {done["signal"]}; the same command goes on')
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,6 +1,7 @@
-"""Distillation: a SAN learns from a trained network on pictures without labels."""
-from .networks import Answer, Student, Teacher, load_teacher
+"""Distillation: a network learns from a trained one on pictures without labels."""
+from .networks import Answer, Standardised, Student, Teacher, load_teacher
 from .pictures import Files, Store, Views
-from .training import Settings, Size, distill
+from .training import WEIGHTS, Settings, Size, distill
 
-__all__ = ['Answer', 'Files', 'Settings', 'Size', 'Store', 'Student', 'Teacher', 'Views', 'distill', 'load_teacher']
+__all__ = ['WEIGHTS', 'Answer', 'Files', 'Settings', 'Size', 'Standardised', 'Store', 'Student', 'Teacher', 'Views',
+           'distill', 'load_teacher']

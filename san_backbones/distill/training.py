@@ -22,7 +22,7 @@ from .._files import written_whole
 from .networks import LEVELS, Answer, Student, Teacher, load_teacher
 from .pictures import Files, Store, Views
 
-__all__ = ['Settings', 'Size', 'distill']
+__all__ = ['WEIGHTS', 'Settings', 'Size', 'distill']
 
 CHECKPOINT = 'last.pt'
 WEIGHTS = 'model.safetensors'

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import san_backbones  # noqa: F401
-from san_backbones.distill import Answer, Files, Settings, Size, Store, Student, Teacher, Views, distill, load_teacher
+from san_backbones.distill import (
+    Answer, Files, Settings, Size, Store, Student, Teacher, Views, distill, load_teacher)
 
 STUDENT, TEACHER = 'test_san_patchwise', 'test_efficientnet'
 
