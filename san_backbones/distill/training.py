@@ -355,14 +355,14 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 def _save(trainer: _Trainer, about: dict[str, Any], out: pathlib.Path, keep: bool) -> None:
     with written_whole(out / CHECKPOINT) as part:
         torch.save(dict(trainer.state(), about=about), part)
-    weights, notes = trainer.weights(), dict(format='pt', pictures=str(trainer.seen))
+    weights = safetensors.torch.save(trainer.weights(), dict(format='pt', pictures=str(trainer.seen)))
     paths = [out / WEIGHTS]
     if keep:
         (out / 'kept').mkdir(exist_ok=True)
         paths.append(out / 'kept' / f'{trainer.seen:09}.safetensors')
     for path in paths:
         with written_whole(path) as part:
-            safetensors.torch.save_file(weights, part, notes)
+            part.write_bytes(weights)
 
 
 class _Report:
