@@ -1,7 +1,10 @@
-"""Small-budget learning on real data: the same head, data and steps on SAN and on timm's resnet50, from random weights.
+"""Small-budget learning on real data: the same head, data and steps on SAN and on timm's resnet50, from random weights
+or from others.
 
     python benchmarks/learning.py camvid --data FOLDER    # UPerNet; FOLDER holds camvid_small/{img_dir,ann_dir}
     python benchmarks/learning.py bccd --data FOLDER      # Faster R-CNN; FOLDER holds bccd/BCCD
+    python benchmarks/learning.py bccd --data FOLDER --backbones san10_patchwise --weights distilled --seed 1
+    python benchmarks/learning.py bccd --data FOLDER --backbones tf_efficientnet_lite0 --weights lite0.pth
 
 A sanity check that the backbone learns, in minutes on a CPU; it says nothing about COCO or ADE20K. The validation
 pictures give the curve, the test pictures the last row. Seconds are processor time, of all threads, of the
@@ -9,6 +12,7 @@ training steps alone.
 """
 import argparse
 import contextlib
+import csv
 import os
 import pathlib
 import sys
@@ -30,8 +34,23 @@ TASKS = {
 }
 BACKBONES = {
     'resnet50': dict(type='mmseg.TIMMBackbone', model_name='resnet50', pretrained=False, out_indices=(1, 2, 3, 4)),
+    # the teacher of the distilled weights, as a ceiling; benchmarks/teachers.py writes its weights
+    'tf_efficientnet_lite0': dict(type='mmseg.TIMMBackbone', model_name='tf_efficientnet_lite0', pretrained=False,
+                                  out_indices=(1, 2, 3, 4)),
     **{arch: dict(type='SANBackbone', arch=arch) for arch in ('san15_patchwise', 'san15_pairwise', 'san10_patchwise')},
 }
+CHANNELS = {'tf_efficientnet_lite0': [24, 40, 112, 320]}  # of the others: a ResNet-50's
+
+
+def started(backbone, weights):
+    """The backbone's config, from these weights: a file, 'distilled' for those that ship, or none."""
+    cfg = dict(BACKBONES[backbone])
+    if weights and cfg['type'] == 'SANBackbone':
+        checkpoint = f'hf-hub:san-backbones/{backbone}.distilled' if weights == 'distilled' else weights
+        cfg['init_cfg'] = dict(type='Pretrained', checkpoint=checkpoint)
+    elif weights:
+        cfg.update(pretrained=True, pretrained_cfg_overlay=dict(file=weights, hf_hub_id=None, url=None))
+    return cfg
 
 
 class Record(Hook):
@@ -62,7 +81,13 @@ class Record(Hook):
 def config(options, backbone):
     task = TASKS[options.task]
     cfg = Config.fromfile(pathlib.Path(__file__).parent / 'learning' / task['config'])
-    cfg.model.backbone = BACKBONES[backbone]
+    cfg.model.backbone = started(backbone, options.weights)
+    if backbone in CHANNELS:
+        channels = CHANNELS[backbone]
+        if options.task == 'bccd':
+            cfg.model.neck.in_channels = channels
+        else:
+            cfg.model.decode_head.in_channels, cfg.model.auxiliary_head.in_channels = channels, channels[2]
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = str(options.data / task['data'])
     total, warm_up = options.iterations, max(1, options.iterations // 12)
@@ -82,6 +107,11 @@ def config(options, backbone):
     return cfg
 
 
+def weights_name(weights):
+    """What a row says of them: the name of a file says enough on another machine too."""
+    return pathlib.Path(weights).name if weights else 'random'
+
+
 def learn(options, backbone):
     """Trains one network and returns its rows."""
     record = Record(TASKS[options.task]['metrics'])
@@ -91,8 +121,21 @@ def learn(options, backbone):
         runner.train()
         record.add(runner, 'test', runner.test())
     parameters = sum(p.numel() for p in runner.model.backbone.parameters())
-    return [dict(task=options.task, backbone=backbone, backbone_parameters=f'{parameters / 1e6:.1f}M', lr=options.lr,
-                 seed=options.seed, **row, machine=harness.machine()) for row in record.rows]
+    return [dict(task=options.task, backbone=backbone, weights=weights_name(options.weights),
+                 backbone_parameters=f'{parameters / 1e6:.1f}M', lr=options.lr, seed=options.seed, **row,
+                 machine=harness.machine()) for row in record.rows]
+
+
+def kept(path, rows):
+    """The rows of a CSV that `rows` do not take the place of."""
+    def what(row):
+        return tuple(str(row.get(name, 'random')) for name in ('backbone', 'weights', 'lr', 'seed'))
+
+    if not path.exists():
+        return []
+    with open(path, newline='') as file:
+        old = [{name: row.get(name, 'random') for name in rows[0]} for row in csv.DictReader(file)]
+    return [row for row in old if what(row) not in set(map(what, rows))]
 
 
 def main():
@@ -100,6 +143,8 @@ def main():
     parser.add_argument('task', choices=list(TASKS))
     parser.add_argument('--data', type=pathlib.Path, required=True, metavar='FOLDER', help='where the data sets lie')
     parser.add_argument('--backbones', nargs='+', choices=list(BACKBONES), default=['resnet50', 'san15_patchwise'])
+    parser.add_argument('--weights', metavar='FILE', help="checkpoint to start from, or 'distilled': the weights of "
+                                                           'that name which ship (default: random weights)')
     parser.add_argument('--iterations', type=int, help='training steps of each network (default: ' + ', '.join(
         f'{task["iterations"]} for {name}' for name, task in TASKS.items()) + ')')
     parser.add_argument('--lr', type=float, default=1e-3, help='peak learning rate of AdamW (default: %(default)s)')
@@ -118,7 +163,8 @@ def main():
         for row in learned:
             harness.show(row)
         rows += learned
-    harness.write(options.results / f'learning-{options.task}.csv', rows)
+    path = options.results / f'learning-{options.task}.csv'
+    harness.write(path, kept(path, rows) + rows)
 
 
 if __name__ == '__main__':

@@ -98,8 +98,12 @@ def learning(path):
     rows = read(path)
     score = next(name for name in rows[0] if name in ('mIoU', 'bbox_mAP'))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for row in rows:
+        if row.get('weights', 'random') != 'random':
+            row['backbone'] += f' from {row["weights"]}'
     for name in dict.fromkeys(row['backbone'] for row in rows):
         some = [row for row in rows if (row['backbone'], row['pictures']) == (name, 'validation')]
+        some = [row for row in some if row['seed'] == some[0]['seed']]
         for axis, column, label in zip(axes, ('iteration', 'cpu_seconds'), ('steps', 'processor time in training, s')):
             axis.plot([float(row[column]) for row in some], [float(row[score]) for row in some], 'o-', markersize=3,
                       label=f'{name}, {some[0]["backbone_parameters"]}', color='0.6' if name == 'resnet50' else None)
@@ -113,7 +117,28 @@ def learning(path):
     finish(figure, path.with_suffix('.png'), rows[0]['machine'])
 
 
-PLOTS = dict(models=models, operators=operators, growth=growth, learning=learning)
+def transfer(path):
+    """Scores against the pictures that the distillation had seen; random weights and teachers as level lines."""
+    rows = [row for row in read(path) if row['size'] == '64']
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for axis, column, label in zip(axes, ('top1', 'knn'), ('zero-shot top-1, %', 'kNN on Imagenette, %')):
+        for name in dict.fromkeys(row['network'] for row in rows):
+            some = sorted((float(row['pictures'] or 0), float(row[column])) for row in rows
+                          if row['network'] == name and row[column])
+            if len(some) == 1 or name.endswith('random'):
+                for _, value in some[:1]:
+                    axis.axhline(value, label=name, color='0.6', linestyle=':')
+            elif some:
+                axis.plot(*zip(*some), 'o-', markersize=3, label=name)
+        axis.set_xlabel('pictures seen in the distillation')
+        axis.set_ylabel(label)
+        axis.spines[['top', 'right']].set_visible(False)
+        axis.set_ylim(0)
+    axes[1].legend(fontsize=8, frameon=False)
+    finish(figure, path.with_suffix('.png'), rows[0]['machine'])
+
+
+PLOTS = dict(models=models, operators=operators, growth=growth, learning=learning, transfer=transfer)
 
 
 def main():

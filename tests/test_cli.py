@@ -511,14 +511,16 @@ def test_distill(tmp_path, monkeypatch):
         noise(tmp_path / 'in' / f'{i}.png', seed=i)
     (tmp_path / 'my_teachers.py').write_text('def colours():\n    return lambda x: x.mean((2, 3))\n')
     monkeypatch.syspath_prepend(tmp_path)
-    options = ('in', '--teacher', 'my_teachers:colours', '--level', '0', '--model', 'test_san_patchwise', '--out', 'out')
+    options = ('in', '--teacher', 'my_teachers:colours', '--level', '0', '--model', 'test_san_patchwise', '--out',
+               'out')
     result = run('distill', *options, '--size', '32x2:4', '--size', '64x3', '--pictures', '10', '--device', 'cpu')
     assert re.fullmatch(r'10 pictures in 0\.\d minutes: out/model.safetensors\n', result.stdout)
     assert '10 pictures, ' in result.stderr and load_file('out/model.safetensors')['head.fc.weight'].shape == (3, 128)
     settings = torch.load('out/last.pt', weights_only=True)['about']['settings']
     assert settings['sizes'] == [dict(pixels=32, batch=2, pictures=4), dict(pixels=64, batch=3, pictures=None)]
     given = dict(teacher_scale=1.5, teacher_size=96, crop=.7, temperature=2., lr=.002, projection_lr=.3,
-                 weight_decay=.1, warmup=7, decay=.6, clip=.4, ema=.9, seed=3, precision='bf16', teacher_precision='fp32')
+                 weight_decay=.1, warmup=7, decay=.6, clip=.4, ema=.9, seed=3, precision='bf16',
+                 teacher_precision='fp32')
     flags = [str(x) for name, value in given.items() for x in ('--' + name.replace('_', '-'), value)]
     done = data('distill', *options[:-1], 'other', '--size', '32x2', '--pictures', 4, '--no-reuse', '--loss', 3, 2, 1,
                 '--keep', 2, '--save-minutes', 0, '--store', 'pixels.bin', '--workers', 2, '--start', 'out/last.pt',

@@ -174,7 +174,7 @@ class _Trainer:
                 raise ValueError(f'{self.world} processes cannot share batches of {size.batch} pictures evenly: '
                                  'expected a multiple')
         self.seen, self.steps, self.seconds = 0, 0, 0.
-        self.begun = 0  # pictures that the run had seen from which this one started
+        self.begun, self.before = 0, 0.  # pictures and seconds of the run from which this one started
         self.pool = ThreadPoolExecutor(workers) if workers else None
         self.coming: dict[int, list[Future]] = {}
         torch.manual_seed(settings.seed)
@@ -281,7 +281,7 @@ class _Trainer:
         """Everything that going on needs, but the settings."""
         return dict(student=self.student.state_dict(), averaged=self.averaged.module.state_dict(),
                     optimizer=self.optimizer.state_dict(), seen=self.seen, steps=self.steps, seconds=self.seconds,
-                    begun=self.begun)
+                    begun=self.begun, before=self.before)
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a state."""
@@ -290,6 +290,7 @@ class _Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         self.seen, self.steps, self.seconds, self.begun = (
             state[name] for name in ('seen', 'steps', 'seconds', 'begun'))
+        self.before = state.get('before', 0.)
 
     def start(self, path: pathlib.Path) -> None:
         """Starts from another run's checkpoint, with all it has learnt, or from a model's weights.
@@ -307,7 +308,7 @@ class _Trainer:
             self.load(_read(path))
         except (RuntimeError, KeyError, ValueError, OSError, safetensors.SafetensorError) as error:
             raise RuntimeError(f'cannot start from {path}: {error}') from error
-        self.begun, self.seconds = self.seen, 0.
+        self.begun, self.before, self.seconds = self.seen, self.before + self.seconds, 0.
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged weights by the student's own names; matrices in half precision."""
@@ -387,7 +388,7 @@ class _Report:
         trainer = self.trainer
         rate = (trainer.seen - self.first) / max(1e-9, time.monotonic() - self.since)
         means = {name: float(f'{value / self.count:.4g}') for name, value in self.sums.items()}
-        line = dict(pictures=trainer.seen, rate=round(rate, 1), seconds=round(trainer.seconds),
+        line = dict(pictures=trainer.seen, rate=round(rate, 1), seconds=round(trainer.before + trainer.seconds),
                     size=trainer.size().pixels, **means)
         with open(self.out / LOG, 'a') as log:
             log.write(json.dumps(line) + '\n')

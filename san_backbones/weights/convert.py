@@ -337,6 +337,21 @@ def released(content: Mapping[str, Any], path: pathlib.Path, name: str, entry: M
     return weights
 
 
+def halved(tensors: Mapping[str, torch.Tensor], path: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Matrices in float16; what has one dimension, such as norms, stays.
+
+    Raises:
+        WrongFile: A value is too large for it.
+    """
+    half = {name: tensor.half() if tensor.dim() > 1 and tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()}
+    large = [name for name, tensor in half.items() if not tensor.isfinite().all()]
+    if large:
+        raise WrongFile(f'{path} holds values in {", ".join(large[:5])} that are too large for half precision; leave '
+                        'out --half')
+    return half
+
+
 def serialised(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The same bytes for the same tensors."""
     return safetensors.torch.save(dict(sorted(tensors.items())), {'format': 'pt'})
@@ -399,6 +414,7 @@ def convert(
         license: str | None = None,
         text: str | None = None,
         repository: str | None = None,
+        half: bool = False,
         manifest: pathlib.Path = common.MANIFEST,
         force: bool = False,
 ) -> Converted:
@@ -417,6 +433,7 @@ def convert(
         license: Of weights that are not the authors'.
         text: Markdown for the card of weights that are not the authors'.
         repository: ORGANISATION/NAME, for the card.
+        half: Write matrices in float16, which halves the file; of weights that are not the authors'.
         manifest: Its file.
         force: Overwrite other content.
 
@@ -440,6 +457,8 @@ def convert(
     net: Any
     authors = (entry is not None and tag in (None, common.TAG) and not options and not data_options
                and is_the_authors(content))
+    if authors and half:
+        raise WeightsError("--half is not for the authors' weights, which are published as they are")
     if entry is not None and authors:
         name = f'{architecture}.{common.TAG}'
         net = timm.create_model(known_to_timm(architecture, common.TAG), num_classes=IMAGENET_CLASSES, device='meta',
@@ -458,7 +477,8 @@ def convert(
         if not license:
             notes.append('the card states no licence; --license does')
         name = f'{architecture}.{tag}' if tag else architecture
-        weights = serialised(fit(state, net, options, source))
+        tensors = fit(state, net, options, source)
+        weights = serialised(halved(tensors, source) if half else tensors)
     sha256 = hashlib.sha256(weights).hexdigest()
     repository = repository or hub.repository(name)
     readme = card.released(name, known, repository, source_sha256, sha256) if authors else card.own(
@@ -500,6 +520,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--card-text', type=pathlib.Path, metavar='FILE',
                         help='Markdown for the card of weights that are not the authors\'')
     parser.add_argument('--repository', metavar='ORGANISATION/NAME', help='for the examples in the card')
+    parser.add_argument('--half', action='store_true', help='matrices in float16: half the size')
     parser.add_argument('--manifest', type=pathlib.Path, default=common.MANIFEST, metavar='FILE')
     parser.add_argument('--force', action='store_true', help='overwrite files with other content')
     return parser.parse_args(argv)
@@ -519,7 +540,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = convert(
         options.checkpoint, options.model, options.out, tag=options.tag, options=dict(options.arch_option),
         data_options=dict(options.data_option), license=options.license, text=text, repository=options.repository,
-        manifest=options.manifest, force=options.force)
+        half=options.half, manifest=options.manifest, force=options.force)
     for note in done.notes:
         print(f'note: {note}')
     print(f'{done.folder}: {done.name}{", as the authors released it" if done.authors else ""}')

@@ -616,3 +616,33 @@ def test_as_a_script(released, manifest, tmp_path):
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(WEIGHTS.parent)})
     assert done.returncode == 0, done.stderr
     assert set(content(tmp_path / 'out')) == FILES and 'SHA-256 of model.safetensors' in done.stdout
+
+
+def test_half_precision(tmp_path, capsys):
+    """Matrices are rounded, norms are not; the model is the same but for that."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_san_patchwise', num_classes=4).eval()
+    torch.save(model.state_dict(), tmp_path / 'mine.pth')
+    common = (tmp_path / 'mine.pth', '--model', 'test_san_patchwise', '--tag', 'mine')
+    assert run(*common, '--out', tmp_path / 'half', '--half') == run(*common, '--out', tmp_path / 'whole') == 0
+    half, whole = (load_file(tmp_path / name / 'model.safetensors') for name in ('half', 'whole'))
+    for name, tensor in whole.items():
+        assert half[name].dtype == (torch.float16 if tensor.dim() > 1 else tensor.dtype)
+        assert torch.equal(half[name], tensor.to(half[name].dtype))
+    again = timm.create_model(f'local-dir:{tmp_path / "half"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x), rtol=.02, atol=.02)
+    state = model.state_dict()
+    state['head.fc.weight'][0, 0] = 1e6
+    torch.save(state, tmp_path / 'mine.pth')
+    assert run(*common, '--out', tmp_path / 'large', '--half') == 1
+    assert 'values in head.fc.weight that are too large for half precision' in capsys.readouterr().err
+
+
+def test_the_authors_weights_stay_whole(tmp_path, capsys, manifest):
+    source = tmp_path / 'model_best.pth'
+    name = next(iter(SPECS))
+    torch.save(oracle.released_checkpoint(oracle.random_state(SPECS[name], seed=1)), source)
+    assert run(source, '--model', name, '--out', tmp_path / 'out', '--manifest', manifest, '--half') == 1
+    assert '--half is not for' in capsys.readouterr().err
