@@ -128,6 +128,8 @@ def _check_script(words: list[str], command: str) -> None:
         _require(source, command, f'there is no module {words[1]}')
         if words[1] == 'san_backbones.mm.run':
             _check_script(words[2:], command)
+        elif words[1] == 'san_backbones':
+            _check_own_command(words[2:], command)
         elif words[1] == 'san_backbones.weights':
             _check_own_command(['weights', *words[2:]], command)
         else:
