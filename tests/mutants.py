@@ -29,6 +29,7 @@ NATIVE, POINTWISE, STATISTICS = (f'tests/ops/test_{name}.py' for name in ('nativ
 NETWORK, MODELS, FUSE, WEIGHTS, BOUND, DIAGNOSIS = (f'tests/test_{name}.py' for name in (
     'network', 'models', 'fuse', 'weights', 'bound', 'diagnosis'))
 FLOPS, GUARD, TOOLS = 'tests/ops/test_flops.py', 'tests/trust/test_guard_bytes.py', 'tests/test_layer_tools.py'
+DISTILL = 'tests/distill/test_distillation.py'
 EXPORT, CLI, VISUALIZE = 'tests/test_export.py', 'tests/test_cli.py', 'tests/test_visualize.py'
 KERNELS, TRITON = f'{OPS}/triton/kernels.py', 'tests/ops/test_triton.py'
 REFUSALS, NUMBERS, CONCURRENCY, INTERRUPTION = (f'tests/trust/test_{name}.py' for name in (
@@ -545,6 +546,34 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      'return mean, std, turned', (f'{VISUALIZE}::test_openmmlab_preprocessing',)),
     ('command line: errors exit with 0', 'san_backbones/cli/app.py', 'raise typer.Exit(1) from error',
      'raise typer.Exit(0) from error', (f'{CLI}::TestClassify::test_no_pictures',)),
+    # --- distillation
+    ('distillation: every epoch in the same order', 'san_backbones/distill/pictures.py',
+     'default_rng((self.seed, 1, epoch))', 'default_rng((self.seed, 1, 0))',
+     (f'{DISTILL}::test_views_are_functions_of_the_number',)),
+    ('distillation: the two views are mirrored apart', 'san_backbones/distill/pictures.py',
+     'return [view[:, ::-1] if mirrored else view for view in views]',
+     'return [views[0][:, ::-1] if mirrored else views[0], *views[1:]]',
+     (f'{DISTILL}::test_views_are_crops_of_the_picture_at_both_sizes',)),
+    ('distillation: a store of other pictures is taken', 'san_backbones/distill/pictures.py',
+     'if {name: store.about.get(name) for name in wanted} == wanted:', 'if True:',
+     (f'{DISTILL}::test_the_store_keeps_pictures_and_is_made_once',)),
+    ('distillation: divergence the other way', 'san_backbones/distill/networks.py',
+     'F.log_softmax(logits.float() / temperature, 1), F.log_softmax(answer.logits / temperature, 1),',
+     'F.log_softmax(answer.logits / temperature, 1), F.log_softmax(logits.float() / temperature, 1),',
+     (f'{DISTILL}::test_the_losses_are_those_of_the_definition',)),
+    ('distillation: exported without the means', 'san_backbones/distill/networks.py',
+     ' - weight @ mean + self._teachers_bias()', ' + self._teachers_bias()',
+     (f'{DISTILL}::test_the_export_answers_as_the_student',)),
+    ('distillation: averaged weights are not kept', 'san_backbones/distill/training.py',
+     "self.averaged.module.load_state_dict(state['averaged'])", 'pass',
+     (f'{DISTILL}::test_a_run_that_was_stopped_goes_on_to_the_same_bits',)),
+    ('distillation: dropout by the generator as it is', 'san_backbones/distill/training.py',
+     'torch.manual_seed((settings.seed * 1_000_003 + self.seen + self.rank) % 2 ** 63)', 'pass',
+     (f'{DISTILL}::test_a_run_that_was_stopped_goes_on_to_the_same_bits',)),
+    ('distillation: every process takes the same pictures', 'san_backbones/distill/training.py',
+     'first = seen + self.rank * batch', 'first = seen', (f'{DISTILL}::test_two_processes_learn_what_one_does',)),
+    ('distillation: other settings go on', 'san_backbones/distill/training.py',
+     "_same(about, state['about'], out / CHECKPOINT)", 'pass', (f'{DISTILL}::test_another_network_or_other_pictures',)),
     # --- the bound
     ('bound: folded blocks have none', 'san_backbones/fuse.py', "limit = getattr(block.act1, 'limit', None)",
      'limit = None', (f'{BOUND}::test_folded_inference',)),
