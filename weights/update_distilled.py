@@ -19,18 +19,19 @@ from san_backbones.weights.convert import convert
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 TEXT = """\
-A SAN10 that has learnt from a trained network what {distinct} small photographs show, without labels, on a processor:
-{pictures} pictures of {pixels} pixels seen, {hours:.1f} hours of one thread of a busy machine. It is a better
-beginning than random weights for a training of your own, and tells a few kinds of things apart. It is **no replacement
-for weights that were trained on ImageNet** (`.in1k`), whose top-1 is 77.1 % where this one's is below.
+A SAN10 that learnt from a trained network what 35,705 small photographs show, without labels, on one thread of a busy
+processor: {pictures} views of {pixels} pixels, in {hours:.1f} hours. It is meant as a beginning for trainings of your
+own, where random weights are all there is else; the table below says how far that is true. It is **no replacement for
+weights that were trained on ImageNet** (`san10_patchwise.in1k`: 77.1 % top-1 in the paper), and no classifier to rely
+on.
 
 ## Training
 
 `san-backbones distill` with EfficientNet-Lite0 as the teacher (Apache-2.0, trained on ImageNet-1k by its authors): KL
 divergence of the logits, and the teacher's features at strides 8, 16, 32 and in front of its classifier, which the
 student took over. The photographs are 23,987 of 100 ImageNet classes at 84 pixels, 9,025 of ten breeds of dogs and
-2,693 of COCO; nobody's labels were used. ImageNet's pictures are for research; whether that binds weights is for you to judge.
-The weights are averages over steps, matrices in half precision.
+2,693 of COCO; nobody's labels were used. ImageNet's pictures are for research; whether that binds weights is for you to
+judge. The weights are averages over steps, matrices in half precision.
 
 | setting | |
 | --- | --- |
@@ -78,8 +79,8 @@ def main():
     settings = about['settings']
     name = f'{options.model}.distilled'
     text = TEXT.format(
-        name=name, distinct='35,705', pictures=f'{pictures:,}', hours=log[-1]['seconds'] / 3600,
-        pixels=', '.join(str(size['pixels']) for size in settings['sizes']), scores=scores(pictures),
+        name=name, pictures=f'{pictures:,}', hours=log[-1]['seconds'] / 3600, scores=scores(pictures),
+        pixels=' and '.join(dict.fromkeys(str(size['pixels']) for size in settings['sizes'])),
         settings='\n'.join(f'| `{key}` | {json.dumps(value)} |' for key, value in settings.items()))
     done = convert(weights, options.model, ROOT / 'weights' / name, tag='distilled', license='apache-2.0', text=text,
                    half=True, force=True)

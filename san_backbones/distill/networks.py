@@ -88,6 +88,9 @@ class Teacher(nn.Module):
         levels: Strides of the maps asked for.
         mean: Of the pixels, in [0, 1], that it expects; None for those of the timm model, else ImageNet's.
         std: Their standard deviation.
+
+    Raises:
+        ValueError: It has no feature map at one of the levels.
     """
 
     mean: Tensor
@@ -159,6 +162,7 @@ class Standardised(nn.Module):
         self.scale.copy_(1 / std.clamp(min=1e-3 * float(std.max()) + 1e-12))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) or pooled features (N, C) to the same, centred and scaled."""
         shape = (-1,) + (1,) * (x.dim() - 2)
         return (x - self.mean.view(shape)) * self.scale.view(shape)
 
@@ -171,10 +175,13 @@ class Student(nn.Module):
     Reused Teacher Classifier, CVPR 2022). `export` multiplies the two into the student's own classifier.
 
     Args:
-        model: A timm model with as many classes as the teacher.
+        model: A timm model (SAN or another) with as many classes as the teacher.
         teacher: The teacher.
         example: Its answer to some pictures.
         reuse: Take the teacher's classifier over.
+
+    Raises:
+        ValueError: The model has no feature map at a level of the teacher's.
     """
 
     classifier_weight: Tensor
@@ -211,6 +218,9 @@ class Student(nn.Module):
             target.measure([a.pooled if name == 'pooled' else a.maps[int(name)] for a in answers])
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+        """Normalised images (N, 3, H, W) to logits, and to pooled features and maps (by stride) as they are compared
+        with the teacher's standardised ones; None for what there is not.
+        """
         reuses = self.embed is not None
         answer = _answer(self.model, self.places, x, reuses, not reuses)
         maps = {str(stride): self.projections[str(stride)](each) for stride, each in answer.maps.items()}
@@ -221,8 +231,17 @@ class Student(nn.Module):
         return F.linear(features, self.classifier_weight, self.classifier_bias), pooled, maps
 
     def losses(self, x: Tensor, answer: Answer, temperature: float) -> dict[str, Tensor]:
-        """Each part of the loss, a scalar: 'logits' (KL divergence), 'pooled' and a stride (parts of the teacher's
-        variance that the student does not explain)."""
+        """Each part of the loss, a scalar.
+
+        Args:
+            x: Normalised images, (N, 3, H, W).
+            answer: The teacher's, to the same views.
+            temperature: That logits are divided by.
+
+        Returns:
+            'logits', the KL divergence times the temperature's square; 'pooled' and each stride, the mean squared error
+            of standardised features, 1 where nothing is learnt. Those that there are.
+        """
         logits, pooled, maps = self(x)
         found = {}
         if answer.logits is not None:

@@ -68,7 +68,7 @@ def _in(path: pathlib.Path) -> Iterator[_File]:
         raise ValueError(f'{path} is neither a folder, nor a zip or tar file (of a WebDataset), nor a picture')
 
 
-class Files(Sequence[_File]):
+class Files:
     """The pictures of folders (and of zips and tars in them), zips and tars (the shards of a WebDataset), sorted.
 
     Args:
@@ -95,9 +95,6 @@ class Files(Sequence[_File]):
 
     def __len__(self) -> int:
         return len(self._files)
-
-    def __getitem__(self, index):
-        return self._files[index]
 
     def digest(self) -> str:
         """Of the names and sizes, to tell whether these are the pictures of a run before."""
