@@ -23,6 +23,9 @@ def main() -> None:
         sys.exit(build.stdout)
     wheel, = built.glob('*.whl')
     sdist, = built.glob('*.tar.gz')
+    for archive in (wheel, sdist):
+        if archive.stat().st_size > 40e6:
+            sys.exit(f'{archive.name} has {archive.stat().st_size / 1e6:.1f} MB, expected 40 at most')
     venv.create(folder, clear=True, with_pip=True)
     elsewhere.mkdir(exist_ok=True)  # a folder from which the sources are not found
     python = folder / ('Scripts/python.exe' if sys.platform == 'win32' else 'bin/python')

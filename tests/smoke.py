@@ -30,6 +30,7 @@ model = timm.create_model('test_san_patchwise', pretrained=True).eval()  # offli
 with torch.inference_mode():
     logits = model(torch.rand(2, 3, 96, 96))
     torch.testing.assert_close(fuse_for_inference(model)(torch.rand(2, 3, 96, 96)).shape, logits.shape)
+timm.create_model('san10_patchwise.distilled', pretrained=True, num_classes=10)  # ship, too
 for name in ('test_san_pairwise', 'test_san_patchwise'):
     network = timm.create_model(name, features_only=True)
     sum(features.square().mean() for features in network(torch.rand(2, 3, 64, 64))).backward()

@@ -401,6 +401,34 @@ def test_adapting_to_other_classes_and_channels():
     assert torch.equal(features.stages_2.conv.weight, state['stages.2.conv.weight'])
 
 
+def test_distilled_weights_load_offline(monkeypatch):
+    """By every road, in half precision, and none takes them without being asked by name."""
+    _point_at(monkeypatch, 'http://127.0.0.1:9')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    name = 'san10_patchwise.distilled'
+    assert name in timm.list_pretrained('san10_patchwise*')
+    path = hub.find_local(name)
+    state, entry = load_file(path), hub.manifest()[name]
+    assert hub.digest(path) == entry['sha256']
+    assert {tensor.dtype for tensor in state.values() if tensor.dim() > 1} == {torch.float16}
+    assert {tensor.dtype for tensor in state.values() if tensor.dim() == 1} == {torch.float32}
+    assert sum(file.stat().st_size for file in path.parent.iterdir()) < 30e6
+    model = timm.create_model(name, pretrained=True).eval()
+    assert model.num_classes == 1000 and sum(p.numel() for p in model.parameters()) == entry['parameters']
+    assert all(torch.equal(tensor, state[key].to(tensor.dtype)) for key, tensor in model.state_dict().items())
+    assert {block.act1.limit for stage in model.stages for block in stage.blocks} == {6.}
+    other = timm.create_model(name, pretrained=True, num_classes=10)
+    assert other.head.fc.weight.shape == (10, 2048) and torch.equal(other.stem.conv.weight, model.stem.conv.weight)
+    features = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(features(x)[-1], model.forward_features(x))
+        assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
+    with open(path.parent / 'config.json') as file:
+        assert json.load(file)['model_args']['relu_bound'] == 6.
+    assert timm.get_pretrained_cfg('san10_patchwise').hf_hub_id.endswith('san10_patchwise.in1k')
+
+
 # --- The whole road, in processes of their own -----------------------------------------------------------------------
 
 CREATE = '''

@@ -290,3 +290,15 @@ def test_weights_of_three_channels_as_they_are(tmp_path, monkeypatch):
     torch.save(small(in_channels=4).state_dict(), path)
     with pytest.raises(RuntimeError, match=r'stem.conv.weight \[16, 4, 1, 1\] instead of \[16, 3, 1, 1\]'):
         small(init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights()
+
+
+def test_distilled_weights_by_name(monkeypatch):
+    """They ship: `init_cfg` finds them offline, with their bound."""
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    backbone = SANBackbone('san10_patchwise', relu_bound=None, init_cfg=dict(
+        type='Pretrained', checkpoint='hf-hub:san-backbones/san10_patchwise.distilled')).eval()
+    backbone.init_weights()
+    model = timm.create_model('san10_patchwise.distilled', pretrained=True).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(image)[-1], model.forward_features(image))
