@@ -1,4 +1,5 @@
 """Builds the optional C loops; everything else about the package is in setup.cfg."""
+import os
 import pathlib
 import platform
 import shutil
@@ -13,7 +14,9 @@ from setuptools.command.build_py import build_py
 INSTRUCTION_SETS = {'baseline': []}
 if platform.machine().lower() in ('x86_64', 'amd64'):
     INSTRUCTION_SETS.update(avx2=['-march=x86-64-v3'], avx512=['-march=x86-64-v4', '-mprefer-vector-width=512'])
-SOURCES = ('footprint', 'backward', 'pointwise')
+SOURCES = ('footprint', 'backward', 'pointwise', 'threads')
+# set to 1, an installation without them fails; otherwise it goes on, and the package says so at first use
+REQUIRED = os.environ.get('SAN_BACKBONES_REQUIRE_LOOPS', '') not in ('', '0')
 FLAGS = ['-O3', '-std=gnu11', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi']
 
 
@@ -24,8 +27,9 @@ class BuildLibrary(build_ext):
         return fullname.replace('.', '/') + ('.dll' if sys.platform == 'win32' else '.so')
 
     def get_export_symbols(self, ext):
-        return ['san_width', *(f'{name}_{what}' for name in ('san', 'san_backward', 'san_stem', 'san_scaled')
-                               for what in ('run', 'bytes'))]
+        runs = (f'{name}_{what}' for name in ('san', 'san_backward', 'san_stem', 'san_scaled')
+                for what in ('run', 'bytes'))
+        return ['san_width', 'san_kmp_use', 'san_kmp_parallel', *runs]
 
 
 class PlatformWheel(bdist_wheel):
@@ -56,7 +60,8 @@ class BuildPackage(build_py):
 setup(
     ext_modules=[
         Extension(f'san_backbones.ops.native._{name}', [f'san_backbones/ops/native/{file}.c' for file in SOURCES],
-                  depends=['san_backbones/ops/native/footprint.h'], extra_compile_args=[*FLAGS, *flags], optional=True)
+                  depends=['san_backbones/ops/native/footprint.h'],
+                  extra_compile_args=[*FLAGS, *flags], optional=not REQUIRED)
         for name, flags in INSTRUCTION_SETS.items()],
     cmdclass={'build_py': BuildPackage, 'build_ext': BuildLibrary, 'bdist_wheel': PlatformWheel},
 )
