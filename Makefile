@@ -9,7 +9,7 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 READY := .venv/.ready
 
-.PHONY: demo test coverage docs lint test-timm test-mim test-mmpretrain test-package test-wheel wheels release release-check test-sanitize test-mutants \
+.PHONY: demo test coverage docs lint api test-timm test-mim test-mmpretrain test-package test-wheel wheels release release-check test-sanitize test-mutants \
   test-long test-kills test-versions lock locked clean
 
 # make demo DATA=/folder/of/coco-format/data trains on your own pictures
@@ -32,6 +32,11 @@ lint: $(READY)
 	$(BIN)/python -m mypy
 	$(BIN)/reuse lint --quiet
 	$(BIN)/zizmor --offline --quiet .github
+
+# what has changed in the public interface since the last release, in a way that breaks programs
+api: $(READY)
+	@tag=$$(git describe --tags --abbrev=0 2>/dev/null) || { echo 'no release to compare with yet'; exit 0; }; \
+	  $(BIN)/griffe check san_backbones --against "$$tag"
 
 # timm's own model tests, for our models
 test-timm: $(READY)
