@@ -769,11 +769,10 @@ def distill(
     finally:
         if processes > 1:
             torch.distributed.destroy_process_group()
-    weights = out / distillation.WEIGHTS
     if first and as_json:
-        show_json(dict(done, weights=str(weights)))
+        show_json(done)
     elif first:
-        typer.echo(f'{done["pictures"]} pictures in {done["seconds"] / 60:.1f} minutes: {weights}')
+        typer.echo(f'{done["pictures"]} pictures in {done["seconds"] / 60:.1f} minutes: {done["weights"]}')
     if done['signal']:
         complain(f'stopped by {done["signal"]}; the same command goes on')
         raise typer.Exit(1)

@@ -1,7 +1,5 @@
 """Distillation: a network learns from a trained one on pictures without labels."""
-from .networks import Answer, Standardised, Student, Teacher, load_teacher
-from .pictures import Files, Store, Views
-from .training import WEIGHTS, Settings, Size, distill
+from .networks import Answer, Teacher, load_teacher
+from .training import Settings, Size, distill
 
-__all__ = ['WEIGHTS', 'Answer', 'Files', 'Settings', 'Size', 'Standardised', 'Store', 'Student', 'Teacher', 'Views',
-           'distill', 'load_teacher']
+__all__ = ['Answer', 'Settings', 'Size', 'Teacher', 'distill', 'load_teacher']

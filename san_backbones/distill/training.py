@@ -22,7 +22,7 @@ from .._files import written_whole
 from .networks import LEVELS, Answer, Student, Teacher, load_teacher
 from .pictures import Files, Store, Views
 
-__all__ = ['WEIGHTS', 'Settings', 'Size', 'distill']
+__all__ = ['Settings', 'Size', 'distill']
 
 CHECKPOINT = 'last.pt'
 WEIGHTS = 'model.safetensors'
@@ -70,7 +70,8 @@ class Settings:
         teacher_size: That side in pixels, for teachers that take one size only.
         crop: Least part of a picture's area that a view shows, in (0, 1].
         levels: Strides of the feature maps that are compared; none for logits alone.
-        reuse: Take the teacher's classifier over, see `Student`.
+        reuse: Where the teacher ends in a linear classifier, take it over, frozen, and learn the features in front of
+            it (Chen et al., Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022).
         temperature: That logits of both are divided by.
         weights: Of the parts of the loss: logits, pooled features, each feature map.
         lr: Highest learning rate of AdamW.
@@ -426,7 +427,8 @@ def distill(
     Args:
         model: The student, a timm model or the name of one.
         teacher: A `Teacher`, what `Teacher` takes, or a name for `load_teacher`.
-        sources: Folders, zips and tars of pictures, see `Files`.
+        sources: Folders (with the zips and tars in them), zips, tars (shards of a WebDataset) of pictures; PATH//PART
+            for those whose path within begins with PART. Those that cannot be read are left out.
         out: A folder.
         settings: What decides the result.
         pictures: End after so many, counted from the start; the same picture counts each time.
@@ -441,7 +443,8 @@ def distill(
         tell_seconds: Time between them.
 
     Returns:
-        `pictures` seen, `seconds`, the `signal` that ended it or None, and `left_out`, how many pictures are broken.
+        `pictures` seen, `seconds`, the `signal` that ended it or None, `left_out`, how many pictures are broken, and
+        where the `weights` are.
 
     Raises:
         ValueError: Something given is not as it must be, or the checkpoint in `out` was made with other settings.
@@ -517,4 +520,4 @@ def distill(
                 break
             report.add(trainer.step(done))
     return dict(pictures=trainer.seen, seconds=trainer.seconds, signal=stops[0] if stops else None,
-                left_out=decoded.about['left_out'])
+                left_out=decoded.about['left_out'], weights=str(out / WEIGHTS))

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import san_backbones  # noqa: F401
-from san_backbones.distill import (
-    Answer, Files, Settings, Size, Store, Student, Teacher, Views, distill, load_teacher)
+from san_backbones.distill import Answer, Settings, Size, Teacher, distill, load_teacher
+from san_backbones.distill.networks import Student
+from san_backbones.distill.pictures import Files, Store, Views
 
 STUDENT, TEACHER = 'test_san_patchwise', 'test_efficientnet'
 
@@ -249,11 +250,11 @@ def test_no_such_teacher(name, message):
 
 def test_teachers_by_name(teacher, tmp_path, monkeypatch):
     torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
-    (tmp_path / 'my_teachers.py').write_text('def make():\n    return abs\n')
+    (tmp_path / 'teachers_of_a_test.py').write_text('def make():\n    return abs\n')
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_teacher('my_teachers:make') is abs
+    assert load_teacher('teachers_of_a_test:make') is abs
     with pytest.raises(ValueError, match='brings its own weights'):
-        load_teacher('my_teachers:make', tmp_path / 'teacher.pth')
+        load_teacher('teachers_of_a_test:make', tmp_path / 'teacher.pth')
     torch.save(timm.create_model(TEACHER).state_dict(), tmp_path / 'whole.pth')
     assert torch.equal(load_teacher(TEACHER, tmp_path / 'whole.pth').conv_stem.weight,
                        torch.load(tmp_path / 'whole.pth')['conv_stem.weight'])
