@@ -15,14 +15,18 @@ A model's weights, say those of `san15_patchwise.in1k`, are looked for in this o
 Files are safetensors but for the authors', of which only tensors are read. Where the manifest pins a digest, the file
 must have it.
 """
+import atexit
 import errno
 import functools
 import hashlib
+import importlib.resources
 import json
 import logging
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 from typing import Any
 
 import huggingface_hub
@@ -66,9 +70,31 @@ class Unavailable(WeightsError):
 
 
 def shipped() -> pathlib.Path:
-    """The folder `weights` of an installed package, or of the checkout."""
+    """The folder `weights` of an installed package, or of the checkout; of one in an archive (a zipapp), a copy."""
     installed = _PACKAGE / '.weights'
-    return installed if installed.is_dir() else _PACKAGE.parent / 'weights'
+    if installed.is_dir():
+        return installed
+    return _copied() or _PACKAGE.parent / 'weights'
+
+
+@functools.cache
+def _copied() -> pathlib.Path | None:
+    """A copy of the weights in an archive that the package is in, for the life of this process."""
+    folder = importlib.resources.files(__package__) / '.weights'
+    if not folder.is_dir():
+        return None
+    kept = tempfile.mkdtemp(prefix='san-backbones-')
+    atexit.register(shutil.rmtree, kept, ignore_errors=True)
+    pending: list[tuple[Any, pathlib.Path]] = [(folder, pathlib.Path(kept))]
+    for source, target in pending:
+        target.mkdir(exist_ok=True)
+        for each in source.iterdir():
+            if each.is_dir():
+                pending.append((each, target / each.name))
+            else:
+                with each.open('rb') as file, open(target / each.name, 'wb') as copy:
+                    shutil.copyfileobj(file, copy)
+    return pathlib.Path(kept)
 
 
 @functools.cache

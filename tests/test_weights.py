@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 import huggingface_hub
 import pytest
@@ -14,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save, save_file
 
-import san_backbones  # noqa: F401
+import san_backbones
 from hub_server import HubServer
 from san_backbones import hub
 from san_backbones._requirements import LEAST_FOR_CONVERSION, older
@@ -427,6 +428,28 @@ def test_distilled_weights_load_offline(monkeypatch):
     with open(path.parent / 'config.json') as file:
         assert json.load(file)['model_args']['relu_bound'] == 6.
     assert timm.get_pretrained_cfg('san10_patchwise').hf_hub_id.endswith('san10_patchwise.in1k')
+
+
+def test_shipped_weights_of_a_package_in_an_archive(tmp_path):
+    """As a zipapp has it; nothing stays behind."""
+    root = pathlib.Path(san_backbones.__file__).parent
+    with zipfile.ZipFile(tmp_path / 'app.pyz', 'w') as archive:
+        for path in root.rglob('*.py'):
+            archive.write(path, path.relative_to(root.parent))
+        for name in ('manifest.json', f'test_san_patchwise.shapes/{hub.FILENAME}'):
+            archive.write(hub.shipped() / name, f'san_backbones/.weights/{name}')
+    code = """if True:
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import json, timm, san_backbones
+        from san_backbones import hub
+        model = timm.create_model('test_san_patchwise', pretrained=True)
+        print(json.dumps([san_backbones.__file__, str(hub.shipped()), float(model.head.fc.weight.sum())]))"""
+    where, folder, total = _run(code, tmp_path / 'app.pyz', HF_HUB_OFFLINE='1', TMPDIR=str(tmp_path))
+    assert where.startswith(str(tmp_path / 'app.pyz')) and folder.startswith(str(tmp_path))
+    assert not os.path.exists(folder)
+    state = load_file(hub.find_local('test_san_patchwise.shapes'))
+    assert total == pytest.approx(float(state['head.fc.weight'].sum()))
 
 
 # --- The whole road, in processes of their own -----------------------------------------------------------------------
