@@ -247,14 +247,15 @@ class Views:
     def __init__(self, store: Sequence[Image.Image] | Store, seed: int = 0, scale: tuple[float, float] = (.4, 1.),
                  ratio: tuple[float, float] = (3 / 4, 4 / 3)):
         self.store, self.seed, self.scale, self.ratio = store, seed, scale, ratio
-        self._epoch, self._order = -1, np.arange(0)
+        self._order = -1, np.arange(0)  # of an epoch
 
     def _picture(self, number: int) -> int:
         epoch, place = divmod(number, len(self.store))
-        if epoch != self._epoch:  # every picture once, then again in another order
-            self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.store))
-        return int(self._order[place])
+        known, order = self._order
+        if epoch != known:  # every picture once, then again in another order
+            order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.store))
+            self._order = epoch, order  # at once: threads share it
+        return int(order[place])
 
     def sample(self, number: int, sizes: Sequence[int]) -> list[np.ndarray]:
         """One view at each of these sizes, as (size, size, 3) uint8."""

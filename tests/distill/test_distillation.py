@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -206,6 +207,15 @@ def test_views_are_functions_of_the_number():
     assert all(sorted(shown[i:i + 10]) == list(range(10)) for i in (0, 10, 20)) and shown[:10] != shown[10:20]
     assert shown[::-1] == [int(Views(store, seed=1).sample(n, [4])[0][0, 0, 0]) for n in range(29, -1, -1)]
     assert shown != [int(Views(store, seed=2).sample(n, [4])[0][0, 0, 0]) for n in range(30)]
+    numbers = [n for _ in range(40) for place in range(10) for n in range(place, 30, 10)]  # an epoch after the other
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            threads = list(pool.map(lambda n: int(views.sample(n, [4])[0][0, 0, 0]), numbers))
+    finally:
+        sys.setswitchinterval(interval)
+    assert threads == [shown[n] for n in numbers]
     batch, = views.batch(range(5, 9), [4])
     assert batch.shape == (4, 3, 4, 4) and batch[:, 0, 0, 0].tolist() == shown[5:9]
 
