@@ -38,10 +38,11 @@ def load_teacher(name: str, weights: str | os.PathLike | None = None) -> Any:
         if weights:
             raise ValueError(f'{name} brings its own weights: leave the file with weights out')
         try:
-            return getattr(importlib.import_module(module), function)()
+            make = getattr(importlib.import_module(module), function)
         except (ModuleNotFoundError, AttributeError) as error:
             raise ValueError(f'there is no teacher {name!r} ({error}): expected a timm model, or MODULE:FUNCTION of a '
                              'module that Python finds (PYTHONPATH)') from error
+        return make()
     if not module.count('/') and not function and not timm.is_model(name.partition('.')[0]):
         raise ValueError(f'there is no teacher {name!r}: expected a timm model, or MODULE:FUNCTION')
     if weights:
@@ -153,13 +154,12 @@ class Standardised(nn.Module):
         self.register_buffer('mean', torch.zeros(channels))
         self.register_buffer('scale', torch.ones(channels))
 
-    def measure(self, parts: Sequence[Tensor]) -> None:
-        """Takes them from feature maps or pooled features."""
-        rows = torch.cat([part.movedim(1, -1).flatten(0, -2) for part in parts]).double()
-        self.mean.copy_(rows.mean(0))
-        # a channel that hardly moves is not blown up
-        std = rows.std(0)
-        self.scale.copy_(1 / std.clamp(min=1e-3 * float(std.max()) + 1e-12))
+    def set(self, count: Tensor, total: Tensor, squares: Tensor) -> None:
+        """Takes them from the number of values of each channel, (C,), their sum and the sum of their squares."""
+        mean = total / count
+        std = ((squares - count * mean.square()) / (count - 1)).clamp(min=0).sqrt()
+        self.mean.copy_(mean)
+        self.scale.copy_(1 / std.clamp(min=1e-3 * float(std.max()) + 1e-12))  # what hardly moves is not blown up
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) or pooled features (N, C) to the same, centred and scaled."""
@@ -212,10 +212,17 @@ class Student(nn.Module):
             self.register_buffer('classifier_bias', torch.zeros(classifier.out_features) if bias is None
                                  else bias.detach().clone(), persistent=False)
 
-    def measure(self, answers: Sequence[Answer]) -> None:
+    def measure(self, answers: Iterable[Answer]) -> None:
         """Takes the scales of the teacher's features."""
-        for name, target in self.targets.items():
-            target.measure([a.pooled if name == 'pooled' else a.maps[int(name)] for a in answers])
+        sums: dict[str, Any] = {}
+        for answer in answers:
+            for name in self.targets:
+                features: Any = answer.pooled if name == 'pooled' else answer.maps[int(name)]
+                rows = features.movedim(1, -1).flatten(0, -2).double()
+                part = torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
+                sums[name] = sums.get(name, 0) + part
+        for name, part in sums.items():
+            self.targets[name].set(*part)
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
         """Normalised images (N, 3, H, W) to logits, and to pooled features and maps (by stride) as they are compared

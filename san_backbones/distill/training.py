@@ -69,7 +69,7 @@ class Settings:
         teacher_scale: Side of the teacher's pictures as a multiple of the student's, rounded to one of 32.
         teacher_size: That side in pixels, for teachers that take one size only.
         crop: Least part of a picture's area that a view shows, in (0, 1].
-        levels: Strides of the feature maps that are compared; none for logits alone.
+        levels: Strides of the feature maps that are compared; none for logits alone. A `Teacher` brings its own.
         reuse: Where the teacher ends in a linear classifier, take it over, frozen, and learn the features in front of
             it (Chen et al., Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022).
         temperature: That logits of both are divided by.
@@ -179,12 +179,12 @@ class _Trainer:
         self.pool = ThreadPoolExecutor(workers) if workers else None
         self.coming: dict[int, list[Future]] = {}
         torch.manual_seed(settings.seed)
-        answers = self._answers()
-        logits = answers[0].logits
+        example = next(self._answers())
+        logits = example.logits
         if isinstance(model, str):
             model = timm.create_model(model, num_classes=0 if logits is None else logits.shape[1])
-        self.student = Student(model, teacher, answers[0], settings.reuse).to(device)
-        self.student.measure(answers)
+        self.student = Student(model, teacher, example, settings.reuse).to(device)
+        self.student.measure(self._answers())
         self.averaged = ModelEmaV3(self.student, decay=settings.ema, use_warmup=True, warmup_gamma=10, warmup_power=1)
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         ours = {id(p) for p in model.parameters()}
@@ -212,11 +212,12 @@ class _Trainer:
     def _normalised(self, images: Tensor) -> Tensor:
         return (images.to(self.device) - self.mean) / self.std
 
-    def _answers(self) -> list[Answer]:
+    def _answers(self) -> Iterator[Answer]:
         """The teacher's, to the first pictures."""
         pixels = self.settings.teacher_pixels(self.settings.sizes[0])
         count = min(MEASURED, max(32, 4 * len(self.views.store)))
-        return [self._teach(self.views.batch(range(first, first + 32), [pixels])[0]) for first in range(0, count, 32)]
+        for first in range(0, count, 32):
+            yield self._teach(self.views.batch(range(first, first + 32), [pixels])[0])
 
     def size(self) -> Size:
         """The present one."""
@@ -474,6 +475,7 @@ def distill(
         teacher = load_teacher(teacher)
     if not isinstance(teacher, Teacher):
         teacher = Teacher(teacher, settings.levels)
+    settings = dataclasses.replace(settings, levels=teacher.levels)
     about = dict(
         model=model if isinstance(model, str) else type(model).__name__, pictures=files.digest(),
         settings=json.loads(json.dumps(dataclasses.asdict(settings))))

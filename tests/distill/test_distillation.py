@@ -260,9 +260,11 @@ def test_no_such_teacher(name, message):
 
 def test_teachers_by_name(teacher, tmp_path, monkeypatch):
     torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
-    (tmp_path / 'teachers_of_a_test.py').write_text('def make():\n    return abs\n')
+    (tmp_path / 'teachers_of_a_test.py').write_text('def make():\n    return abs\n\n\ndef fails():\n    None.x\n')
     monkeypatch.syspath_prepend(tmp_path)
     assert load_teacher('teachers_of_a_test:make') is abs
+    with pytest.raises(AttributeError, match="no attribute 'x'"):  # its own error
+        load_teacher('teachers_of_a_test:fails')
     with pytest.raises(ValueError, match='brings its own weights'):
         load_teacher('teachers_of_a_test:make', tmp_path / 'teacher.pth')
     torch.save(timm.create_model(TEACHER).state_dict(), tmp_path / 'whole.pth')
@@ -279,7 +281,8 @@ def taught(teacher, reuse=True, count=64, levels=(8, 16, 32)):
     frozen = Teacher(teacher, levels)
     answer = frozen(images)
     student = Student(timm.create_model(STUDENT, num_classes=10), frozen, answer, reuse)
-    student.measure([answer])
+    student.measure(Answer(answer.logits[i:i + 7], answer.pooled[i:i + 7], {
+        stride: each[i:i + 7] for stride, each in answer.maps.items()}) for i in range(0, count, 7))
     return student, images, answer
 
 
@@ -556,6 +559,7 @@ def test_other_students(pictures, teacher, tmp_path, student):
 def test_a_teacher_of_logits_and_one_of_maps(pictures, tmp_path):
     run(tmp_path / 'a', pictures, Teacher(lambda x: x.mean((2, 3)), ()), pictures=8)
     assert load_file(tmp_path / 'a/model.safetensors')['head.fc.weight'].shape == (3, 128)
+    assert state(tmp_path / 'a')['about']['settings']['levels'] == []
     run(tmp_path / 'b', pictures, Teacher(lambda x: (None, [nn.functional.avg_pool2d(x, 8)]), (8,)), pictures=8)
     assert 'head.fc.weight' not in load_file(tmp_path / 'b/model.safetensors')
 
