@@ -25,14 +25,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILT = ROOT / 'docs' / '_build'
 WIDTHS = (390, 1280)
 WIDER = """
+// a block that scrolls by itself; not the whole text, which the theme lets scroll on a phone
 const wide = [], limit = arguments[0] + 1;
 for (const element of document.querySelectorAll('body *')) {
     const right = element.getBoundingClientRect().right;
     if (right <= limit || !element.checkVisibility({visibilityProperty: true})) continue;
     let scrolls = false;
-    for (let parent = element; parent && parent !== document.body; parent = parent.parentElement) {
+    for (let parent = element; parent && !parent.querySelector('article'); parent = parent.parentElement) {
         const style = getComputedStyle(parent), fits = parent.getBoundingClientRect().right <= limit;
-        if (style.position === 'fixed' || fits && /auto|scroll|hidden|clip/.test(style.overflowX)) scrolls = true;
+        if (style.position === 'fixed' || fits && /auto|scroll/.test(style.overflowX)) scrolls = true;
     }
     if (!scrolls) wide.push(element.tagName + ' ' + element.textContent.trim().slice(0, 40));
 }
