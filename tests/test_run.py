@@ -1,4 +1,4 @@
-"""`python -m san_backbones.run`: programs that know nothing of SAN run as Python would run them, and find the models."""
+"""`python -m san_backbones.run`: programs that know nothing of SAN run as under Python alone, and find the models."""
 import importlib.util
 import os
 import subprocess
