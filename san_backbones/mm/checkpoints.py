@@ -88,10 +88,11 @@ def _load_data(file: Any, map_location: Any = None, weights_only: bool | None = 
         reason = next((line.strip() for line in str(error).splitlines() if 'GLOBAL' in line or 'allowed' in line), None)
         if reason is None:  # damaged
             raise
+        reason = reason.partition('. Please')[0]
         name = file if isinstance(file, str) else 'the checkpoint'
         raise UnpicklingError(
             f'{name} holds more than tensors and plain data, which may be code that reading it would run, and is not '
-            f'read ({reason.partition('. Please')[0]}). Where you trust it, save its state dict alone: torch.save(torch.load(FILE, '
+            f'read ({reason}). Where you trust it, save its state dict alone: torch.save(torch.load(FILE, '
             "weights_only=False)['state_dict'], NEW_FILE)") from error
 
 

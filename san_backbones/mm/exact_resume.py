@@ -51,7 +51,7 @@ class _Reseeding:
         return next(self._iterator)
 
     def skip_iter(self, num_iters: int) -> None:
-        """Draws what a resumed loop has seen already. onedl-mmengine would pass over it, and workers augment otherwise."""
+        """Draws what a resumed loop has seen; onedl-mmengine would pass over it, and workers augment otherwise."""
         for _ in range(num_iters):
             next(self)
 

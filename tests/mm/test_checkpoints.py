@@ -1,4 +1,4 @@
-"""mmengine's own checkpoints under torch's weights-only loading: save, resume, load_from; and no code of a file runs."""
+"""mmengine's own checkpoints under torch's weights-only loading: save, resume, load_from. No code of a file runs."""
 import functools
 import http.server
 import os
@@ -19,7 +19,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 from torch.utils.data import Dataset
 
-import san_backbones.mm  # noqa: F401
+import san_backbones.mm
 
 
 class Numbers(Dataset):
@@ -182,5 +182,5 @@ def test_code_of_a_checkpoint_is_never_run(load, tmp_path):
 def test_a_file_that_holds_more_than_data_says_so(tmp_path):
     path = tmp_path / 'evil.pth'
     torch.save({'state_dict': {}, 'meta': _Evil(print, 'code of the file ran')}, path)
-    with pytest.raises(UnpicklingError, match=f'^{path} holds more than tensors and plain data.*GLOBAL print.*save its'):
+    with pytest.raises(UnpicklingError, match=f'^{path} holds more than tensors.*GLOBAL print was.*save its'):
         CheckpointLoader.load_checkpoint(str(path))
