@@ -1,4 +1,4 @@
-"""Class activation maps of pytorch-grad-cam, and the order of layers that FullGrad takes for that of the computation."""
+"""Maps of pytorch-grad-cam, and the order of layers that its FullGrad takes for that of the computation."""
 import copy
 
 import pytest
@@ -51,7 +51,8 @@ def test_grad_cam_is_the_formula(name):
         gradient, = torch.autograd.grad(model.forward_head(features)[:, label].sum(), features)
         expected = (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu().detach()
         expected = torch.nn.functional.interpolate(expected[:, None], size=64, mode='bilinear')[:, 0]
-        found = torch.from_numpy(library.GradCAM(model, [model.stages[-1]])(images, [ClassifierOutputTarget(label)] * 2))
+        targets = [ClassifierOutputTarget(label)] * 2
+        found = torch.from_numpy(library.GradCAM(model, [model.stages[-1]])(images, targets))
         for mine, theirs in zip(expected, found, strict=True):
             assert (mine.max() > 0) == (theirs.max() > 0)
             if mine.max() > 0:  # their resizing is OpenCV's
