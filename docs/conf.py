@@ -31,7 +31,8 @@ napoleon_use_rtype = False
 # Objects of other packages, whose inventories would have to come from the network; ours must resolve.
 nitpick_ignore_regex = [
     ('py:.*', r'(torch|timm|mmengine|mmcv|numpy|typing|collections|pathlib|os|nn|matplotlib|PIL|typer|click)\b.*'),
-    ('py:class', r'(Tensor|Runner|Figure|Picture|Pixels|BlockId|optional|san_backbones\.attention\._FootprintAttention)'),
+    ('py:class', r'(Tensor|Runner|Figure|Picture|Pixels|BlockId|optional'
+                 r'|san_backbones\.attention\._FootprintAttention)'),
 ]
 
 SECTION = re.compile(r'(Args|Arguments|Attributes|Example|Examples|Note|Raises|Returns|Yields):$')

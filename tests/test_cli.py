@@ -433,6 +433,10 @@ class TestEnv:
         assert re.search(rf'^torch +{re.escape(torch.__version__)}$', text, re.M)
         assert re.search(rf'^timm +{re.escape(timm.__version__)}$', text, re.M)
         assert re.search(r'^path reference, cpu +can run$', text, re.M)
+        loops = data('env')['compiled_loops']
+        if loops['serving'] and loops['runtime'] != 'none':
+            assert loops['threads'] == torch.get_num_threads()
+            assert re.search(rf'^their threads +{torch.get_num_threads()}, of lib(gomp|omp|iomp5)[-.]', text, re.M)
         assert 'https://mirror.example/hub' in text and re.search(r'^SAN_BACKBONES_WEIGHTS +~/weights$', text, re.M)
         assert 'secret' not in text and 'password' not in text and str(tmp_path) not in text
         assert tuple(name for name, reason in data('env')['paths']['cpu'].items() if reason is None) \
@@ -444,7 +448,7 @@ class TestEnv:
         text = run('env').stdout
         assert 'path native, cpu' in text and 'cannot run: the dog ate it' in text
         loops = data('env')['compiled_loops']
-        assert loops['serving'] is None and loops['problem'] == 'the dog ate it'
+        assert loops['serving'] is None and loops['problem'] == 'the dog ate it' and loops['threads'] is None
         assert loops['found'] == sorted(path.name for path in pathlib.Path(library.__file__).parent.glob('_*.so'))
 
     def test_packages_of_onedl(self, monkeypatch):

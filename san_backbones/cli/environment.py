@@ -24,7 +24,7 @@ PACKAGES = (
 FORKS = {'mmengine': 'onedl-mmengine', 'mmcv': 'onedl-mmcv', 'mmdet': 'onedl-mmdetection',
          'mmsegmentation': 'onedl-mmsegmentation', 'mmpretrain': 'onedl-mmpretrain'}
 VARIABLES = (
-    ENVIRONMENT_VARIABLE, ops.triton.TUNE_VARIABLE,
+    ENVIRONMENT_VARIABLE, native.QUIET_VARIABLE, ops.triton.TUNE_VARIABLE,
     hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, hub.AUTHORS_VARIABLE, hub.MIRROR_VARIABLE, hub.CACHE_VARIABLE,
     'HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE',
     'HF_HUB_OFFLINE', 'HF_TOKEN', 'ATEN_CPU_CAPABILITY', 'CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY')
@@ -91,6 +91,7 @@ def facts() -> dict[str, Any]:
             instructions=torch.backends.cpu.get_cpu_capability(), gpus=gpus, cuda=torch.version.cuda,
             cudnn=torch.backends.cudnn.version() if gpus else None),
         compiled_loops=dict(found=builds, serving=native.build() if problem is None else None,
+                            **dict(zip(('runtime', 'threads'), native.pool() if problem is None else (None, None))),
                             problem=problem and _public(problem)),
         paths={device: _paths(device) for device in ('cpu', *(['cuda'] if gpus else []))},
         variables={name: '(set)' if name == 'HF_TOKEN' else _public(os.environ[name])
