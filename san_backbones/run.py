@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 __all__ = ['start', 'without_gpus']
 
-_PROGRAM = 'SAN_BACKBONES_RUN'  # in the environment, tells workers that are spawned what the main module is
+_PROGRAM = '_SAN_BACKBONES_RUN'  # in the environment, tells workers that are spawned what the main module is
 
 
 class _Spec(ModuleSpec):

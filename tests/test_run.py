@@ -59,7 +59,7 @@ def main(monkeypatch):
         namespace = dict(__name__='__main__', __doc__='the usage', __spec__=spec, left_over=1)
         start(namespace, prepare)
         return namespace
-    monkeypatch.setenv('SAN_BACKBONES_RUN', '')
+    monkeypatch.setenv('_SAN_BACKBONES_RUN', '')
     return run
 
 
