@@ -9,7 +9,7 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 READY := .venv/.ready
 
-.PHONY: demo test coverage docs lint api test-timm test-mim test-mmpretrain test-package test-wheel wheels release release-check test-sanitize test-mutants \
+.PHONY: demo test coverage docs docs-check lint api test-timm test-mim test-mmpretrain test-package test-wheel wheels release release-check test-sanitize test-mutants \
   test-long test-kills test-versions lock locked clean
 
 # make demo DATA=/folder/of/coco-format/data trains on your own pictures
@@ -26,6 +26,11 @@ coverage: $(READY)
 docs: $(READY)
 	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs docs/_build
 	@echo docs/_build/index.html
+
+# every page in a headless Chromium, without a network, at 390 and 1280 pixels. Needs chromium and its driver
+docs-check: docs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'selenium>=4.20'
+	$(BIN)/python tools/check_docs.py
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

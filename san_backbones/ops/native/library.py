@@ -80,7 +80,8 @@ class Scaled(ctypes.Structure):
     ]
 
 
-_STRUCTURES = {'san': Task, 'san_backward': Backward, 'san_stem': Stem, 'san_scaled': Scaled}
+_STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    'san': Task, 'san_backward': Backward, 'san_stem': Stem, 'san_scaled': Scaled}
 
 
 @functools.cache
