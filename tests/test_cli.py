@@ -1,4 +1,5 @@
 """The command line, against facts from elsewhere: the README's table, the manifest, timm alone, drawn shapes."""
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -449,6 +450,21 @@ class TestEnv:
         loops = data('env')['compiled_loops']
         assert loops['serving'] is None and loops['problem'] == 'the dog ate it' and loops['threads'] is None
         assert loops['found'] == sorted(path.name for path in pathlib.Path(library.__file__).parent.glob('_*.so'))
+
+    def test_packages_of_onedl(self, monkeypatch):
+        """Their own names stand in the place of OpenMMLab's, which are not said to be missing then."""
+        there = {'onedl-mmengine': '0.10.12', 'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1', 'timm': '1.0.31'}
+
+        def version(package):
+            if package not in there:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return there[package]
+        monkeypatch.setattr('importlib.metadata.version', version)
+        versions = data('env')['versions']
+        assert {name: versions[name] for name in there} == there
+        assert not {'mmengine', 'mmcv', 'mmdet'} & set(versions) and versions['mmsegmentation'] is None
+        there = {'mmdet': '3.3.0'}
+        assert data('env')['versions']['mmdet'] == '3.3.0'
 
 
 class TestProgram:

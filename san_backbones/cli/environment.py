@@ -20,6 +20,9 @@ PACKAGES = (
     'torch', 'timm', 'torchvision', 'huggingface_hub', 'gdown', 'safetensors', 'numpy', 'pillow', 'triton', 'typer',
     'mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'mmpretrain', 'transformers',
     'segmentation_models_pytorch', 'accelerate', 'lightning', 'onnx', 'onnxscript', 'onnxruntime', 'matplotlib')
+# OneDL's forks of OpenMMLab, with the same modules
+FORKS = {'mmengine': 'onedl-mmengine', 'mmcv': 'onedl-mmcv', 'mmdet': 'onedl-mmdetection',
+         'mmsegmentation': 'onedl-mmsegmentation', 'mmpretrain': 'onedl-mmpretrain'}
 VARIABLES = (
     ENVIRONMENT_VARIABLE, native.QUIET_VARIABLE, ops.triton.TUNE_VARIABLE,
     hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, hub.AUTHORS_VARIABLE, hub.MIRROR_VARIABLE, hub.CACHE_VARIABLE,
@@ -34,6 +37,17 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _versions() -> dict[str, str | None]:
+    """Versions by package; of a package that is there as OneDL's fork, under that name."""
+    versions = {}
+    for package in PACKAGES:
+        found, fork = _version(package), FORKS.get(package)
+        if found is None and fork is not None and (of_fork := _version(fork)) is not None:
+            package, found = fork, of_fork
+        versions[package] = found
+    return versions
 
 
 def _public(text: str) -> str:
@@ -70,7 +84,7 @@ def facts() -> dict[str, Any]:
     builds = sorted(path.name for path in folder.iterdir() if path.suffix in ('.so', '.dll'))
     return dict(
         versions={'san_backbones': __version__, 'python': platform.python_version(),
-                  **{package: _version(package) for package in PACKAGES}},
+                  **_versions()},
         machine=dict(
             system=platform.platform(), python=f'{sys.implementation.name}, {platform.architecture()[0]}',
             processor=processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),

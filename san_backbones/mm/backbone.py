@@ -76,6 +76,9 @@ class SANBackbone(BaseModule):
         relu_bound: Upper bound of the first ReLU of each block; 0 for none. None: what loaded weights were made
             with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
             pairwise one. A number given here holds whatever is loaded.
+        ceil_mode: Round up where a pooling halves an odd side, so that maps have the sizes of a ResNet's, ceil(side /
+            stride), which PAFPN, FPN_CARAFE and DyHead expect. The released networks round down; at sizes that
+            are multiples of the last stride there is no difference.
         init_cfg: For instance dict(type='Pretrained', checkpoint='san15_patchwise.pth'). A checkpoint that does not
             fit is an error; weights for three image channels are adapted to `in_channels` as timm adapts them.
 
@@ -103,6 +106,7 @@ class SANBackbone(BaseModule):
             position_ref_size: int | None = 224,
             drop_path_rate: float = 0.,
             relu_bound: float | None = None,
+            ceil_mode: bool = False,
             init_cfg: dict[str, Any] | None = None,
     ):
         super().__init__(init_cfg=init_cfg)
@@ -126,6 +130,11 @@ class SANBackbone(BaseModule):
         self.in_channels = in_channels
         self.min_size = net.feature_info[out_indices[-1]]['reduction']
         net.set_grad_checkpointing(with_cp)
+        if not isinstance(ceil_mode, bool):
+            raise TypeError(f'ceil_mode must be True or False, got {ceil_mode!r}')
+        for module in net.modules():
+            if isinstance(module, nn.MaxPool2d):
+                module.ceil_mode = ceil_mode
         self.stem = net.stem
         self.stages = net.stages[:out_indices[-1] + 1]  # a stage without an output would hold unused parameters
         self._freeze_stages()

@@ -50,6 +50,11 @@ class _Reseeding:
         self._step += 1
         return next(self._iterator)
 
+    def skip_iter(self, num_iters: int) -> None:
+        """Draws what a resumed loop has seen; onedl-mmengine would pass over it, and workers augment otherwise."""
+        for _ in range(num_iters):
+            next(self)
+
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
