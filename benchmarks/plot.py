@@ -127,7 +127,7 @@ def transfer(path):
                           if row['network'] == name and row[column])
             if len(some) == 1 or name.endswith('random'):
                 for _, value in some[:1]:
-                    axis.axhline(value, label=name, color='0.6', linestyle=':')
+                    axis.axhline(value, label=name, color='0.6', linestyle='--' if name.endswith('random') else ':')
             elif some:
                 axis.plot(*zip(*some), 'o-', markersize=3, label=name)
         axis.set_xlabel('pictures seen in the distillation')
