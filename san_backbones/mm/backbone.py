@@ -122,21 +122,22 @@ class SANBackbone(BaseModule):
                 f'out_indices must be increasing stage numbers from 0 to {n_stages - 1}, got {out_indices!r}')
         if not is_integer(frozen_stages, -1) or frozen_stages > n_stages:
             raise ValueError(f'frozen_stages must be from -1 (none) to {n_stages} (all), got {frozen_stages!r}')
-        self.arch = arch
-        self.out_indices = out_indices
-        self.out_channels = tuple(net.feature_info[i]['num_chs'] for i in out_indices)
+        self.arch: str | dict[str, Any] = arch
+        self.out_indices: tuple[int, ...] = out_indices
+        self.out_channels: tuple[int, ...] = tuple(net.feature_info[i]['num_chs'] for i in out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.in_channels = in_channels
-        self.min_size = net.feature_info[out_indices[-1]]['reduction']
+        self.min_size: int = net.feature_info[out_indices[-1]]['reduction']
         net.set_grad_checkpointing(with_cp)
         if not isinstance(ceil_mode, bool):
             raise TypeError(f'ceil_mode must be True or False, got {ceil_mode!r}')
         for module in net.modules():
             if isinstance(module, nn.MaxPool2d):
                 module.ceil_mode = ceil_mode
-        self.stem = net.stem
-        self.stages = net.stages[:out_indices[-1] + 1]  # a stage without an output would hold unused parameters
+        self.stem: nn.Module = net.stem
+        # a stage without an output would hold unused parameters
+        self.stages: nn.Sequential = net.stages[:out_indices[-1] + 1]
         self._freeze_stages()
 
     @staticmethod

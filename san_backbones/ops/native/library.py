@@ -27,7 +27,7 @@ QUIET_VARIABLE = 'SAN_BACKBONES_QUIET'
 """Environment variable: 1 lets the package compute without the compiled loops, and not say so."""
 
 # instruction sets by torch's names for what the processor has (ATEN_CPU_CAPABILITY overrides it), best first
-BUILDS = {'AVX512': ('avx512', 'avx2', 'baseline'), 'AVX2': ('avx2', 'baseline')}
+BUILDS: dict[str, tuple[str, ...]] = {'AVX512': ('avx512', 'avx2', 'baseline'), 'AVX2': ('avx2', 'baseline')}
 
 
 UNKNOWN_CODE = 2
