@@ -119,14 +119,15 @@ def test_shipped_weights_have_the_digests_of_the_manifest(monkeypatch, tmp_path)
     manifest = json.loads((ROOT / 'weights' / 'manifest.json').read_text())['models']
     assert shipped and {path.parent.name: hub.digest(path) for path in shipped} == {
         path.parent.name: manifest[path.parent.name]['sha256'] for path in shipped}
-    changed = bytearray(shipped[0].read_bytes())
-    changed[-1] ^= 1
-    folder = tmp_path / shipped[0].parent.name
-    folder.mkdir()
-    (folder / hub.FILENAME).write_bytes(changed)
     monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path))
-    with pytest.raises(hub.WeightsError, match='SHA-256'):
-        timm.create_model('test_san_patchwise', pretrained=True)
+    for path in shipped:
+        changed = bytearray(path.read_bytes())
+        changed[-1] ^= 1
+        folder = tmp_path / path.parent.name
+        folder.mkdir()
+        (folder / hub.FILENAME).write_bytes(changed)
+        with pytest.raises(hub.WeightsError, match='SHA-256'):
+            timm.create_model(path.parent.name, pretrained=True)
 
 
 AUDIT = '''
