@@ -124,7 +124,6 @@ class SANBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.in_channels = in_channels
-        self.min_size = net.feature_info[out_indices[-1]]['reduction']
         net.set_grad_checkpointing(with_cp)
         self.stem = net.stem
         self.stages = net.stages[:out_indices[-1] + 1]  # a stage without an output would hold unused parameters
@@ -145,7 +144,7 @@ class SANBackbone(BaseModule):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Images (N, in_channels, H, W) to one feature map for each of `out_indices`."""
-        san._check_image(x, self.in_channels, self.min_size)
+        san._check_image(x, self.in_channels)
         x = self.stem(x)
         outputs = []
         for i, stage in enumerate(self.stages):
