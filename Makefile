@@ -1,15 +1,15 @@
 # make demo   sets everything up, then trains, evaluates and draws a small SAN Mask R-CNN
 # make test   sets everything up, then runs the tests
 # make docs   builds the documentation into docs/_build
-# make lint   ruff and mypy
+# make lint   ruff, mypy, licences, the workflows
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 JOBS ?= 2
 # threads that wait for one another sleep rather than spin, which costs little alone and much beside other work
 export OMP_WAIT_POLICY ?= PASSIVE
 READY := .venv/.ready
 
-.PHONY: demo test coverage docs lint test-timm test-mim test-mmpretrain test-package test-sanitize test-mutants \
+.PHONY: demo test coverage docs docs-check lint api test-timm test-mim test-mmpretrain test-package test-wheel wheels release release-check test-sanitize test-mutants \
   test-long test-kills test-versions lock locked clean
 
 # make demo DATA=/folder/of/coco-format/data trains on your own pictures
@@ -27,9 +27,21 @@ docs: $(READY)
 	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs docs/_build
 	@echo docs/_build/index.html
 
+# every page in a headless Chromium, without a network, at 390 and 1280 pixels. Needs chromium and its driver
+docs-check: docs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'selenium>=4.20'
+	$(BIN)/python tools/check_docs.py
+
 lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+	$(BIN)/reuse lint --quiet
+	$(BIN)/zizmor --offline --quiet .github
+
+# what has changed in the public interface since the last release, in a way that breaks programs
+api: $(READY)
+	@tag=$$(git describe --tags --abbrev=0 2>/dev/null) || { echo 'no release to compare with yet'; exit 0; }; \
+	  $(BIN)/griffe check san_backbones --against "$$tag"
 
 # timm's own model tests, for our models
 test-timm: $(READY)
@@ -42,6 +54,24 @@ test-mim test-mmpretrain: test-%: $(READY)
 # an sdist, the wheel made of it, and both in environments with nothing else
 test-package: $(READY)
 	$(BIN)/python tests/run_package.py
+
+# make test-wheel TAG=win_amd64 tries the wheel of that tag in dist/, on such a machine, in a clean environment
+test-wheel:
+	$(PYTHON) tests/run_package.py dist/*$(TAG)*.whl
+
+# the sdist and the wheels of all platforms, cross-compiled, into dist/
+wheels: $(READY)
+	$(BIN)/python tools/wheels.py --install
+
+# make release VERSION=0.2.0, behind `python tools/release.py prepare 0.2.0`: wheels, SBOM, checksums, and an upload to a
+# package index on this machine, from which it is installed
+release: $(READY)
+	$(BIN)/python tools/release.py build $(VERSION)
+	$(BIN)/python tools/release.py check $(VERSION)
+	$(BIN)/python tools/release.py try $(VERSION)
+
+release-check:
+	$(PYTHON) tools/release.py check $(VERSION)
 
 # the compiled loops under AddressSanitizer and UndefinedBehaviorSanitizer; needs a GCC with libasan and libubsan
 test-sanitize: $(READY)
@@ -60,9 +90,10 @@ test-kills: $(READY)
 	$(BIN)/python tests/trust/run_kills.py all
 
 # the oldest and newest Python, torch, timm and huggingface_hub, each in an environment of its own; hours and some GB.
+# ONLY=NAME: one of them.
 # Writes docs/reference/versions.md
 test-versions: $(READY)
-	$(BIN)/python tests/run_versions.py
+	$(BIN)/python tests/run_versions.py $(if $(ONLY),--only "$(ONLY)")
 
 # versions and digests of everything that make test installs; needs uv. Versions that still fit stay as they are
 lock:
@@ -71,11 +102,13 @@ lock:
 	  --custom-compile-command 'make lock (for Python 3.11 on Linux, x86-64; `make locked` installs it)' \
 	  -q -o requirements/dev.lock
 
-# .venv with exactly those versions, for Python 3.11 on Linux
+# .venv with exactly those versions, for Python 3.11 on Linux. The lock names all; where a dependency is written with an
+# extra, as in coverage[toml], pip 23 asks for a digest of that too unless it is told to take no more
 locked:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements/dev.lock
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
 	@touch $(READY)
 
 $(READY): setup.cfg pyproject.toml setup.py
@@ -89,4 +122,4 @@ $(READY): setup.cfg pyproject.toml setup.py
 	@touch $(READY)
 
 clean:
-	rm -rf .venv .cache work_dirs build dist docs/_build docs/_figures *.egg-info .mypy_cache .ruff_cache .coverage*
+	rm -rf .venv .cache work_dirs build dist upload docs/_build docs/_figures *.egg-info .mypy_cache .ruff_cache .coverage*

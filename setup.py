@@ -1,38 +1,72 @@
 """Builds the optional C loops; everything else about the package is in setup.cfg."""
+import os
 import pathlib
 import platform
 import shutil
+import subprocess
 import sys
+import tempfile
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+# SAN_BACKBONES_PLATFORM=TAG compiles for another platform, with zig (the package ziglang), whose names these are
+PLATFORMS = {
+    'manylinux_2_17_x86_64.manylinux2014_x86_64': 'x86_64-linux-gnu.2.17',
+    'manylinux_2_17_aarch64.manylinux2014_aarch64': 'aarch64-linux-gnu.2.17',
+    'musllinux_1_2_x86_64': 'x86_64-linux-musl',
+    'musllinux_1_2_aarch64': 'aarch64-linux-musl',
+    'macosx_11_0_arm64': 'aarch64-macos.11.0-none',
+    'win_amd64': 'x86_64-windows-gnu',
+}
+PLATFORM = os.environ.get('SAN_BACKBONES_PLATFORM', '')
+if PLATFORM not in ('', *PLATFORMS):
+    sys.exit(f'SAN_BACKBONES_PLATFORM={PLATFORM}: expected one of {", ".join(PLATFORMS)}')
+MACHINE = PLATFORMS[PLATFORM].partition('-')[0] if PLATFORM else platform.machine().lower()
+WINDOWS = PLATFORM.startswith('win') if PLATFORM else sys.platform == 'win32'
+# set to 1, an installation without the loops fails; otherwise it goes on, and the package says so at first use
+REQUIRED = PLATFORM or os.environ.get('SAN_BACKBONES_REQUIRE_LOOPS', '') not in ('', '0')
 # one build for each instruction set: san_backbones.ops.native takes the best that the processor has
 INSTRUCTION_SETS = {'baseline': []}
-if platform.machine().lower() in ('x86_64', 'amd64'):
+if MACHINE in ('x86_64', 'amd64'):
     INSTRUCTION_SETS.update(avx2=['-march=x86-64-v3'], avx512=['-march=x86-64-v4', '-mprefer-vector-width=512'])
-SOURCES = ('footprint', 'backward', 'pointwise')
-FLAGS = ['-O3', '-std=gnu11', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi']
+SOURCES = ('footprint', 'backward', 'pointwise', 'threads')
+FLAGS = ['-O3', '-g0', '-std=gnu11', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi']
 
 
 class BuildLibrary(build_ext):
     """Plain shared libraries: no Python module is in them, so neither its name's suffix nor its entry point."""
 
     def get_ext_filename(self, fullname):
-        return fullname.replace('.', '/') + ('.dll' if sys.platform == 'win32' else '.so')
+        return fullname.replace('.', '/') + ('.dll' if WINDOWS else '.so')
 
     def get_export_symbols(self, ext):
-        return ['san_width', *(f'{name}_{what}' for name in ('san', 'san_backward', 'san_stem', 'san_scaled')
-                               for what in ('run', 'bytes'))]
+        runs = (f'{name}_{what}' for name in ('san', 'san_backward', 'san_stem', 'san_scaled')
+                for what in ('run', 'bytes'))
+        return ['san_width', 'san_kmp_use', 'san_kmp_parallel', *runs]
+
+    def build_extension(self, ext):
+        if not PLATFORM:
+            super().build_extension(ext)
+            return
+        target = pathlib.Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = [flag.replace('-march=x86-64-', '-mcpu=x86_64_') for flag in ext.extra_compile_args]  # zig's names
+        named = [f'-Wl,-install_name,@rpath/{target.name}'] if PLATFORM.startswith('macosx') else []
+        with tempfile.TemporaryDirectory() as folder:  # for Windows a second file comes out
+            library = pathlib.Path(folder, target.name)
+            subprocess.run([sys.executable, '-m', 'ziglang', 'cc', '-target', PLATFORMS[PLATFORM], '-shared', '-fPIC',
+                            '-s', *flags, *named, '-o', library, *ext.sources], check=True)
+            shutil.copyfile(library, target)
 
 
 class PlatformWheel(bdist_wheel):
     """The libraries fit a platform, not a Python."""
 
     def get_tag(self):
-        return 'py3', 'none', super().get_tag()[2]
+        return 'py3', 'none', PLATFORM or super().get_tag()[2]
 
 
 class BuildPackage(build_py):
@@ -56,7 +90,8 @@ class BuildPackage(build_py):
 setup(
     ext_modules=[
         Extension(f'san_backbones.ops.native._{name}', [f'san_backbones/ops/native/{file}.c' for file in SOURCES],
-                  depends=['san_backbones/ops/native/footprint.h'], extra_compile_args=[*FLAGS, *flags], optional=True)
+                  depends=['san_backbones/ops/native/footprint.h'],
+                  extra_compile_args=[*FLAGS, *flags], optional=not REQUIRED)
         for name, flags in INSTRUCTION_SETS.items()],
     cmdclass={'build_py': BuildPackage, 'build_ext': BuildLibrary, 'bdist_wheel': PlatformWheel},
 )

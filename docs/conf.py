@@ -9,15 +9,19 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated', category=UserWarning)  # mmengine asks for it
 
 import figures  # noqa: E402
+import latex2mathml.converter  # noqa: E402
+from docutils import nodes  # noqa: E402
 
 from san_backbones._version import __version__ as release  # noqa: E402
 
 project = 'san-backbones'
 author = copyright = 'The san-backbones authors'
-extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.mathjax', 'sphinx.ext.viewcode']
+extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence']
 myst_heading_anchors = 3
 html_theme = 'furo'
+html_static_path, html_css_files = ['static'], ['narrow.css']
+html_math_renderer = 'mathml'
 html_title = f'san-backbones {release}'
 default_role = 'code'
 exclude_patterns = ['_build', '_figures']
@@ -31,7 +35,8 @@ napoleon_use_rtype = False
 # Objects of other packages, whose inventories would have to come from the network; ours must resolve.
 nitpick_ignore_regex = [
     ('py:.*', r'(torch|timm|mmengine|mmcv|numpy|typing|collections|pathlib|os|nn|matplotlib|PIL|typer|click)\b.*'),
-    ('py:class', r'(Tensor|Runner|Figure|Picture|Pixels|BlockId|optional|san_backbones\.attention\._FootprintAttention)'),
+    ('py:class', r'(Tensor|Runner|Figure|Picture|Pixels|BlockId|optional'
+                 r'|san_backbones\.attention\._FootprintAttention)'),
 ]
 
 SECTION = re.compile(r'(Args|Arguments|Attributes|Example|Examples|Note|Raises|Returns|Yields):$')
@@ -55,6 +60,15 @@ def show_formulas(app, what, name, obj, options, lines):
     lines[:] = result
 
 
+def formula(display):
+    """Formulas as MathML, which browsers draw themselves: no script, nothing from the network."""
+    def visit(translator, node):
+        translator.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+        raise nodes.SkipNode
+    return visit, None
+
+
 def setup(app):
+    app.add_html_math_renderer('mathml', formula('inline'), formula('block'))
     app.connect('builder-inited', lambda app: figures.draw_all(HERE / '_figures'))
     app.connect('autodoc-process-docstring', show_formulas, priority=100)  # before napoleon

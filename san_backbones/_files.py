@@ -9,7 +9,7 @@ __all__ = ['written_whole']
 
 
 @contextlib.contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def written_whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A path to write to, of the same name beside `path`; moved there at the end of the block, unless that fails.
 
     Until then, and where the process is killed, what lay at `path` stays.

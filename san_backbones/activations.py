@@ -1,6 +1,6 @@
 """ReLUs that write over their input in inference only; the one before an attention layer may have an upper bound."""
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class ReLU(nn.ReLU):
         return F.relu(x, inplace=self.inplace and may_write_over())
 
 
-PLAIN_RELUS = (nn.ReLU.forward, ReLU.forward)
+PLAIN_RELUS: tuple[Callable[..., Any], ...] = (nn.ReLU.forward, ReLU.forward)
 
 
 class BoundedReLU(ReLU):
@@ -74,8 +74,8 @@ class BoundedReLU(ReLU):
             bound: float | None = None,
             chosen: bool = False,
             inplace: bool = False,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         super().__init__(inplace)
         self.chosen = chosen
@@ -114,7 +114,7 @@ class BoundedReLU(ReLU):
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: the block calls `follow`, which knows whether its weights are there at all."""
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'BoundedReLU':
         super()._apply(fn, recurse)
         if self.limit is not None and self.bound is not None and not self.bound.is_meta:
             self.bound = torch.full_like(self.bound, self.limit)  # what to_empty() makes holds anything

@@ -46,9 +46,9 @@ class SANBackbone(Backbone):
             raise ValueError(f'out_features must be names of {names}, each once and in this order, '
                              f'got {out_features!r}')
         indices = [names.index(name) for name in out_features]
-        self.net = timm.create_model(model, features_only=True, out_indices=indices, **kwargs)
+        self.net: torch.nn.Module = timm.create_model(model, features_only=True, out_indices=indices, **kwargs)
         info: Any = self.net.feature_info
-        self._out_features = list(out_features)
+        self._out_features: list[str] = list(out_features)
         self._out_feature_channels: dict[str, int] = dict(zip(out_features, info.channels(), strict=True))
         self._out_feature_strides: dict[str, int] = dict(zip(out_features, info.reduction(), strict=True))
 

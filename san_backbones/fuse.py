@@ -169,10 +169,10 @@ class _Watch:
 
     def __init__(self, stage: nn.Module):
         _watch_optimizers()
-        self.steps = _steps
+        self.steps: int = _steps
         # not the stage itself, which would then hold itself
-        self.modules = [(module, type(module), len(module._modules)) for module in stage.modules()
-                        if module is not stage]
+        self.modules: list[tuple[nn.Module, type, int]] = [
+            (module, type(module), len(module._modules)) for module in stage.modules() if module is not stage]
         self.entries: list[tuple[dict[str, Any], str, Any, Any]] = []
         for module in stage.modules():
             self.entries += [(module._modules, name, child, None) for name, child in module._modules.items()]
@@ -182,10 +182,11 @@ class _Watch:
                              for holder, name, x in _tensors(module)]
         tensors = [x for module in stage.modules() for _, _, x in _tensors(module) if x is not None]
         # kept, so that no other tensor comes to lie at the same address; of no size, where their memory was given back
-        self.storages = [(x.untyped_storage(), x.untyped_storage().nbytes()) for x in tensors]
-        self.samples = [_sample(x.detach()) for x in tensors
-                        if ops.is_plain_tensor(x) and x.device.type == 'cpu' and x.is_floating_point()]
-        self.sampled = torch.cat(self.samples) if self.samples else None
+        self.storages: list[tuple[Any, int]] = [(x.untyped_storage(), x.untyped_storage().nbytes()) for x in tensors]
+        self.samples: list[Tensor] = [
+            _sample(x.detach()) for x in tensors
+            if ops.is_plain_tensor(x) and x.device.type == 'cpu' and x.is_floating_point()]
+        self.sampled: Tensor | None = torch.cat(self.samples) if self.samples else None
 
     @staticmethod
     def _state(x: Any) -> Any:
@@ -213,7 +214,7 @@ class FoldedStage:
     """The blocks and the last norm of a stage in inference form, and a watch on what they were made from."""
 
     def __init__(self, stage: Any):
-        self.watch = _Watch(stage)  # first: what is written while folding shows afterwards
+        self.watch: _Watch = _Watch(stage)  # first: what is written while folding shows afterwards
         self.blocks: list[FoldedBlock] = []
         with torch.no_grad():
             offset = widened(stage.conv.weight.new_zeros(stage.conv.out_channels))

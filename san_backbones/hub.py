@@ -85,7 +85,7 @@ def repository(model: str) -> str:
     return f'{os.environ.get(ORGANISATION_VARIABLE) or ORGANISATION}/{model}'
 
 
-def digest(path: str | os.PathLike) -> str:
+def digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, in hexadecimal."""
     result = hashlib.sha256()
     with open(path, 'rb') as file:
@@ -117,7 +117,7 @@ def ways_out(model: str) -> str:
             "authors' files off, HF_HUB_OFFLINE=1 the network.")
 
 
-def check(path: str | os.PathLike, model: str, origin: str, sha256: str | None = None,
+def check(path: str | os.PathLike[str], model: str, origin: str, sha256: str | None = None,
           named_by: str = 'the manifest') -> None:
     """Makes sure that a file is the safetensors file it should be.
 
@@ -204,7 +204,7 @@ def _reason(error: BaseException, where: str, filename: str, revision: str | Non
     return f'the download broke off ({type(error).__name__}: {error}); nothing half is kept: run again'
 
 
-def discard(error: WeightsError, *paths: str | os.PathLike) -> WeightsError:
+def discard(error: WeightsError, *paths: str | os.PathLike[str]) -> WeightsError:
     """Removes files of a cache that are not what they should be, lest the next call finds them again.
 
     Those that could not be read stay: they may be good, and readable the next time.
@@ -230,7 +230,7 @@ def fetch(
         revision: str | None = None,
         sha256: str | None = None,
         filename: str = FILENAME,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
 ) -> str:
     """Downloads a file of a Hub repository, or takes it from the cache, and checks it.
@@ -275,7 +275,7 @@ def fetch(
     return path
 
 
-def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike | None = None) -> str:
+def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike[str] | None = None) -> str:
     """The file with the weights that a cfg's `hf_hub_id`, or what follows `hf-hub:`, names.
 
     Args:
@@ -311,7 +311,7 @@ def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike 
     return fetch(name, model, None, pinned, filename, cache_dir)
 
 
-def _of_the_authors(name: str, model: str, pinned: str | None, cache_dir: str | os.PathLike | None) -> str:
+def _of_the_authors(name: str, model: str, pinned: str | None, cache_dir: str | os.PathLike[str] | None) -> str:
     """Weights that their authors published: those made of their file before, or the Hub's, or made now."""
     from .weights import authors
     if name == f'{ORGANISATION}/{model}' and not authors_off():  # another organisation may have other weights

@@ -176,9 +176,14 @@ def make(
     return call
 
 
-if __name__ == '__main__':  # the process of its own: prints the peak of `make` with the arguments given as JSON
+def _main() -> None:
+    """In a process of its own: prints the peak of `make` with the arguments given as JSON."""
     arguments = json.loads(sys.argv[1])
     threads, device = arguments.pop('threads'), torch.device(arguments.pop('device'))
     if threads:
         torch.set_num_threads(threads)
     print(measure_peak(lambda: make(device=device, **arguments), device))
+
+
+if __name__ == '__main__':
+    _main()

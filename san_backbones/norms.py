@@ -4,6 +4,7 @@ And `SyncBatchNorm`, which shares its statistics on the CPU as well.
 """
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -30,7 +31,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     of its instances on the CPU.
     """
 
-    def __init__(self, *args, process_group=None, **kwargs):
+    process_group: Any
+
+    def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.process_group = process_group
 
@@ -49,7 +52,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 # by their forward, so that a subclass that only changes checks (mmengine's SyncBN) counts and one that computes
 # something else (a fused activation, an adapter) does not
-BATCH_NORM_FORWARDS = (
+BATCH_NORM_FORWARDS: tuple[Callable[..., Any], ...] = (
     nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward, FrozenBatchNorm2d.forward,
     nn.Identity.forward)
 _FROZEN_OF = ('torchvision', 'transformers', 'detectron2')
@@ -66,7 +69,7 @@ def has_process_wide_hooks() -> bool:
                for hooks in _HOOKS for hook in getattr(torch_module, f'_global{hooks}').values())
 
 
-def is_plain(module: nn.Module, forwards: tuple) -> bool:
+def is_plain(module: nn.Module, forwards: tuple[Callable[..., Any], ...]) -> bool:
     """Whether calling the module is one of `forwards` and nothing else."""
     return type(module).forward in forwards and 'forward' not in module.__dict__ \
         and not any(getattr(module, hooks) for hooks in _HOOKS) and not has_process_wide_hooks()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import (
@@ -68,16 +69,16 @@ class Pool(nn.MaxPool2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) to (N, C, max(H // 2, 1), max(W // 2, 1))."""
-        if not torch.jit.is_scripting():
-            if not self.is_by_twos():
-                return super().forward(input)
-        return pointwise.halve(input)
+        if self.is_by_twos():
+            return pointwise.halve(input)
+        return F.max_pool2d(  # type: ignore[call-overload]
+            input, self.kernel_size, self.stride, self.padding, self.dilation, ceil_mode=self.ceil_mode,
+            return_indices=self.return_indices)
 
-    @torch.jit.ignore
     def is_by_twos(self) -> bool:
         """Whether nobody has changed it since."""
-        return not self.ceil_mode and not self.return_indices and all(value in (wanted, (wanted, wanted)) for
-            value, wanted in ((self.kernel_size, 2), (self.stride, 2), (self.padding, 0), (self.dilation, 1)))
+        return not self.ceil_mode and not self.return_indices and self.kernel_size == 2 and self.stride == 2 \
+            and self.padding == 0 and self.dilation == 1
 
 
 register_notrace_module(Pool)
@@ -108,7 +109,8 @@ class Stem(nn.Module):
         if isinstance(x, torch.Tensor):
             check_dtype(x, conv)
         if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_batch_norm(norm) \
-                or not is_plain(self.act, PLAIN_RELUS) or not is_plain(self.pool, (Pool.forward,)) or not self.pool.is_by_twos() \
+                or not is_plain(self.act, PLAIN_RELUS) or not is_plain(self.pool, (Pool.forward,)) \
+                or not self.pool.is_by_twos() \
                 or (has_bias(conv) and not isinstance(norm, nn.Identity)) or not ops.serves(x):
             return None
         if 1 in x.shape[2:]:
@@ -229,7 +231,7 @@ class Stage(nn.Module):
             for i in range(depth)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), at least a pixel, or (N, dim, H, W) without downsampling."""
+        """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), at least a pixel, or to (N, dim, H, W)."""
         x = self.conv(self.pool(x))
         if not torch.jit.is_scripting():
             if ops.is_exporting():

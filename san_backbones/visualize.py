@@ -46,7 +46,7 @@ __all__ = ['attention_blocks', 'attention_rollout', 'attention_weights', 'effect
            'footprint_figure', 'footprint_weights', 'rollout_figure']
 
 Pixels = Sequence[tuple[float, float]]
-Picture = str | PathLike | Image.Image | np.ndarray
+Picture = str | PathLike[str] | Image.Image | np.ndarray
 Extent = tuple[float, float, float, float]
 
 

@@ -126,7 +126,7 @@ def _check_script(words: list[str], command: str) -> None:
     if words[0] == '-m':
         source = _source_of_module(words[1])
         _require(source, command, f'there is no module {words[1]}')
-        if words[1] == 'san_backbones.mm.run':
+        if words[1] in ('san_backbones.run', 'san_backbones.mm.run'):
             _check_script(words[2:], command)
         elif words[1] == 'san_backbones.weights':
             _check_own_command(['weights', *words[2:]], command)

@@ -34,6 +34,7 @@ KERNELS, TRITON = f'{OPS}/triton/kernels.py', 'tests/ops/test_triton.py'
 REFUSALS, NUMBERS, CONCURRENCY, INTERRUPTION = (f'tests/trust/test_{name}.py' for name in (
     'refusals', 'numbers', 'concurrency', 'interruption'))
 CONVERT, BACKBONE = 'tests/weights/test_convert.py', 'tests/mm/test_backbone.py'
+CHECKPOINTS = 'tests/mm/test_checkpoints.py'
 CONVERTER = 'san_backbones/weights/convert.py'
 AUTHORS, FIRST_USE = 'san_backbones/weights/authors.py', 'tests/weights/test_authors.py'
 DEFINITION, GRADIENTS = f'{NATIVE}::test_definition', f'{NATIVE}::test_gradients'
@@ -301,9 +302,9 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      'False', (f'{MODELS}::test_relus_in_place',)),
     ('features recompute stages', 'san_backbones/san.py', ', feature_cls=_Features)', ')',
      (f'{MODELS}::test_several_backward_passes_under_recomputation',)),
-    ('any library with omp in its name', f'{C}/library.py', "rb'lib(gomp|omp|iomp5)[-.]'", "rb'.*omp'",
+    ('any library with omp in its name', f'{C}/threads.py', "rb'lib(gomp|omp|iomp5)[-.]'", "rb'.*omp'",
      (f'{NATIVE}::test_the_runtime_of_threads_is_found_by_its_name',)),
-    ('runtimes are loaded', f'{C}/library.py', ' | os.RTLD_NOLOAD', '',
+    ('runtimes are loaded', f'{C}/threads.py', ' | os.RTLD_NOLOAD', '',
      (f'{NATIVE}::test_a_mapped_library_is_not_loaded',)),
     ('checkpointed blocks count a batch twice', 'san_backbones/san.py',
      'use_reentrant=False, context_fn=lambda: (nullcontext(), _SpareBuffers(block)))', 'use_reentrant=False)',
@@ -576,4 +577,21 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      'for layer in found[::-1] if not', (f'{DIAGNOSIS}::test_the_first_layer_out_of_range_is_named',)),
     ('diagnosis: NaN is in range', 'san_backbones/diagnosis.py', 'if not layer.deviations <= threshold',
      'if layer.deviations > threshold', (f'{DIAGNOSIS}::test_not_finite',)),
+    # --- OpenMMLab and other programs
+    ('MMEngine: what comes over http may run code', 'san_backbones/mm/checkpoints.py',
+     'partial(load_state_dict_from_url, weights_only=True)', 'partial(load_state_dict_from_url, weights_only=False)',
+     (f'{CHECKPOINTS}::test_code_of_a_checkpoint_is_never_run',)),
+    ('MMEngine: files may run code', 'san_backbones/mm/checkpoints.py',
+     'torch.load(file, map_location=map_location, weights_only=True)',
+     'torch.load(file, map_location=map_location, weights_only=False)',
+     (f'{CHECKPOINTS}::test_code_of_a_checkpoint_is_never_run',)),
+    ('backbone: rounds down whatever it is told', 'san_backbones/mm/backbone.py', 'module.ceil_mode = ceil_mode',
+     'module.ceil_mode = False', ('tests/mm/test_any_size.py::test_sides_are_rounded_up',)),
+    ('resume: what is passed over is not counted', 'san_backbones/mm/exact_resume.py', 'next(self)',
+     'next(self._iterator)',
+     ('tests/mm/test_training_holds.py::TestResume::test_every_iteration_has_its_own_randomness',)),
+    ('pruning: neighbours share a weight', 'san_backbones/pruning.py', 'i % planes for i in indices',
+     'i // layer.share_planes for i in indices', (f'{TOOLS}::test_pruned_attention',)),
+    ('runner: spawned workers lack the program', 'san_backbones/run.py', 'exec(code, namespace)\n        return',
+     'return', ('tests/test_run.py::test_a_program_and_its_workers_find_the_models',)),
 ))

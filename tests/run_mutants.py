@@ -47,7 +47,7 @@ def copy_checkout(to: pathlib.Path) -> None:
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, to / name)
     setup = to / 'setup.py'
-    setup.write_text(replaced(setup.read_text(), "if platform.machine().lower() in ('x86_64', 'amd64'):", 'if False:'))
+    setup.write_text(replaced(setup.read_text(), "if MACHINE in ('x86_64', 'amd64'):", 'if False:'))
 
 
 def build(folder: pathlib.Path) -> None:

@@ -1,8 +1,9 @@
 """Builds the sdist and, from it, the wheel; installs each in an environment without anything else; tries it there.
 
-    python tests/run_package.py
+    python tests/run_package.py [ARCHIVE ...]
 
-The environment gets torch and timm from the registry, as a user's would. All of it lies in .cache.
+With wheels or sdists named, those are tried instead. The environment gets torch and timm from the registry, as a user's
+would. All of it lies in .cache.
 """
 import pathlib
 import shutil
@@ -14,8 +15,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / '.cache'
 
 
-def main() -> None:
-    built, folder, elsewhere = CACHE / 'package', CACHE / 'venv-package', CACHE / 'nowhere'
+def build() -> list[pathlib.Path]:
+    built = CACHE / 'package'
     shutil.rmtree(built, ignore_errors=True)
     build = subprocess.run([sys.executable, '-m', 'build', '--outdir', built, ROOT], text=True, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT)
@@ -23,11 +24,18 @@ def main() -> None:
         sys.exit(build.stdout)
     wheel, = built.glob('*.whl')
     sdist, = built.glob('*.tar.gz')
+    return [wheel, sdist]
+
+
+def main() -> None:
+    folder, elsewhere = CACHE / 'venv-package', CACHE / 'nowhere'
+    archives = [pathlib.Path(name).resolve() for name in sys.argv[1:]] or build()
     venv.create(folder, clear=True, with_pip=True)
     elsewhere.mkdir(exist_ok=True)  # a folder from which the sources are not found
     python = folder / ('Scripts/python.exe' if sys.platform == 'win32' else 'bin/python')
     try:
-        for archive, how in ((wheel, []), (sdist, ['--force-reinstall', '--no-deps'])):
+        for archive in archives:
+            how = [] if archive is archives[0] else ['--force-reinstall', '--no-deps']
             subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *how, archive],
                            check=True)
             subprocess.run([python, '-m', 'pip', 'check'], check=True, stdout=subprocess.DEVNULL)

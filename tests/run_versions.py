@@ -26,7 +26,8 @@ SHOWN = ('torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors', 'nump
 # what needs torch and timm only, and the Hub with its client; others skip what is not there
 TESTS = ('tests/ops', 'tests/test_models.py', 'tests/test_fuse.py', 'tests/test_weights.py', 'tests/test_hub_server.py',
          'tests/test_export.py', 'tests/test_supply.py', 'tests/weights/test_authors.py')
-TESTS_OF_EXTRAS = {'[mm]': ('tests/mm', 'tests/trust/test_interruption.py')}
+TESTS_OF_MM = ('tests/mm', 'tests/trust/test_interruption.py')
+TESTS_OF_EXTRAS = {'[mm]': TESTS_OF_MM, '[onedl]': TESTS_OF_MM}
 LEFT_OUT = 'not test_in_the_interpreter'  # of Triton: minutes, and `make test` has it
 TIME_LIMIT = 3600  # seconds for the tests of a corner
 
@@ -44,6 +45,7 @@ CORNERS = (
     Corner('oldest of the mm extra', '3.10', ('torch==2.6.0', 'timm==1.0.26', 'huggingface_hub<2', 'mmengine==0.10.7',
                                               'mmcv-lite==2.0.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2'), '[mm]'),
     Corner('newest of the mm extra', '3.13', extras='[mm]'),
+    Corner('OneDL', '3.13', extras='[onedl]'),
     Corner('oldest of the onnx extra', '3.11', ('torch==2.8.0', 'timm==1.0.31', 'huggingface_hub<2', 'onnx==1.17.*',
                                                 'onnxscript==0.6.1', 'onnxruntime==1.20.*'), '[onnx]'),
     Corner('in between', '3.12', ('torch==2.10.*', 'huggingface_hub==2.0.0'), '[onnx]'),

@@ -1,4 +1,5 @@
 """The command line, against facts from elsewhere: the README's table, the manifest, timm alone, drawn shapes."""
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -432,6 +433,10 @@ class TestEnv:
         assert re.search(rf'^torch +{re.escape(torch.__version__)}$', text, re.M)
         assert re.search(rf'^timm +{re.escape(timm.__version__)}$', text, re.M)
         assert re.search(r'^path reference, cpu +can run$', text, re.M)
+        loops = data('env')['compiled_loops']
+        if loops['serving'] and loops['runtime'] != 'none':
+            assert loops['threads'] == torch.get_num_threads()
+            assert re.search(rf'^their threads +{torch.get_num_threads()}, of lib(gomp|omp|iomp5)[-.]', text, re.M)
         assert 'https://mirror.example/hub' in text and re.search(r'^SAN_BACKBONES_WEIGHTS +~/weights$', text, re.M)
         assert 'secret' not in text and 'password' not in text and str(tmp_path) not in text
         assert tuple(name for name, reason in data('env')['paths']['cpu'].items() if reason is None) \
@@ -443,8 +448,23 @@ class TestEnv:
         text = run('env').stdout
         assert 'path native, cpu' in text and 'cannot run: the dog ate it' in text
         loops = data('env')['compiled_loops']
-        assert loops['serving'] is None and loops['problem'] == 'the dog ate it'
+        assert loops['serving'] is None and loops['problem'] == 'the dog ate it' and loops['threads'] is None
         assert loops['found'] == sorted(path.name for path in pathlib.Path(library.__file__).parent.glob('_*.so'))
+
+    def test_packages_of_onedl(self, monkeypatch):
+        """Their own names stand in the place of OpenMMLab's, which are not said to be missing then."""
+        there = {'onedl-mmengine': '0.10.12', 'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1', 'timm': '1.0.31'}
+
+        def version(package):
+            if package not in there:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return there[package]
+        monkeypatch.setattr('importlib.metadata.version', version)
+        versions = data('env')['versions']
+        assert {name: versions[name] for name in there} == there
+        assert not {'mmengine', 'mmcv', 'mmdet'} & set(versions) and versions['mmsegmentation'] is None
+        there = {'mmdet': '3.3.0'}
+        assert data('env')['versions']['mmdet'] == '3.3.0'
 
 
 class TestProgram:

@@ -30,7 +30,8 @@ def fresh_mmengine(monkeypatch):
     for manager in managers:
         monkeypatch.setattr(manager, '_instance_dict', OrderedDict())
         managers += manager.__subclasses__()
-    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **kwargs: (text, True))
+    for name in ('mmengine.config.config.FormatCode', 'yapf.yapflib.yapf_api.FormatCode'):  # OneDL's
+        monkeypatch.setattr(name, lambda text, **kwargs: (text, True), raising=False)
 
 
 @pytest.mark.parametrize('page', [page for page in PAGES if blocks(page)],

@@ -272,7 +272,7 @@ class TestPlainExporters:
     def test_torchscript_exporter(self, model, opset, tmp_path):
         """As MMDeploy calls it."""
         path, names = tmp_path / 'model.onnx', ['images']
-        for axes, sizes in (({0: 'batch', 2: 'height', 3: 'width'}, SIZES), (None, SIZES[:1])):
+        for axes, sizes in (({0: 'batch', 2: 'height', 3: 'width'}, (*SIZES, (1, 3, 1, 5))), (None, SIZES[:1])):
             torch.onnx.export(model, (pictures(*SIZES[0]),), str(path), dynamo=False, opset_version=opset,
                               input_names=names, dynamic_axes=axes and {'images': axes})
             self._same(model, path, sizes)
@@ -292,6 +292,18 @@ class TestPlainExporters:
         torch.onnx.export(model, (pictures(2, 3, 20, 24),), str(path), dynamo=True, dynamic_shapes=(dims,),
                           verbose=False)
         self._same(model, path)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_openvino_from_torch_at_any_size(form):
+    """Which traces at one size."""
+    openvino = pytest.importorskip('openvino', reason='needs the openvino extra')
+    model = small(form, depths=(0, 1))
+    converted = openvino.convert_model(model, example_input=pictures(1, 3, 16, 16))
+    compiled = openvino.compile_model(converted, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    with torch.no_grad():
+        for size in (*SIZES, (1, 3, 1, 5)):
+            assert_equal(compiled(pictures(*size).numpy())[0], model(pictures(*size)))
 
 
 @pytest.mark.usefixtures('onnx_packages')

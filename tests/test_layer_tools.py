@@ -1,5 +1,6 @@
 """What tools do to layers: parametrise, prune, hook, quantise. Nothing of that may be passed by or done twice."""
 import copy
+import sys
 from collections import Counter
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from san_backbones import SAN, PairwiseAttention, PatchwiseAttention, ops
 from san_backbones.count import count_multiply_adds
+from san_backbones.pruning import prunable, prune_inputs, prune_outputs
 
 SMALL = dict(depths=(1, 1), widths=(32, 64), kernel_sizes=(3, 5), stem_width=16, num_classes=5)
 ATTENTIONS = ['pairwise', 'patchwise']
@@ -217,6 +219,67 @@ def test_pruned_networks_run_train_and_fold(attention):
     assert all(p.grad is not None and p.grad.shape == p.shape for p in pruned.parameters())
     with pytest.raises(ValueError, match=f'expected a map of shape .N, {len(kept)}, H, W.'):
         attn(torch.randn(1, 64, 4, 4))
+
+
+def _attention(attention, relation):
+    torch.manual_seed(0)
+    layer = {'pairwise': PairwiseAttention, 'patchwise': PatchwiseAttention}[attention](
+        64, relation=relation, kernel_size=3, share_planes=4).eval()
+    for name, buffer in layer.named_buffers():
+        if 'running' in name:
+            buffer.uniform_(0.5, 1.5)
+    return layer
+
+
+@pytest.mark.parametrize('attention, relation', [
+    *[('pairwise', relation) for relation in ops.PAIRWISE_RELATIONS],
+    *[('patchwise', relation) for relation in ops.PATCHWISE_RELATIONS]])
+def test_pruned_attention(attention, relation):
+    """Outputs are those that were kept; an input that is gone is one that is zero."""
+    layer, x = _attention(attention, relation), torch.randn(2, 64, 6, 5)
+    kept_out = [c for c in range(16) if c % 4 not in (0, 3)]  # 4 weights, shared by channels 4 apart
+    kept_in = [c for c in range(64) if c % 5]
+    with torch.no_grad():
+        expected = layer(x)[:, kept_out]
+        pruned = prune_outputs(copy.deepcopy(layer), [c for c in range(16) if c % 4 in (0, 3)])
+        torch.testing.assert_close(pruned(x), expected)
+        assert pruned.out_planes == 8 and pruned.weight_mlp.fc2.out_channels == layer.weight_mlp.fc2.out_channels // 2
+        without = x.clone()
+        without[:, ::5] = 0
+        expected = layer(without)
+        torch.testing.assert_close(prune_inputs(layer, range(0, 64, 5))(x[:, kept_in]), expected)
+        assert layer.dim == len(kept_in)
+
+
+def test_channels_that_share_a_weight_go_together():
+    with pytest.raises(ValueError, match='share a weight are 4 apart, 4 of them, and go together; got .1, 2, 5. of 16'):
+        prune_outputs(_attention('pairwise', 'subtraction'), [5, 1, 2])
+
+
+def test_pruning_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch_pruning', None)
+    with pytest.raises(ImportError, match='pip install torch-pruning'), prunable(_model('pairwise')):
+        pass
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_torch_pruning_of_a_whole_network(attention):
+    pruning = pytest.importorskip('torch_pruning')
+    options = dict(widths=(64, 128), kernel_sizes=7)
+    model, image = _model(attention, **options).eval(), torch.randn(2, 3, 32, 32)
+    with prunable(model) as options_of_pruner:
+        pruner = pruning.pruner.MagnitudePruner(
+            model, image, importance=pruning.importance.MagnitudeImportance(p=2), pruning_ratio=0.5,
+            ignored_layers=[model.head.fc], **options_of_pruner)
+    with torch.no_grad():
+        torch.testing.assert_close(model(image), _model(attention, **options).eval()(image))  # not yet
+    pruner.step()
+    layers = [stage.blocks[0].attn for stage in model.stages]
+    assert [(layer.dim, layer.out_planes) for layer in layers] == [(32, 8), (64, 16)]
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(model).fuse_for_inference()(image), model(image), rtol=1e-3, atol=1e-4)
+    model.train()(image).sum().backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
 @pytest.mark.parametrize('attention', ATTENTIONS)

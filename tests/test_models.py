@@ -424,7 +424,8 @@ class _Operators(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-# what writes, is there to be written to, or, in resnet18 as well, is written over by timm's head
+# what writes, is there to be written to, or, in resnet18 as well, is written over by timm's head; tiles also write into
+# slices of a map, and of a kept slice torch writes into the map of before, in any program
 NOT_KEPT = ('add_', 'copy_', 'mul_', 'new_empty', 'as_strided_', 'mean')
 
 
@@ -439,7 +440,7 @@ def test_selective_checkpoints_may_keep_any_operator(name, path):
         plain = copy.deepcopy(model)
         plain(image).square().sum().backward()
         kept = [{operator} for operator in sorted(operators.seen, key=str)
-                if operator.__name__.partition('.')[0] not in NOT_KEPT]
+                if operator.__name__.partition('.')[0] not in (*NOT_KEPT, *(['slice'] if path == 'tiled' else []))]
         assert {torch.ops.aten.convolution.default} in kept
         for operators in (*kept, set.union(*kept)):
             again = copy.deepcopy(model)

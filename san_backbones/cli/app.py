@@ -682,7 +682,8 @@ def env(as_json: Json = False) -> None:
                       f'{machine["instructions"]}'),
         ('GPU', ', '.join(machine['gpus']) or f'none that torch can use (built for CUDA {machine["cuda"]})'),
         ('compiled loops', f'{", ".join(loops["found"]) or "none"}; '
-                           f'{"serving: " + loops["serving"] if loops["serving"] else loops["problem"]}')]
+                           f'{"serving: " + loops["serving"] if loops["serving"] else loops["problem"]}'),
+        ('their threads', f'{loops["threads"]}, of {loops["runtime"]}' if loops['serving'] else '-')]
     for device, paths in facts['paths'].items():
         rows += [(f'path {name}, {device}', 'can run' if reason is None else f'cannot run: {reason}')
                  for name, reason in paths.items()]

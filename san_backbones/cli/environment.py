@@ -20,8 +20,11 @@ PACKAGES = (
     'torch', 'timm', 'torchvision', 'huggingface_hub', 'gdown', 'safetensors', 'numpy', 'pillow', 'triton', 'typer',
     'mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'mmpretrain', 'transformers',
     'segmentation_models_pytorch', 'accelerate', 'lightning', 'onnx', 'onnxscript', 'onnxruntime', 'matplotlib')
+# OneDL's forks of OpenMMLab, with the same modules
+FORKS = {'mmengine': 'onedl-mmengine', 'mmcv': 'onedl-mmcv', 'mmdet': 'onedl-mmdetection',
+         'mmsegmentation': 'onedl-mmsegmentation', 'mmpretrain': 'onedl-mmpretrain'}
 VARIABLES = (
-    ENVIRONMENT_VARIABLE, ops.triton.TUNE_VARIABLE,
+    ENVIRONMENT_VARIABLE, native.QUIET_VARIABLE, ops.triton.TUNE_VARIABLE,
     hub.FOLDER_VARIABLE, hub.ORGANISATION_VARIABLE, hub.AUTHORS_VARIABLE, hub.MIRROR_VARIABLE, hub.CACHE_VARIABLE,
     'HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE',
     'HF_HUB_OFFLINE', 'HF_TOKEN', 'ATEN_CPU_CAPABILITY', 'CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY')
@@ -34,6 +37,17 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _versions() -> dict[str, str | None]:
+    """Versions by package; of a package that is there as OneDL's fork, under that name."""
+    versions = {}
+    for package in PACKAGES:
+        found, fork = _version(package), FORKS.get(package)
+        if found is None and fork is not None and (of_fork := _version(fork)) is not None:
+            package, found = fork, of_fork
+        versions[package] = found
+    return versions
 
 
 def _public(text: str) -> str:
@@ -70,13 +84,14 @@ def facts() -> dict[str, Any]:
     builds = sorted(path.name for path in folder.iterdir() if path.suffix in ('.so', '.dll'))
     return dict(
         versions={'san_backbones': __version__, 'python': platform.python_version(),
-                  **{package: _version(package) for package in PACKAGES}},
+                  **_versions()},
         machine=dict(
             system=platform.platform(), python=f'{sys.implementation.name}, {platform.architecture()[0]}',
             processor=processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),
             instructions=torch.backends.cpu.get_cpu_capability(), gpus=gpus, cuda=torch.version.cuda,
             cudnn=torch.backends.cudnn.version() if gpus else None),
         compiled_loops=dict(found=builds, serving=native.build() if problem is None else None,
+                            **dict(zip(('runtime', 'threads'), native.pool() if problem is None else (None, None))),
                             problem=problem and _public(problem)),
         paths={device: _paths(device) for device in ('cpu', *(['cuda'] if gpus else []))},
         variables={name: '(set)' if name == 'HF_TOKEN' else _public(os.environ[name])

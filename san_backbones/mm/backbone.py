@@ -76,6 +76,9 @@ class SANBackbone(BaseModule):
         relu_bound: Upper bound of the first ReLU of each block; 0 for none. None: what loaded weights were made
             with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
             pairwise one. A number given here holds whatever is loaded.
+        ceil_mode: Round up where a pooling halves an odd side, so that maps have the sizes of a ResNet's, ceil(side /
+            stride), which PAFPN, FPN_CARAFE and DyHead expect. The released networks round down; at sizes that
+            are multiples of the last stride there is no difference.
         init_cfg: For instance dict(type='Pretrained', checkpoint='san15_patchwise.pth'). A checkpoint that does not
             fit is an error; weights for three image channels are adapted to `in_channels` as timm adapts them.
 
@@ -103,6 +106,7 @@ class SANBackbone(BaseModule):
             position_ref_size: int | None = 224,
             drop_path_rate: float = 0.,
             relu_bound: float | None = None,
+            ceil_mode: bool = False,
             init_cfg: dict[str, Any] | None = None,
     ):
         super().__init__(init_cfg=init_cfg)
@@ -118,15 +122,20 @@ class SANBackbone(BaseModule):
                 f'out_indices must be increasing stage numbers from 0 to {n_stages - 1}, got {out_indices!r}')
         if not is_integer(frozen_stages, -1) or frozen_stages > n_stages:
             raise ValueError(f'frozen_stages must be from -1 (none) to {n_stages} (all), got {frozen_stages!r}')
-        self.arch = arch
-        self.out_indices = out_indices
-        self.out_channels = tuple(net.feature_info[i]['num_chs'] for i in out_indices)
+        self.arch: str | dict[str, Any] = arch
+        self.out_indices: tuple[int, ...] = out_indices
+        self.out_channels: tuple[int, ...] = tuple(net.feature_info[i]['num_chs'] for i in out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.in_channels = in_channels
         net.set_grad_checkpointing(with_cp)
-        self.stem = net.stem
-        self.stages = net.stages[:out_indices[-1] + 1]  # a stage without an output would hold unused parameters
+        if not isinstance(ceil_mode, bool):
+            raise TypeError(f'ceil_mode must be True or False, got {ceil_mode!r}')
+        for module in net.modules():
+            if isinstance(module, nn.MaxPool2d):
+                module.ceil_mode = ceil_mode
+        self.stem: nn.Module = net.stem
+        self.stages: nn.Sequential = net.stages[:out_indices[-1] + 1]  # one without an output would hold unused parameters
         self._freeze_stages()
 
     @staticmethod

@@ -4,14 +4,16 @@ import inspect
 import os
 import re
 import zipfile
+from functools import partial
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import checkpoint as _mmengine
 from mmengine.runner.checkpoint import CheckpointLoader
-from mmengine.runner.checkpoint import load_from_local as _load_from_local
+from torch.hub import load_state_dict_from_url
 
 from .. import hub
 
@@ -33,7 +35,9 @@ _MMENGINE_GLOBALS = (
     'numpy.dtypes.Float64DType',
     'numpy.dtypes.Int32DType',
     'numpy.dtypes.Int64DType',
+    'numpy.dtypes.UInt32DType',
     'numpy.dtypes.BoolDType',
+    'builtins.slice',
     '_codecs.encode',
 )
 
@@ -55,7 +59,8 @@ def allow_mmengine_checkpoints() -> None:
 
     torch 2.6 and later refuse classes that are not on an allow-list; resuming, `load_from` and testing from a
     checkpoint then fail in mmengine 0.10.7. The classes allowed here hold data and run no code of the file's
-    choosing; `weights_only` stays on.
+    choosing. `weights_only` stays on, and is on where mmengine has it off: for what http:// and https:// name, and in
+    onedl-mmengine, which reads once more without it what torch refuses.
     """
     allowed: list[Any] = [(_history_buffer_method, 'builtins.getattr')]
     for path in _MMENGINE_GLOBALS:
@@ -66,19 +71,45 @@ def allow_mmengine_checkpoints() -> None:
         except (ImportError, AttributeError):  # the other NumPy generation's place
             continue
     torch.serialization.add_safe_globals(allowed)
+    _mmengine.load_url = partial(load_state_dict_from_url, weights_only=True)
+    if hasattr(_mmengine, '_safe_torch_load'):
+        _mmengine._safe_torch_load = _load_data
+
+
+def _load_data(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """`torch.load` of tensors and plain data, whatever `weights_only` says.
+
+    Raises:
+        UnpicklingError: The file holds more than that.
+    """
+    try:
+        return torch.load(file, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if 'GLOBAL' in line or 'allowed' in line), None)
+        if reason is None:  # damaged
+            raise
+        reason = reason.partition('. Please')[0]
+        name = file if isinstance(file, str) else 'the checkpoint'
+        raise UnpicklingError(
+            f'{name} holds more than tensors and plain data, which may be code that reading it would run, and is not '
+            f'read ({reason}). Where you trust it, save its state dict alone: torch.save(torch.load(FILE, '
+            "weights_only=False)['state_dict'], NEW_FILE)") from error
 
 
 @CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """mmengine's reader of files, with an error that names the file.
+    """Reads a file as tensors and plain data, with errors that name the file.
 
     Raises:
         FileNotFoundError: There is none.
         RuntimeError: It is damaged.
+        UnpicklingError: It holds more than tensors and plain data.
     """
     filename = os.path.expanduser(filename)
+    if not os.path.isfile(filename):
+        raise FileNotFoundError(f'{filename} can not be found.')
     try:
-        return _load_from_local(filename, map_location)
+        return _load_data(filename, map_location)
     except (EOFError, RuntimeError, UnpicklingError) as error:
         if isinstance(error, torch.OutOfMemoryError) or zipfile.is_zipfile(filename):  # the file is whole
             raise

@@ -113,13 +113,13 @@ class NamedPipeline(Compose):
     """
 
     def __init__(self, dataset: Any, ignored: Sequence[int] = ()):
-        self.transforms = dataset.pipeline.transforms
-        self.ann_file = getattr(dataset, 'ann_file', None)
-        self.with_mask = any(getattr(transform, 'with_mask', False) for transform in self.transforms)
-        self.classes = _classes(dataset) if hasattr(dataset, 'reduce_zero_label') else None  # mmseg's
-        self.ignored = sorted({getattr(dataset, 'ignore_index', 255), *ignored})
+        self.transforms: Any = dataset.pipeline.transforms
+        self.ann_file: str | None = getattr(dataset, 'ann_file', None)
+        self.with_mask: bool = any(getattr(transform, 'with_mask', False) for transform in self.transforms)
+        self.classes: Any = _classes(dataset) if hasattr(dataset, 'reduce_zero_label') else None  # mmseg's
+        self.ignored: list[int] = sorted({getattr(dataset, 'ignore_index', 255), *ignored})
 
-    def __call__(self, data: dict) -> dict | None:
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any] | None:
         """Samples as `Compose` has them."""
         files = [str(data[key]) for key in ('img_path', 'seg_map_path') if data.get(key)]
         try:
@@ -165,7 +165,7 @@ class CheckSetupHook(Hook):
     def __init__(self, check_heads: bool = True):
         self.check_heads = check_heads
 
-    def before_run(self, runner) -> None:
+    def before_run(self, runner: Any) -> None:
         """Looks at the datasets of those loops that this run has built, and at the checkpoint that it resumes from."""
         resume_from_whole(runner)
         heads = _heads(runner.model)

@@ -50,6 +50,11 @@ class _Reseeding:
         self._step += 1
         return next(self._iterator)
 
+    def skip_iter(self, num_iters: int) -> None:
+        """Draws what a resumed loop has seen; onedl-mmengine would pass over it, and workers augment otherwise."""
+        for _ in range(num_iters):
+            next(self)
+
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
@@ -73,14 +78,14 @@ class ExactResumeHook(Hook):
         ValueError: `randomness` names no seed; without one the order of the data differs from run to run.
     """
 
-    def before_run(self, runner) -> None:
+    def before_run(self, runner: Any) -> None:
         """Passes over checkpoints that an interruption cut short."""
         resume_from_whole(runner)
         if any(isinstance(hook, CheckpointHook) and hook.max_keep_ckpts == 1 for hook in runner.hooks):
             runner.logger.warning('ExactResumeHook: with max_keep_ckpts=1 the only checkpoint is removed before the '
                                   'next is saved, and a training that is killed meanwhile has none; keep 2 or more')
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Any) -> None:
         """Checks that data come in an order that can be repeated, and has each pass over them augment differently."""
         seed = runner._randomness_cfg.get('seed')
         if seed is None:
@@ -94,7 +99,7 @@ class ExactResumeHook(Hook):
         # InfiniteSampler never; after a resume they augment again what is skipped
         loader.worker_init_fn = partial(_seed_worker, other_duties=loader.worker_init_fn)
 
-    def before_train_epoch(self, runner) -> None:
+    def before_train_epoch(self, runner: Any) -> None:
         """Seeds this epoch; in a loop by iterations, which comes here once, each iteration to come."""
         loop = runner.train_loop
         if hasattr(loop, 'dataloader_iterator'):

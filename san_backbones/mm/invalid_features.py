@@ -4,7 +4,6 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
 
 from ..diagnosis import diagnose
 from .backbone import SANBackbone
@@ -38,7 +37,7 @@ class CheckInvalidFeaturesHook(Hook):
             # here, where weights and precision are those of the evaluation
             self._message = f'SANBackbone gave values that are not finite. {diagnose(backbone, args[0])}'
 
-    def _before(self, runner: Runner) -> None:
+    def _before(self, runner: Any) -> None:
         self._after()
         self._looking = True
         self._handles = [module.register_forward_hook(self._watch) for module in runner.model.modules()
@@ -50,7 +49,7 @@ class CheckInvalidFeaturesHook(Hook):
         message, self._message, self._handles, self._looking = self._message, None, [], False
         return message
 
-    def _report(self, runner: Runner) -> None:
+    def _report(self, runner: Any) -> None:
         message = self._after()
         if message is not None and self.stop:
             raise RuntimeError(message)
@@ -59,7 +58,7 @@ class CheckInvalidFeaturesHook(Hook):
 
     before_val_epoch = before_test_epoch = _before
 
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Says what was found."""
         self._report(runner)
 

@@ -7,7 +7,9 @@ It is asked last: where a compiled `mmcv._ext` is installed, that one is used.
 import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 EXTENSION = 'mmcv._ext'
 STAND_IN = Path(__file__).with_name('_mmcv_ext.py')
@@ -20,7 +22,7 @@ class StandInFinder(MetaPathFinder):
     and nothing heavy is imported before somebody imports `mmcv.ops`.
     """
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Returns the spec of the stand-in if `fullname` is `mmcv._ext`, else None."""
         if fullname != EXTENSION:
             return None

@@ -16,7 +16,7 @@ __all__ = ['halve', 'scale_shift_relu', 'stem']
 
 @torch.fx.wrap
 def halve(x: Tensor) -> Tensor:
-    """max_pool2d(x, 2) of x (N, C, H, W), where a side of one pixel stays one: (N, C, max(H // 2, 1), max(W // 2, 1))."""
+    """max_pool2d(x, 2) of x (N, C, H, W), where a side of one pixel stays one pixel."""
     height, width = x.shape[-2], x.shape[-1]
     if not torch.jit.is_scripting():
         if torch.jit.is_tracing():  # a pixel more where there is one, by no branch on a size

@@ -54,7 +54,7 @@ class Source(NamedTuple):
 
 # --- What is here ----------------------------------------------------------------------------------------------------
 
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """Where converted weights are kept, a folder for each model.
 
     Args:
@@ -66,7 +66,7 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
     return pathlib.Path(cache_dir or constants.HF_HOME).expanduser() / 'san-backbones'
 
 
-def refusal(place: str | os.PathLike | None = None) -> str | None:
+def refusal(place: str | os.PathLike[str] | None = None) -> str | None:
     """Why the authors' files are not asked for now, in words; None if they are.
 
     Args:
@@ -79,7 +79,7 @@ def refusal(place: str | os.PathLike | None = None) -> str | None:
     return None
 
 
-def provenance(model: str, cache_dir: str | os.PathLike | None = None) -> dict[str, Any]:
+def provenance(model: str, cache_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """What was noted of the authors' file when it was converted; {} where it never was.
 
     Raises:
@@ -123,7 +123,7 @@ def _disk(error: OSError, place: pathlib.Path) -> str:
     return f'the cache ({place}) cannot be read or written ({error})'
 
 
-def cached(model: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path | None:
+def cached(model: str, cache_dir: str | os.PathLike[str] | None = None) -> pathlib.Path | None:
     """The converted weights, checked; None if they are not here. Asks no network.
 
     Raises:
@@ -153,7 +153,7 @@ def cached(model: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Pa
 
 # --- First use -------------------------------------------------------------------------------------------------------
 
-def weights(model: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
+def weights(model: str, cache_dir: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """The converted weights of a model: from the cache, else made of the authors' file now.
 
     Args:

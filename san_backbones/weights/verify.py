@@ -24,7 +24,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -56,10 +56,10 @@ class Result(NamedTuple):
         return 100 * sum(counts) / sum(self.images)
 
 
-class Images(Dataset):
+class Images(Dataset[tuple[torch.Tensor, int]]):
     """Preprocessed images (3, H, W) with their classes."""
 
-    def __init__(self, samples: Sequence[tuple[str, int]], transform):
+    def __init__(self, samples: Sequence[tuple[str, int]], transform: Callable[[Any], torch.Tensor]):
         self.samples = samples
         self.transform = transform
 
@@ -180,7 +180,7 @@ def in_words() -> Iterator[None]:
 def measure(
         model: Any,
         samples: Sequence[tuple[str, int]],
-        transform,
+        transform: Callable[[Any], torch.Tensor],
         key: str,
         state_path: pathlib.Path,
         batch_size: int = 64,

@@ -9,12 +9,15 @@ pytest.importorskip('mmdet', reason='needs the mm extra')
 pytest.importorskip('mmseg', reason='needs the mm extra')
 
 import torch
-from mmengine.registry import MODELS
+import torch.nn.functional as F
+from mmengine.evaluator import BaseMetric
+from mmengine.registry import METRICS, MODELS
+from mmengine.runner import Runner
 
-import san_backbones.mm  # noqa: F401
+import san_backbones.mm
 from mmdet.structures import DetDataSample
 from mmseg.structures import SegDataSample
-from small_configs import detection, segmentation
+from small_configs import ARCH, WIDTHS, detection, masks, segmentation
 
 SIZES = [(1, 1), (13, 20), (33, 31), (64, 64), (70, 201), (40, 600)]  # (height, width)
 ATTENTION = pytest.mark.parametrize('attention', ['patchwise', 'pairwise'])
@@ -108,6 +111,83 @@ def test_positions_do_not_depend_on_the_picture(tmp_path, attention):
     with torch.no_grad():
         whole, part = model(image)[0], model(image[..., 64:320])[0]  # stride 4
     torch.testing.assert_close(whole[..., 16 + 16:80 - 16], part[..., 16:-16], atol=1e-5, rtol=1e-4)
+
+
+@METRICS.register_module()
+class CountSizes(BaseMetric):
+    """Counts predictions of 33 x 20 pixels."""
+
+    def process(self, data_batch, data_samples):
+        self.results += [1 for sample in data_samples if sample['pred_sem_seg']['data'].shape == (1, 20, 33)]
+
+    def compute_metrics(self, results):
+        return dict(seen=len(results))
+
+
+@ATTENTION
+def test_test_time_augmentation_pads_small_pictures(tmp_path, attention):
+    """As MMSegmentation's tools/test.py does with --tta: the wrapped model has the config's own preprocessor then."""
+    masks(tmp_path, height=20, width=33)
+    cfg = segmentation(tmp_path, attention)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.tta_model.module = cfg.model
+    cfg.model = cfg.tta_model
+    for part in 'train', 'val':
+        cfg.update({f'{part}_cfg': None, f'{part}_dataloader': None})
+    cfg.update(optim_wrapper=None, param_scheduler=None, val_evaluator=None)
+    cfg.test_evaluator = dict(type='CountSizes')
+    runner = Runner.from_cfg(cfg)
+    assert runner.test() == dict(seen=4)
+
+
+class _PaddedPool(torch.nn.Module):
+    """Max pooling by two of a map that is padded to even sides with what is never the maximum."""
+
+    def forward(self, x):
+        return F.max_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), value=-torch.inf), 2)
+
+
+@ATTENTION
+def test_sides_are_rounded_up(attention):
+    def backbone(**kwargs):
+        torch.manual_seed(0)
+        return san_backbones.mm.SANBackbone(dict(ARCH, attention=attention), **kwargs).eval()
+
+    image = torch.randn(1, 3, 101, 75, generator=torch.Generator().manual_seed(0))
+    expected = backbone()
+    for part in (expected.stem, *expected.stages[1:]):
+        part.pool = _PaddedPool()
+    with torch.no_grad():
+        found = backbone(ceil_mode=True)(image)
+        assert [tuple(x.shape[2:]) for x in found] == [
+            (-(-101 // stride), -(-75 // stride)) for stride in (4, 8, 16, 32)]
+        torch.testing.assert_close(found, expected(image))
+        even = image[..., :96, :64]
+        torch.testing.assert_close(backbone(ceil_mode=True)(even), backbone()(even), rtol=0, atol=1e-5)
+        assert [tuple(x.shape[2:]) for x in backbone()(image)] == [(25, 18), (12, 9), (6, 4), (3, 2)]
+    with pytest.raises(TypeError, match='ceil_mode must be True or False, got 1'):
+        backbone(ceil_mode=1)
+
+
+@pytest.mark.parametrize('neck', [
+    dict(type='PAFPN', in_channels=WIDTHS, out_channels=16, num_outs=4),
+    dict(type='FPN_CARAFE', in_channels=WIDTHS, out_channels=16, num_outs=4),
+    [dict(type='FPN', in_channels=WIDTHS, out_channels=16, num_outs=4),
+     dict(type='DyHead', in_channels=16, out_channels=16, num_blocks=1)]], ids=['PAFPN', 'FPN_CARAFE', 'DyHead'])
+def test_necks_that_expect_sides_rounded_up(neck, tmp_path):
+    cfg = detection(tmp_path)
+    cfg.model.neck = neck
+    cfg.model.rpn_head.in_channels = cfg.model.rpn_head.feat_channels = 16
+    torch.manual_seed(0)
+
+    def extract(ceil_mode):
+        backbone = MODELS.build(dict(cfg.model.backbone, ceil_mode=ceil_mode))
+        necks = [MODELS.build(dict(part, _scope_='mmdet')) for part in (neck if isinstance(neck, list) else [neck])]
+        return torch.nn.Sequential(backbone, *necks)(torch.randn(1, 3, 100, 100))
+
+    assert [tuple(x.shape[2:]) for x in extract(True)] == [(25, 25), (13, 13), (7, 7), (4, 4)]
+    with pytest.raises((RuntimeError, AssertionError)):
+        extract(False)
 
 
 PANORAMA = '''

@@ -1,4 +1,9 @@
-"""mmengine's own checkpoints under torch's weights-only loading: save, resume, load_from."""
+"""mmengine's own checkpoints under torch's weights-only loading: save, resume, load_from. No code of a file runs."""
+import functools
+import http.server
+import os
+import pathlib
+import threading
 from pickle import UnpicklingError
 
 import pytest
@@ -10,10 +15,11 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 from torch.utils.data import Dataset
 
-import san_backbones.mm  # noqa: F401
+import san_backbones.mm
 
 
 class Numbers(Dataset):
@@ -100,3 +106,81 @@ def test_other_classes_stay_refused(evil, tmp_path, capsys):
     with pytest.raises(UnpicklingError):
         torch.load(tmp_path / 'evil.pth', weights_only=True)
     assert 'code of the file ran' not in capsys.readouterr().out
+
+
+class _OtherSystem(_Evil):
+    """Runs a command of the shell that leaves a file."""
+
+    def __init__(self, trace):
+        super().__init__(os.system, f'touch {trace}')
+
+
+def _by_init_cfg(path):
+    small = dict(depths=(1,), widths=(32,), kernel_sizes=(3,), stem_width=16)
+    init_cfg = dict(type='Pretrained', checkpoint=path)
+    san_backbones.mm.SANBackbone(small, out_indices=(0,), init_cfg=init_cfg).init_weights()
+
+
+def _by_loading(path):
+    CheckpointLoader.load_checkpoint(path)
+
+
+def _by_http(path):
+    folder = pathlib.Path(path).parent
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TORCH_HOME', str(folder / 'torch'))
+        patch.setenv('no_proxy', '127.0.0.1')
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            _by_init_cfg(f'http://127.0.0.1:{server.server_port}/evil.pth')
+        finally:
+            server.shutdown()
+
+
+def _by_another_store(path):
+    """As mmengine reads s3:// and the like, from memory."""
+    class Store:
+        get = staticmethod(lambda name: pathlib.Path(path).read_bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.runner.checkpoint.get_file_backend', lambda *args, **kwargs: Store)
+        CheckpointLoader.load_checkpoint('s3://bucket/evil.pth')
+
+
+def _by_runner(path):
+    runner = _runner(pathlib.Path(path).parent, 1, load_from=path, experiment_name=f'load_{path}')
+    runner.load_or_resume()
+
+
+def _by_resuming(path):
+    runner = _runner(pathlib.Path(path).parent, 1, load_from=path, resume=True, experiment_name=f'resume_{path}')
+    runner.load_or_resume()
+
+
+def _by_inferencer(path):
+    inference = pytest.importorskip('mmseg.apis', reason='needs the mm extra')
+    model = dict(type='EncoderDecoder', backbone=dict(
+        type='SANBackbone', arch=dict(depths=(1,), widths=(32,), kernel_sizes=(3,), stem_width=16), out_indices=(0,)),
+        decode_head=dict(type='FCNHead', in_channels=32, channels=4, num_classes=2, in_index=0))
+    config = pathlib.Path(path).with_name('config.py')
+    config.write_text(f'default_scope = "mmseg"\nmodel = {model!r}\n')
+    inference.init_model(str(config), path, device='cpu')
+
+
+@pytest.mark.parametrize('load', [_by_init_cfg, _by_loading, _by_http, _by_another_store, _by_runner,
+                                  _by_resuming, _by_inferencer])
+def test_code_of_a_checkpoint_is_never_run(load, tmp_path):
+    """Also where mmengine has `weights_only` off: http, and in onedl-mmengine all that torch refuses."""
+    path, trace = tmp_path / 'evil.pth', tmp_path / 'EVIL'
+    torch.save({'state_dict': {}, 'meta': _OtherSystem(trace)}, path)
+    with pytest.raises((UnpicklingError, RuntimeError), match='GLOBAL .*system'):
+        load(str(path))
+    assert not trace.exists()
+
+
+def test_a_file_that_holds_more_than_data_says_so(tmp_path):
+    path = tmp_path / 'evil.pth'
+    torch.save({'state_dict': {}, 'meta': _Evil(print, 'code of the file ran')}, path)
+    with pytest.raises(UnpicklingError, match=f'^{path} holds more than tensors.*GLOBAL print was.*save its'):
+        CheckpointLoader.load_checkpoint(str(path))

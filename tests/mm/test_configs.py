@@ -11,10 +11,12 @@ pytest.importorskip('mmseg', reason='needs the mm extra')
 
 import san_backbones.mm  # noqa: F401  before mmdet.structures.mask
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, utils
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
+
+from san_backbones.mm.onedl import find_configs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / 'mm_configs').glob('*/metafile.yml')
@@ -194,3 +196,14 @@ class TestFolder:
         text = (folder / 'README.md').read_text()
         linked = re.findall(r'\| \[config\]\(([\w.-]+\.py)\) \|', text)
         assert sorted(linked) == [path.name for path in sorted(folder.glob('*.py'))]
+
+
+def test_bases_of_mmseg_are_found_under_another_distribution(monkeypatch):
+    """OneDL's is called onedl-mmsegmentation, which mmengine does not know of."""
+    monkeypatch.setitem(utils.MODULE2PACKAGE, 'mmseg', 'no-such-distribution')
+    name = ROOT / 'mm_configs/upernet/san15-patchwise_upernet_8xb2-160k_ade20k-512x512.py'
+    with pytest.raises(ModuleNotFoundError, match='no-such-distribution is not installed'):
+        Config.fromfile(name)
+    find_configs()
+    assert utils.MODULE2PACKAGE['mmseg'] == 'mmseg' and utils.MODULE2PACKAGE['mmtrack'] == 'mmtrack'
+    assert Config.fromfile(name).model.decode_head.type == 'UPerHead'

@@ -87,7 +87,7 @@ def test_importing_everything_in_a_fresh_process():
         import mmcv._ext
         assert mmcv._ext.__spec__.name == 'mmcv._ext'
         print(operators_in_use())
-    ''') == 'torchvision'
+    ''').endswith('torchvision')  # OneDL has words of its own before that
 
 
 def test_installing_imports_neither_mmcv_nor_the_operators():

@@ -80,6 +80,9 @@ class TestResume:
         resumed._iterator = iter(draw, None)
         assert next(resumed) == first[3]
         assert next(_Reseeding(iter(draw, None), 4)) != first[0]
+        resumed = _Reseeding(iter(draw, None), 3)
+        resumed.skip_iter(3)  # as onedl-mmengine goes to where it was
+        assert next(resumed) == first[3]
 
     @pytest.mark.parametrize('passes', [dict(epochs=3), dict(iters=12)], ids=['epochs', 'iterations'])
     @pytest.mark.parametrize('hooks', [EXACT, []], ids=['hook', 'mmengine'])

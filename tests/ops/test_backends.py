@@ -1,9 +1,14 @@
 """The choice of a path, and that paths agree in what is particular to them: tiles, statistics, precision."""
 import copy
 import logging
+import os
+import pathlib
 import re
 import shutil
+import subprocess
+import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -449,3 +454,42 @@ def test_compiled_loops_are_there_where_a_compiler_is():
     if shutil.which('cc') is None and shutil.which('gcc') is None:
         pytest.skip('no compiler')
     assert ops.native.build() in ('avx512', 'avx2', 'baseline')
+
+
+@pytest.mark.parametrize('how, times', [('auto', 1), ('quiet', 0), ('named', 0), ('float64', 0), ('clique', 0),
+                                        ('there', 0)])
+def test_missing_loops_are_said_once(how, times, monkeypatch):
+    """Where they would have computed, and nobody asked for another path."""
+    if how != 'there':
+        monkeypatch.setattr(ops.native.library, '_load', lambda: (None, 'the dog ate them'))
+    elif ops.native.unavailable():
+        pytest.skip(ops.native.unavailable())
+    monkeypatch.setenv('SAN_BACKBONES_QUIET', '1' if how == 'quiet' else '0')
+    ops.native.warn_if_unavailable.cache_clear()
+    layer = PairwiseAttention(32).eval().to(torch.float64 if how == 'float64' else torch.float32)
+    x = torch.randn(1, 32, 5, 5).to(layer.query.weight.dtype)
+    with warnings.catch_warnings(record=True) as said, torch.no_grad():
+        warnings.simplefilter('always')
+        with ops.use_backend('tiled' if how == 'named' else 'auto'):
+            if how == 'clique':
+                PatchwiseAttention(32, relation='clique').eval()(x)
+            else:
+                layer(x), layer(x)
+    ops.native.warn_if_unavailable.cache_clear()
+    assert len(said) == times
+    for warning in said:
+        assert all(word in str(warning.message) for word in (
+            'the dog ate them', 'two to three times', 'C compiler', 'SAN_BACKBONES_REQUIRE_LOOPS=1',
+            'SAN_BACKBONES_QUIET=1'))
+
+
+@pytest.mark.parametrize('required', ['1', '0'])
+def test_an_installation_without_a_compiler(required, tmp_path):
+    """Goes on, unless it is told that the loops are required."""
+    root = pathlib.Path(__file__).parents[2]
+    environment = {**os.environ, 'CC': str(tmp_path / 'no-compiler'), 'SAN_BACKBONES_REQUIRE_LOOPS': required}
+    build = [sys.executable, 'setup.py', '-q', 'build_ext', '--build-lib', tmp_path / 'lib', '--build-temp', tmp_path]
+    done = subprocess.run(build, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == (1 if required == '1' else 0), done.stderr
+    assert 'no-compiler' in done.stderr
+    assert not [*tmp_path.rglob('*.so')]

@@ -1,6 +1,7 @@
 """The compiled loops, against the float64 definition, on every instruction set that this processor has."""
 import copy
 import ctypes
+import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -217,13 +218,22 @@ MAPS = b"""\
 """
 
 
+def _runtimes(maps):
+    return native.threads._sorted(native.threads._mapped(maps))
+
+
+def _found():
+    """Looks again, without what was found before."""
+    return native.threads.runtime.__wrapped__(native.library._loaded())
+
+
 def test_the_runtime_of_threads_is_found_by_its_name():
     """Torch's own first; no library that has `omp` somewhere in its name, no file that is no library."""
     home = os.path.realpath(os.path.dirname(torch.__file__))
-    found = native.library._runtimes(MAPS.replace(b'TORCH', os.fsencode(home)))
+    found = _runtimes(MAPS.replace(b'TORCH', os.fsencode(home)))
     assert found == [f'{home}/lib/libgomp-a34b3233.so.1', os.fsdecode(b'/opt/intel \xff/libiomp5.so'),
                      '/usr/lib/libgomp.so.1.0.0', '/usr/lib/llvm/libomp.so.5']
-    beside = native.library._runtimes(MAPS.replace(b'TORCH/lib', os.fsencode(home) + b'.libs'))
+    beside = _runtimes(MAPS.replace(b'TORCH/lib', os.fsencode(home) + b'.libs'))
     assert beside[0] == f'{home}.libs/libgomp-a34b3233.so.1'
 
 
@@ -247,10 +257,10 @@ def test_without_a_runtime_the_loops_run_on_one_thread(kind, tmp_path, monkeypat
         maps.write_bytes(b'\x00/libgomp.so\xff\n\n/libomp.so\r/libgomp-')
     elif kind == 'no runtime':
         maps.write_bytes(b'')
-    monkeypatch.setattr(native.library, '_MAPS', str(maps))
-    found = native.library._torch_parallel.__wrapped__()
-    assert found == (None, kind in ('none', 'no permission'))
-    monkeypatch.setattr(native.library, '_torch_parallel', lambda: found)
+    monkeypatch.setattr(native.threads, '_MAPS', str(maps))
+    found = _found()
+    assert found == (None, kind in ('none', 'no permission'), 'none')
+    monkeypatch.setattr(native.threads, 'runtime', lambda library: found)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
 
@@ -258,16 +268,15 @@ def test_without_a_runtime_the_loops_run_on_one_thread(kind, tmp_path, monkeypat
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_a_mapped_library_is_not_loaded(tmp_path, monkeypatch):
     """A runtime that only lies in memory as data would bring threads of its own."""
-    found = native.library._torch_parallel()
-    if found[0] is None:
+    if _found().parallel is None:
         pytest.skip('no runtime here')
     with open('/proc/self/maps', 'rb') as maps:
-        runtime = native.library._runtimes(maps.read())[0]
+        runtime = _runtimes(maps.read())[0]
     copy_of_it = tmp_path / 'libgomp.so.1'
     copy_of_it.write_bytes(pathlib.Path(runtime).read_bytes())
     (tmp_path / 'maps').write_bytes(b'7f00-7f10 r-xp 00000000 08:01 1 ' + os.fsencode(copy_of_it))
-    monkeypatch.setattr(native.library, '_MAPS', str(tmp_path / 'maps'))
-    assert native.library._torch_parallel.__wrapped__() == (None, False)
+    monkeypatch.setattr(native.threads, '_MAPS', str(tmp_path / 'maps'))
+    assert _found() == (None, False, 'none')
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='maps files')
@@ -277,17 +286,17 @@ def test_a_mapped_file_of_any_name(name, environment, tmp_path):
     path = os.path.join(os.fsencode(tmp_path), name)
     program = f"""
 import mmap, torch, san_backbones
-from san_backbones.ops.native import library
+from san_backbones.ops.native import library, threads
 with open({path!r}, 'wb') as file:
     file.write(bytes(4096))
 with open({path!r}, 'rb') as file:
     kept = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 assert {name!r} in open('/proc/self/maps', 'rb').read()
 san_backbones.PairwiseAttention(32).eval()(torch.zeros(1, 32, 4, 4))
-print(library._torch_parallel()[0] is None)
+print(threads.runtime(library._loaded()).parallel is None)
 """
     done = subprocess.run([sys.executable, '-c', program], env={**os.environ, **environment}, capture_output=True)
-    expected = native.library._torch_parallel()[0] is None
+    expected = _found().parallel is None
     assert done.stdout.decode().split() == [str(expected)], done.stderr.decode(errors='replace')
 
 
@@ -295,10 +304,119 @@ print(library._torch_parallel()[0] is None)
 def test_a_fork_that_cannot_count_threads(monkeypatch):
     def listdir(path):
         raise FileNotFoundError(path)
-    monkeypatch.setattr(native.library, '_threads_at_fork', 1)
-    monkeypatch.setattr(native.library.os, 'listdir', listdir)
-    native.library._before_fork()
-    assert native.library._threads_at_fork > 1
+    monkeypatch.setattr(native.threads, '_threads_at_fork', 1)
+    monkeypatch.setattr(native.threads.os, 'listdir', listdir)
+    native.threads._before_fork()
+    assert native.threads._threads_at_fork > 1
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='asks another linker')
+def test_the_runtime_on_macos(monkeypatch):
+    """Among what its linker has loaded, in the place of /proc."""
+    expected = _found()
+    if expected.parallel is None:
+        pytest.skip('no runtime here')
+    with open('/proc/self/maps', 'rb') as maps:
+        mapped = sorted(native.threads._mapped(maps.read()))
+    asked = []
+
+    class Linker:
+        def __init__(self, name):
+            assert name is None
+
+        def _dyld_image_count(self):
+            return len(mapped) + 1
+
+        class _dyld_get_image_name:
+            def __new__(cls, index):
+                asked.append(index.value)
+                return mapped[index.value] if index.value < len(mapped) else None  # unloaded meanwhile
+
+    plain = ctypes.CDLL
+    monkeypatch.setattr(native.threads.ctypes, 'CDLL', lambda name, **how: plain(name, **how) if name else Linker(name))
+    monkeypatch.setattr(native.threads.sys, 'platform', 'darwin')
+    monkeypatch.setattr(native.threads, '_MAPS', '/nowhere')
+    assert _found() == expected
+    assert asked == [*range(len(mapped) + 1)]
+
+
+KMP = dict(fork_call=ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p,
+                                      ctypes.c_void_p),
+           push_num_threads=ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
+           global_thread_num=ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p))
+MICROTASK = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_int32), ctypes.c_void_p,
+                             ctypes.c_void_p)
+
+
+@pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64') or os.name == 'nt',
+                    reason='here a function takes varying arguments as it takes others')
+def test_the_runtime_on_windows(monkeypatch):
+    """One with LLVM's interface alone: the loops ask it for torch's number of threads, and each does a part."""
+    said = []
+
+    def fork_call(location, count, microtask, work, argument):
+        said.append(('fork', count))
+        for thread in range(said[-2][2]):  # one behind the other
+            MICROTASK(microtask)(ctypes.c_int32(5 + thread), ctypes.c_int32(thread), work, argument)
+
+    def push_num_threads(location, thread, threads):
+        said.append(('push', thread, threads))
+
+    loaded = type('Loaded', (), {f'__kmpc_{name}': KMP[name](function) for name, function in dict(
+        fork_call=fork_call, push_num_threads=push_num_threads, global_thread_num=lambda location: 5).items()})
+    names = []
+
+    class Kernel:
+        def __init__(self, name):
+            assert name == 'kernel32'
+
+        class GetModuleHandleW:
+            def __new__(cls, name):
+                names.append(name.value)
+                return 4711 if len(names) == 2 else None
+
+    def load(name, handle):
+        assert (name, handle) == (names[1], 4711)
+        return loaded
+
+    layer, x = _layer(PairwiseAttention), torch.randn(1, 64, 9, 9)
+    with torch.no_grad():
+        expected = layer(x)
+    with monkeypatch.context() as windows:
+        windows.setattr(native.threads.sys, 'platform', 'win32')
+        windows.setattr(native.threads.ctypes, 'WinDLL', Kernel, raising=False)
+        windows.setattr(native.threads.ctypes, 'CDLL', load)
+        found = _found()
+    assert names[0] == 'libiomp5md.dll' and found.name == names[1] and not found.lost_in_fork
+    monkeypatch.setattr(native.threads, 'runtime', lambda library: found)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+    assert said and said == [('push', 5, 3), ('fork', 2)] * (len(said) // 2)
+
+
+def _intels():
+    """Intel's runtime for Linux, which has the interface of Windows' too, if `intel-openmp` is installed."""
+    try:
+        files = importlib.metadata.files('intel-openmp') or ()
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (file.locate().resolve() for file in files if file.name == 'libiomp5.so')
+    return next((str(path) for path in found if path.exists()), None)
+
+
+@pytest.mark.skipif(_intels() is None, reason='needs the package intel-openmp')
+def test_a_real_runtime_as_on_windows(monkeypatch):
+    found = native.threads._kmp(native.library._loaded(), ctypes.CDLL(_intels()), 'libiomp5.so')
+    layer, x = _layer(PatchwiseAttention), torch.randn(2, 64, 40, 40)
+    with torch.no_grad():
+        expected = layer(x)
+    before = len(os.listdir('/proc/self/task'))
+    monkeypatch.setattr(native.threads, 'runtime', lambda library: found)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+    assert len(os.listdir('/proc/self/task')) >= before + 2  # its threads wait for more
 
 
 def test_no_memory_for_a_thread(monkeypatch):
@@ -306,6 +424,7 @@ def test_no_memory_for_a_thread(monkeypatch):
         def san_run(self, address, parallel, threads):
             native.library.Task.from_address(address).failed = 1
     monkeypatch.setattr(native.library, '_loaded', Library)
+    monkeypatch.setattr(native.threads, 'runtime', lambda library: native.threads.Runtime())
     with pytest.raises(MemoryError, match=r'working space of a thread of the native loops \(san\)'):
         native.library.run('san', native.library.Task())
 

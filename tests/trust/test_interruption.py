@@ -65,7 +65,8 @@ def training(tmp_path_factory):
     pytest.importorskip('mmseg', reason='needs the mm extra')
     folder = tmp_path_factory.mktemp('training')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mmengine.config.config.FormatCode', lambda text, **kwargs: (text, True))
+        for name in ('mmengine.config.config.FormatCode', 'yapf.yapflib.yapf_api.FormatCode'):  # OneDL's
+            patch.setattr(name, lambda text, **kwargs: (text, True), raising=False)
         job = kills.Training(folder / 'pictures')
         job.open(folder / 'whole')
         job.work()
@@ -172,7 +173,7 @@ def test_a_whole_checkpoint_is_not_called_damaged(tmp_path, monkeypatch):
 
     monkeypatch.setenv('HOME', str(tmp_path))
     assert checkpoints.load_from_local('~/whole.pth', 'cpu') == {'state_dict': {}}
-    monkeypatch.setattr(checkpoints, '_load_from_local', no_memory)
+    monkeypatch.setattr(checkpoints, '_load_data', no_memory)
     with pytest.raises(torch.OutOfMemoryError, match='^CUDA out of memory$'):
         checkpoints.load_from_local(str(tmp_path / 'whole.pth'), 'cpu')
     (tmp_path / 'old.pth').write_bytes(b'of a format that is no archive')
@@ -182,7 +183,7 @@ def test_a_whole_checkpoint_is_not_called_damaged(tmp_path, monkeypatch):
     def other(*arguments):
         raise RuntimeError('something else')
 
-    monkeypatch.setattr(checkpoints, '_load_from_local', other)
+    monkeypatch.setattr(checkpoints, '_load_data', other)
     with pytest.raises(RuntimeError, match='^something else$'):
         checkpoints.load_from_local(str(tmp_path / 'whole.pth'), 'cpu')
 

@@ -110,7 +110,7 @@ CACHES = {  # what is kept for the life of the process, by file and name, and it
     'hub.py manifest': 'one',
     'ops/native/attention.py _reflection_index': 64,
     'ops/native/library.py _load': 'one',
-    'ops/native/library.py _torch_parallel': 'one',
+    'ops/native/threads.py runtime': 'one',
     'ops/triton/__init__.py _fault': 'one',
     'ops/triton/__init__.py _version': 'one',
     'ops/triton/__init__.py installed': 'one',

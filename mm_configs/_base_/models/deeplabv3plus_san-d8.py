@@ -2,8 +2,9 @@ _base_ = 'mmseg::_base_/models/deeplabv3plus_r50-d8.py'
 custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
 
 norm_cfg = dict(type='SyncBN', requires_grad=True)
+data_preprocessor = dict(test_cfg=dict(size_divisor=32))  # pictures of any size, small ones too, and with --tta
 model = dict(
-    data_preprocessor=dict(test_cfg=dict(size_divisor=32)),  # pictures of any size, small ones too
+    data_preprocessor=data_preprocessor,
     pretrained=None,
     backbone=dict(
         _delete_=True,

@@ -282,8 +282,7 @@ static inline void *take(char **from, size_t bytes) {
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 
-/* Runs `work` on `threads` threads of an OpenMP runtime that is loaded already (GOMP_parallel's address), so that no
- * second pool of threads competes with torch's; without one, on this thread. */
+/* Runs `work` on `threads` threads of the runtime that threads.py found; without one, on this thread. */
 static inline void run(void (*work)(void *), void *argument, parallel_function parallel, unsigned threads) {
     if (parallel && threads > 1) parallel(work, argument, threads, 0);
     else work(argument);

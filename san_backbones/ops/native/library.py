@@ -3,16 +3,31 @@ import ctypes
 import functools
 import os
 import pathlib
-import re
-import sys
 import warnings
 
 import torch
 
-__all__ = ['Backward', 'Scaled', 'Stem', 'Task', 'build', 'run', 'unavailable', 'width']
+from . import threads
+
+__all__ = [
+    'QUIET_VARIABLE',
+    'Backward',
+    'Scaled',
+    'Stem',
+    'Task',
+    'build',
+    'pool',
+    'run',
+    'unavailable',
+    'warn_if_unavailable',
+    'width',
+]
+
+QUIET_VARIABLE = 'SAN_BACKBONES_QUIET'
+"""Environment variable: 1 lets the package compute without the compiled loops, and not say so."""
 
 # instruction sets by torch's names for what the processor has (ATEN_CPU_CAPABILITY overrides it), best first
-BUILDS = {'AVX512': ('avx512', 'avx2', 'baseline'), 'AVX2': ('avx2', 'baseline')}
+BUILDS: dict[str, tuple[str, ...]] = {'AVX512': ('avx512', 'avx2', 'baseline'), 'AVX2': ('avx2', 'baseline')}
 
 
 UNKNOWN_CODE = 2
@@ -65,7 +80,8 @@ class Scaled(ctypes.Structure):
     ]
 
 
-_STRUCTURES = {'san': Task, 'san_backward': Backward, 'san_stem': Stem, 'san_scaled': Scaled}
+_STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    'san': Task, 'san_backward': Backward, 'san_stem': Stem, 'san_scaled': Scaled}
 
 
 @functools.cache
@@ -97,10 +113,28 @@ def build() -> str:
     return _load()[1]
 
 
+def pool() -> tuple[str, int]:
+    """The OpenMP runtime whose threads the loops use ('none': they run on one thread), and how many of them."""
+    runtime = threads.runtime(_loaded())
+    return runtime.name, threads.number(runtime) if runtime.parallel is not None else 1
+
+
 def unavailable() -> str | None:
     """None if the compiled loops are there, else the reason."""
     loaded, reason = _load()
     return None if loaded is not None else reason
+
+
+@functools.cache
+def warn_if_unavailable() -> None:
+    """Says once that the loops are missing, what that costs and what to do."""
+    reason = unavailable()
+    if reason is not None and os.environ.get(QUIET_VARIABLE, '') in ('', '0'):
+        warnings.warn(
+            f'{reason}. The attention on the CPU takes two to three times as long without them. Install a C compiler '
+            '(gcc or clang), then reinstall san_backbones from its source; with SAN_BACKBONES_REQUIRE_LOOPS=1 in the '
+            f'environment that stops where they cannot be built, and says why. {QUIET_VARIABLE}=1 silences this',
+            RuntimeWarning, stacklevel=2)
 
 
 def _loaded() -> ctypes.CDLL:
@@ -116,71 +150,6 @@ def width() -> int:
     return _loaded().san_width()
 
 
-_MAPS = '/proc/self/maps'
-_RUNTIME = re.compile(rb'lib(gomp|omp|iomp5)[-.]')
-
-
-def _runtimes(maps: bytes) -> list[str]:
-    """The OpenMP runtimes among the files that /proc/self/maps lists: torch's own first, and always in one order."""
-    # names are bytes: in no encoding that is known here
-    paths = {line.split(None, 5)[-1] for line in maps.split(b'\n') if _RUNTIME.match(line.rpartition(b'/')[2])}
-    home = os.path.realpath(torch.__path__[0])  # and in some wheels beside it, in torch.libs
-    return sorted(map(os.fsdecode, paths), key=lambda path: (not path.startswith(home), path))
-
-
-@functools.cache
-def _torch_parallel() -> tuple[int | None, bool]:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, so that its threads do this work too; and
-    whether that is GCC's, whose threads are waited for in vain after a fork. Without one the loops run on one thread.
-    """
-    if not sys.platform.startswith('linux'):
-        return None, False
-    try:
-        with open(_MAPS, 'rb') as maps:
-            paths = _runtimes(maps.read())
-    except OSError:
-        return None, True  # nobody knows
-    for path in paths:
-        try:
-            runtime = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_NOLOAD)  # another would bring threads of its own
-            address = ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
-            return address, 'gomp' in os.path.basename(path)
-        except (OSError, AttributeError, ValueError):
-            continue
-    return None, False
-
-
-_threads_at_fork, _left_threads_behind = 1, False
-
-
-def _before_fork() -> None:
-    global _threads_at_fork
-    try:
-        _threads_at_fork = len(os.listdir('/proc/self/task'))
-    except OSError:
-        _threads_at_fork = 2  # nobody knows
-
-
-def _in_child() -> None:
-    global _left_threads_behind
-    _left_threads_behind = _left_threads_behind or _threads_at_fork > 1
-
-
-if sys.platform.startswith('linux'):
-    os.register_at_fork(before=_before_fork, after_in_child=_in_child)
-
-
-def _threads(lost_in_fork: bool) -> int:
-    """How many threads may work: as torch is told, but one where more would be waited for for ever."""
-    threads = torch.get_num_threads()
-    if threads > 1 and lost_in_fork and _left_threads_behind:
-        torch.set_num_threads(threads := 1)
-        warnings.warn('this process was forked from one with several threads; if those were of OpenMP, torch would '
-                      'wait for them in vain here: it goes on with one thread. Call torch.set_num_threads(1) before '
-                      'the fork or first in the new process, or start it by spawn', RuntimeWarning, stacklevel=2)
-    return threads
-
-
 def run(name: str, task: ctypes.Structure) -> None:
     """Calls `NAME_run` of the library on torch's threads.
 
@@ -188,8 +157,9 @@ def run(name: str, task: ctypes.Structure) -> None:
         MemoryError: A thread had no memory for its working space.
         ValueError: The loops do not know the relation or the mode of the task.
     """
-    parallel, lost_in_fork = _torch_parallel()
-    getattr(_loaded(), f'{name}_run')(ctypes.addressof(task), parallel, _threads(lost_in_fork))
+    library = _loaded()
+    runtime = threads.runtime(library)
+    getattr(library, f'{name}_run')(ctypes.addressof(task), runtime.parallel, threads.number(runtime))
     failed = getattr(task, 'task', task).failed
     if failed == UNKNOWN_CODE:
         raise ValueError(f'the native loops ({name}) know no such relation or mode: relation '

@@ -1,0 +1,122 @@
+"""Structured pruning of a whole SAN by Torch-Pruning (https://github.com/VainF/Torch-Pruning): attention layers too."""
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .attention import PairwiseAttention, PatchwiseAttention
+
+__all__ = ['prunable', 'prune_inputs', 'prune_outputs']
+
+Attention = PairwiseAttention | PatchwiseAttention
+
+
+def _without(conv: Any, indices: Sequence[int], dim: int) -> None:
+    """Removes output channels (dim 0) or input channels (dim 1) of a convolution."""
+    size = conv.weight.shape[dim]
+    gone = set(indices)
+    kept = torch.tensor([i for i in range(size) if i not in gone], device=conv.weight.device)
+    for name in ('weight', 'bias') if dim == 0 else ('weight',):
+        tensor = getattr(conv, name)
+        if tensor is not None:
+            new = nn.Parameter(tensor.detach().index_select(dim, kept), tensor.requires_grad)
+            new.grad = None if tensor.grad is None else tensor.grad.index_select(dim, kept)
+            setattr(conv, name, new)
+    if dim == 0:
+        conv.out_channels = len(kept)
+    else:
+        conv.in_channels = len(kept)
+
+
+def prune_inputs(layer: Attention, indices: Sequence[int]) -> Attention:
+    """Removes input channels of an attention layer.
+
+    Args:
+        layer: Changed in place.
+        indices: Channels of the input, of 0 to `layer.dim` - 1.
+
+    Returns:
+        The layer.
+    """
+    for conv in (layer.query, layer.key, layer.value):
+        _without(conv, indices, 1)
+    return layer
+
+
+def prune_outputs(layer: Attention, indices: Sequence[int]) -> Attention:
+    """Removes output channels of an attention layer, and the weight channels that they alone share.
+
+    Args:
+        layer: Changed in place.
+        indices: Channels of the output, of 0 to `layer.out_planes` - 1; of a weight, all that share it.
+
+    Returns:
+        The layer.
+
+    Raises:
+        ValueError: Some channels that share a weight would stay.
+    """
+    planes = layer.out_planes // layer.share_planes
+    weights = sorted({i % planes for i in indices})
+    if len(set(indices)) != len(weights) * layer.share_planes:
+        raise ValueError(f'channels that share a weight are {planes} apart, {layer.share_planes} of them, and go '
+                         f'together; got {sorted(indices)} of {layer.out_planes}')
+    fc2: Any = layer.weight_mlp.fc2
+    area = fc2.out_channels // planes  # the footprint of the patchwise form, 1 for the pairwise one
+    _without(layer.value, indices, 0)
+    _without(fc2, [w * area + o for w in weights for o in range(area)], 0)
+    return layer
+
+
+class _AttentionPruner:
+    """Torch-Pruning's contract for a layer that it does not know."""
+
+    def prune_out_channels(self, layer: Attention, idxs: Sequence[int]) -> Attention:
+        return prune_outputs(layer, idxs)
+
+    def prune_in_channels(self, layer: Attention, idxs: Sequence[int]) -> Attention:
+        return prune_inputs(layer, idxs)
+
+    def get_out_channels(self, layer: Attention) -> int:
+        return layer.out_planes
+
+    def get_in_channels(self, layer: Attention) -> int:
+        return layer.dim
+
+    def get_out_channel_groups(self, layer: Attention) -> int:
+        return layer.share_planes  # the same place in each group is pruned: the channels that share a weight
+
+
+@contextmanager
+def prunable(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """A context in which Torch-Pruning is given a model with SAN attention layers.
+
+    Torch-Pruning follows the operations of a forward pass. In the context each attention layer computes its values
+    alone, so that it is one operation from all its inputs to all its outputs, as Torch-Pruning treats it.
+
+    Args:
+        model: A SAN, or what holds one.
+
+    Returns:
+        Arguments of Torch-Pruning's pruners: `customized_pruners` and `root_module_types`.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed.
+    """
+    try:
+        from torch_pruning import BasePruningFunc
+    except ImportError as error:
+        raise ImportError('prunable needs Torch-Pruning: pip install torch-pruning') from error
+    types = (PairwiseAttention, PatchwiseAttention)
+    pruner = type('AttentionPruner', (_AttentionPruner, BasePruningFunc), dict(TARGET_MODULES=types))()
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, types)]
+    for layer in layers:
+        layer.forward = layer.value.forward
+    try:
+        yield dict(customized_pruners=dict.fromkeys(types, pruner),
+                   root_module_types=[nn.Conv2d, nn.Linear, *types])
+    finally:
+        for layer in layers:
+            del layer.forward
