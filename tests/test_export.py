@@ -303,7 +303,7 @@ def test_openvino_from_torch_at_any_size(form):
     compiled = openvino.compile_model(converted, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     with torch.no_grad():
         for size in (*SIZES, (1, 3, 1, 5)):
-            assert_equal(compiled(pictures(*size).numpy())[0], model(pictures(*size)))
+            assert_equal([compiled(pictures(*size).numpy())[0]], model(pictures(*size)))
 
 
 @pytest.mark.usefixtures('onnx_packages')

@@ -3,8 +3,8 @@ FX, ONNX, and the runtimes that follow from them.
 
 The result is the definition's (`reference`); the form is one that all of them take and are quick at. Tensors have at
 most five axes. A footprint is made of slices, first of columns and then of rows, 2 k instead of k * k. Of the values
-only the columns are made, and the weighted sum is taken row by row, so that nothing has m * k * k numbers a pixel. Where
-sizes are known, borders are padded by the operator for it; where they are open, or where nobody can say, rows and
+only the columns are made, and the weighted sum is taken row by row, so that nothing has m * k * k numbers a pixel.
+Where sizes are known, borders are padded by the operator for it; where they are open, or where nobody can say, rows and
 columns are selected by `reflected`, which is right at every size.
 
 The functions take maps that are not padded.
