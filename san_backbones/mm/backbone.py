@@ -135,7 +135,8 @@ class SANBackbone(BaseModule):
             if isinstance(module, nn.MaxPool2d):
                 module.ceil_mode = ceil_mode
         self.stem: nn.Module = net.stem
-        self.stages: nn.Sequential = net.stages[:out_indices[-1] + 1]  # others would hold unused parameters
+        # a stage without an output would hold unused parameters
+        self.stages: nn.Sequential = net.stages[:out_indices[-1] + 1]
         self._freeze_stages()
 
     @staticmethod
