@@ -24,7 +24,7 @@ from .norms import (
     make_act,
     norm_constructor,
 )
-from .ops import geometry, reference
+from .ops import geometry, traced
 
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
 
@@ -157,20 +157,11 @@ class _FootprintAttention(nn.Module):
             return position(xy.unsqueeze(0).to(like.dtype)).to(xy.dtype)
 
     def _forward_modules(self, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
-        """The definition with gamma called as a module: for tracing and scripting, and for any other norm or layer."""
-        pad = geometry.padding(self.kernel_size, self.dilation)
-        place_padded: Tensor | None = None
-        if place is not None:
-            place_padded = geometry.reflect_pad(place, pad)
-        if self.relation == 'clique':
-            query = geometry.reflect_pad(query, pad)
-        relation = reference.relate(
-            query, geometry.reflect_pad(key, pad), place, place_padded,
-            self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation)
-        height, width = value.shape[2], value.shape[3]
-        logits = self.weight_mlp(relation.flatten(3)).unflatten(3, [height, width])
-        return reference.aggregate(
-            logits, geometry.reflect_pad(value, pad), self.is_pairwise, self.kernel_size, self.dilation)
+        """The traced form with gamma called as a module: for programs and files, and for any other norm or layer."""
+        relation = traced.relate(
+            query, key, place, self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation)
+        return traced.aggregate(
+            self.weight_mlp(relation), value, self.is_pairwise, self.kernel_size, self.dilation)
 
     def gamma_is_plain(self) -> bool:
         """Whether gamma is what `ops.Gamma` describes: batch norms (or none), ReLUs, 1x1 convolutions, and no hooks."""
@@ -209,8 +200,9 @@ class _FootprintAttention(nn.Module):
 
     @torch.jit.ignore
     def _forward_operators(self, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
-        if isinstance(value, torch.fx.Proxy) or not self.gamma_is_plain():
-            return self._forward_modules(query, key, value, place)
+        if isinstance(value, torch.fx.Proxy) or torch.jit.is_tracing() \
+                or (ops.is_compiling(value) and ops.is_exporting()) or not self.gamma_is_plain():
+            return self._forward_modules(query, key, value, place)  # with gamma's layers under their names
         return ops.footprint_attention(query, key, value, place, self.gamma(), self.spec())
 
     def forward(self, x: Tensor) -> Tensor:

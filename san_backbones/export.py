@@ -1,12 +1,9 @@
 """ONNX files of the models, and their int8 form.
 
-torch.export and torch.onnx.export take the models as they are, and see the plain definition of the attention: gathers
-with a k x k axis, at fixed sizes only where ONNX is concerned. `export_onnx` writes the two steps of the attention that
-look at footprints, relation and aggregation, in the operators that runtimes of ONNX graphs are quick at, at any size;
-everything else, gamma among it, is what torch translates.
+torch.export and torch.onnx.export take the models as they are, and so do other converters: all see the attention in the
+form of `ops.traced`. `export_onnx` calls torch.onnx.export, takes out what the graph holds twice, names inputs, outputs
+and nodes, and checks the file.
 """
-import copy
-import functools
 import importlib
 import logging
 import math
@@ -26,7 +23,6 @@ from torch import Tensor, nn
 from ._files import written_whole
 from ._requirements import LEAST_FOR_ONNX, check
 from .attention import _FootprintAttention
-from .ops import geometry, reference
 
 __all__ = ['export_onnx', 'quantize_onnx']
 
@@ -34,7 +30,6 @@ KEEP_FLOAT = ('weight_mlp',)
 """What int8 models keep in float32: gamma, whose 8-bit form takes longer in pairwise models (benchmarks/export.py)."""
 
 _logger = logging.getLogger('san_backbones')
-_END = np.iinfo(np.int64).max
 
 
 def _need(*packages: str) -> list[Any]:
@@ -44,145 +39,6 @@ def _need(*packages: str) -> list[Any]:
     except ImportError as error:
         raise ImportError(f"ONNX files need the package {error.name!r}, which is not installed: "
                           "pip install 'san-backbones[onnx]'") from error
-
-
-# The two steps as torch.export sees them: one operator each, whose sizes are plain. Their result is the definition's.
-
-@torch.library.custom_op('san_backbones::onnx_relate', mutates_args=())
-def _relate(query: Tensor, key: Tensor, place: Tensor | None, pairwise: bool, relation: str, position: str,
-            kernel_size: int, dilation: int) -> Tensor:
-    """`reference.relate` of maps that are not padded, pixels in one axis: (N, width, P, H * W)."""
-    pad = geometry.padding(kernel_size, dilation)
-    return reference.relate(
-        geometry.reflect_pad(query, pad) if relation == 'clique' else query, geometry.reflect_pad(key, pad), place,
-        None if place is None else geometry.reflect_pad(place, pad), pairwise, relation, position, kernel_size,
-        dilation).flatten(3)
-
-
-@torch.library.custom_op('san_backbones::onnx_aggregate', mutates_args=())
-def _aggregate(logits: Tensor, value: Tensor, pairwise: bool, kernel_size: int, dilation: int) -> Tensor:
-    """`reference.aggregate` of a value that is not padded, pixels of the logits in one axis."""
-    padded = geometry.reflect_pad(value, geometry.padding(kernel_size, dilation))
-    return reference.aggregate(logits.unflatten(3, list(value.shape[2:])), padded, pairwise, kernel_size, dilation)
-
-
-@_relate.register_fake
-def _(query, key, place, pairwise, relation, position, kernel_size, dilation):
-    area, channels = kernel_size ** 2, query.shape[1]
-    if pairwise:
-        width = {'dot': 1, 'concatenation': 2 * channels}.get(relation, channels) + (0 if place is None else 2)
-    else:
-        width = {'star': area, 'clique': area ** 2}.get(relation, channels * (area + 1))
-    return query.new_empty((query.shape[0], width, area if pairwise else 1, query.shape[2] * query.shape[3]))
-
-
-@_aggregate.register_fake
-def _(logits, value, pairwise, kernel_size, dilation):
-    return torch.empty_like(value, memory_format=torch.contiguous_format)
-
-
-# The same in ONNX. Sizes that are fixed become constants when the runtime loads the graph.
-
-def _operators() -> Any:
-    return importlib.import_module('onnxscript').opset18
-
-
-def _int(*values: int) -> Any:
-    return _operators().Constant(value_ints=values)
-
-
-def _source(size: Any, pad: int) -> Any:
-    """`geometry.reflection_index` of an axis of `size` (1,): (size + 2 pad,)."""
-    op = _operators()
-    period = op.Max(op.Mul(op.Sub(size, _int(1)), _int(2)), _int(1))
-    last = op.Squeeze(op.Add(size, _int(2 * pad)))
-    place = op.Range(op.Constant(value_int=0), last, op.Constant(value_int=1))
-    place = op.Mod(op.Add(place, op.Mul(op.Sub(period, _int(1)), _int(pad))), period)
-    return op.Min(place, op.Sub(period, place))
-
-
-def _columns(x: Any, kernel_size: int, dilation: int) -> list[Any]:
-    """The footprint of every pixel of x (N, C, H, W), column by column: k of (N, C, k, H, W).
-
-    Runtimes copy rows fast, and gather single numbers, transpose and concatenate slowly.
-    """
-    op = _operators()
-    height = op.Shape(x, start=2, end=3)
-    pad, reach = geometry.padding(kernel_size, dilation), dilation * (kernel_size - 1)
-    steps = op.Constant(value=_tensor(np.arange(kernel_size)[:, None] * dilation))
-    below = op.Range(op.Constant(value_int=0), op.Squeeze(height), op.Constant(value_int=1))
-    rows = op.Gather(_source(height, pad), op.Add(steps, below), axis=0)  # (k, H)
-    padded = op.Gather(op.Gather(x, _source(op.Shape(x, start=3, end=4), pad), axis=3), rows, axis=2)
-    return [op.Slice(padded, _int(b * dilation), _int(b * dilation - reach or _END), _int(4))
-            for b in range(kernel_size)]
-
-
-def _tensor(array: np.ndarray) -> Any:
-    import onnx
-    return onnx.numpy_helper.from_array(np.ascontiguousarray(array, dtype=np.int64))
-
-
-def _footprint(x: Any, channels: int, kernel_size: int, dilation: int) -> Any:
-    """(N, C, k * k, H * W)."""
-    op = _operators()
-    columns = [op.Unsqueeze(column, _int(3)) for column in _columns(x, kernel_size, dilation)]
-    return op.Reshape(op.Concat(*columns, axis=3), _int(0, channels, kernel_size ** 2, -1))
-
-
-def _onnx_relate(query, key, place, pairwise, relation, position, kernel_size, dilation):
-    op = _operators()
-    channels, area = query.shape[1], kernel_size ** 2
-    neighbours = _footprint(key, channels, kernel_size, dilation)
-    centre = op.Reshape(query, _int(0, channels, 1, -1))
-    if not pairwise:
-        if relation == 'concatenation':
-            return op.Concat(centre, op.Reshape(neighbours, _int(0, channels * area, 1, -1)), axis=1)
-        if relation == 'star':
-            return op.Reshape(op.ReduceSum(op.Mul(centre, neighbours), _int(1), keepdims=0), _int(0, area, 1, -1))
-        queries = op.Unsqueeze(_footprint(query, channels, kernel_size, dilation), _int(3))
-        products = op.ReduceSum(op.Mul(queries, op.Unsqueeze(neighbours, _int(2))), _int(1), keepdims=0)
-        return op.Reshape(products, _int(0, area ** 2, 1, -1))
-    if relation == 'concatenation':
-        features = op.Concat(op.Expand(centre, op.Shape(neighbours)), neighbours, axis=1)
-    else:
-        features = {'subtraction': op.Sub, 'summation': op.Add}.get(relation, op.Mul)(centre, neighbours)
-        if relation == 'dot':
-            features = op.ReduceSum(features, _int(1), keepdims=1)
-    if place is None:
-        return features
-    others = _footprint(place, 2, kernel_size, dilation)
-    offset = others if position == 'absolute' else op.Sub(op.Reshape(place, _int(0, 2, 1, -1)), others)
-    offset = op.CastLike(offset, features)
-    shape = op.Concat(op.Shape(features, start=0, end=1), _int(1, 1, 1), axis=0)
-    return op.Concat(features, op.Expand(offset, shape), axis=1)
-
-
-def _onnx_aggregate(logits, value, pairwise, kernel_size, dilation):
-    """k columns instead of k x k neighbours at a time; the softmax is divided in the end."""
-    op = _operators()
-    area, channels = kernel_size ** 2, value.shape[1]
-    weight_channels = logits.shape[1] // (1 if pairwise else area)
-    shares = channels // weight_channels
-    if pairwise:
-        logits = op.Exp(op.Sub(logits, op.ReduceMax(logits, _int(2), keepdims=1)))
-        total = op.Unsqueeze(op.ReduceSum(logits, _int(2), keepdims=0), _int(1))
-    weights = op.Reshape(logits, _int(0, 1, weight_channels, kernel_size, kernel_size, -1))
-    output = None
-    for b, column in enumerate(_columns(value, kernel_size, dilation)):
-        weight = op.Gather(weights, op.Constant(value_int=b), axis=4)
-        column = op.Reshape(column, _int(0, shares, weight_channels, kernel_size, -1))
-        part = op.ReduceSum(op.Mul(column, weight), _int(3), keepdims=0)
-        output = part if output is None else op.Add(output, part)
-    if pairwise:
-        output = op.Div(output, total)
-    return op.Reshape(output, op.Shape(value))
-
-
-def _forward(self: _FootprintAttention, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
-    """What an attention runs while its ONNX graph is made."""
-    logits = self.weight_mlp(_relate(
-        query, key, place, self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation))
-    return _aggregate(logits, value, self.is_pairwise, self.kernel_size, self.dilation)
 
 
 class _Flat(nn.Module):
@@ -318,14 +174,11 @@ def export_onnx(
     if not path.absolute().parent.is_dir():
         raise ValueError(f'there is no folder {path.absolute().parent} to write {path.name} into')
 
-    original, model = model, _Flat(copy.deepcopy(model)).eval()
-    attentions = [module for module in model.modules() if isinstance(module, _FootprintAttention)]
-    if not attentions:
+    original, model = model, _Flat(model)
+    like = next((module.query.weight for module in model.modules() if isinstance(module, _FootprintAttention)), None)
+    if like is None:
         raise ValueError(f'there is no SAN attention in this {type(model.model).__name__}; torch.onnx.export is for '
                          'other models')
-    for attention in attentions:
-        attention._forward_operators = functools.partial(_forward, attention)
-    like = attentions[0].query.weight
     channels = next(p.shape[1] for p in model.parameters() if p.dim() == 4)
     batch_example = batch_size if dynamic in (False, 'size') else max(2, batch_size)  # torch.export fixes sizes of one
     example = torch.rand(batch_example, channels, height, width, dtype=like.dtype, device=like.device)
@@ -334,14 +187,11 @@ def export_onnx(
         dims[0] = 'batch'
     if dynamic in (True, 'size'):
         dims.update({2: 'height', 3: 'width'})
-    ops = torch.ops.san_backbones
     with torch.no_grad(), _quiet():
         names = _names(model(example), height)
         program = torch.onnx.export(
             model, (example,), dynamo=True, opset_version=opset, input_names=['images'], output_names=names,
-            dynamic_shapes=(dims,) if dims else None, verbose=False, optimize=False,
-            custom_translation_table={ops.onnx_relate.default: _onnx_relate,
-                                      ops.onnx_aggregate.default: _onnx_aggregate})
+            dynamic_shapes=(dims,) if dims else None, verbose=False, optimize=False)
         assert program is not None  # torch's own None is that of the exporter before this one
         _simplify(program.model)
     with written_whole(path) as part:

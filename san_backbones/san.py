@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import (
@@ -46,7 +47,7 @@ from .norms import (
     make_act,
     norm_constructor,
 )
-from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
+from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS, pointwise
 
 __all__ = ['SAN']
 
@@ -58,6 +59,29 @@ register_notrace_module(ReLU)
 
 DEPTHS = {'san10': (2, 1, 2, 4, 1), 'san15': (3, 2, 3, 5, 2), 'san19': (3, 3, 4, 6, 3)}
 RELATIONS = {'pairwise': PAIRWISE_RELATIONS, 'patchwise': PATCHWISE_RELATIONS}
+
+
+class Pool(nn.MaxPool2d):
+    """2x2 max pooling of stride 2. A side of one pixel stays one pixel, so that there is no least size of an image."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) to (N, C, max(H // 2, 1), max(W // 2, 1))."""
+        if self.is_by_twos():
+            return pointwise.halve(input)
+        return F.max_pool2d(  # type: ignore[call-overload]
+            input, self.kernel_size, self.stride, self.padding, self.dilation, ceil_mode=self.ceil_mode,
+            return_indices=self.return_indices)
+
+    def is_by_twos(self) -> bool:
+        """Whether nobody has changed it since."""
+        return not self.ceil_mode and not self.return_indices and self.kernel_size == 2 and self.stride == 2 \
+            and self.padding == 0 and self.dilation == 1
+
+
+register_notrace_module(Pool)
 
 
 class Stem(nn.Module):
@@ -77,13 +101,7 @@ class Stem(nn.Module):
         self.conv = nn.Conv2d(in_chans, width, 1, bias=False, **dd)
         self.norm = norm_constructor(norm_layer)(width, **dd)
         self.act = make_act(act_layer)
-        self.pool = nn.MaxPool2d(2, 2)
-
-    def _pools_by_twos(self) -> bool:
-        pool: Any = self.pool
-        return is_plain(pool, (nn.MaxPool2d.forward,)) and not pool.ceil_mode and not pool.return_indices and all(
-            value in (wanted, (wanted, wanted)) for value, wanted in (
-                (pool.kernel_size, 2), (pool.stride, 2), (pool.padding, 0), (pool.dilation, 1)))
+        self.pool = Pool()
 
     @torch.jit.ignore
     def _forward_operator(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -91,14 +109,17 @@ class Stem(nn.Module):
         if isinstance(x, torch.Tensor):
             check_dtype(x, conv)
         if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_batch_norm(norm) \
-                or not is_plain(self.act, PLAIN_RELUS) or not self._pools_by_twos() \
+                or not is_plain(self.act, PLAIN_RELUS) or not is_plain(self.pool, (Pool.forward,)) \
+                or not self.pool.is_by_twos() \
                 or (has_bias(conv) and not isinstance(norm, nn.Identity)) or not ops.serves(x):
+            return None
+        if 1 in x.shape[2:]:
             return None
         weight = conv.weight.flatten(1)  # once: a parametrisation computes it
         return ops.stem(x, weight, as_norm(norm, weight[:, 0], conv.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, H, W) to (N, width, H // 2, W // 2); on the CPU in channels_last memory format."""
+        """(N, in_chans, H, W) to (N, width, H // 2, W // 2), at least a pixel; on the CPU in channels_last format."""
         if not torch.jit.is_scripting():
             pooled = self._forward_operator(x)
             if pooled is not None:
@@ -202,7 +223,7 @@ class Stage(nn.Module):
         # before it (mmcv's fuse_conv_bn) leave them alone
         self.norm = norm_constructor(norm_layer)(dim, **dd)
         self.act = make_act(act_layer)
-        self.pool = nn.MaxPool2d(2, 2) if downsample else nn.Identity()
+        self.pool = Pool() if downsample else nn.Identity()
         self.conv = nn.Conv2d(in_dim, dim, 1, bias=False, **dd)
         self.blocks = nn.Sequential(*[
             Block(dim, attention, norm_layer=norm_layer, act_layer=act_layer, act1_layer=act1_layer,
@@ -210,7 +231,7 @@ class Stage(nn.Module):
             for i in range(depth)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), or (N, dim, H, W) without downsampling."""
+        """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), at least a pixel, or to (N, dim, H, W)."""
         x = self.conv(self.pool(x))
         if not torch.jit.is_scripting():
             if ops.is_exporting():
@@ -269,7 +290,7 @@ class Stage(nn.Module):
         return {**self.__dict__, '_folded': [None]}
 
 
-def _check_image(x: torch.Tensor, in_chans: int, min_size: int) -> None:
+def _check_image(x: torch.Tensor, in_chans: int) -> None:
     if not torch.jit.is_scripting():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f'expected a tensor of images of shape (N, {in_chans}, H, W), got a {type(x).__name__}: '
@@ -279,10 +300,8 @@ def _check_image(x: torch.Tensor, in_chans: int, min_size: int) -> None:
                          'images.float() / 255')
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f'expected images of shape (N, {in_chans}, H, W), got {list(x.shape)}')
-    if x.shape[2] < min_size or x.shape[3] < min_size:
-        raise ValueError(
-            f'images must be at least {min_size} x {min_size} pixels (the stride of the last stage), '
-            f'got {x.shape[2]} x {x.shape[3]}')
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f'expected images of at least one pixel, got {x.shape[2]} x {x.shape[3]}')
 
 
 register_notrace_function(_check_image)
@@ -416,7 +435,6 @@ class SAN(nn.Module):
             in_dim = dim
         self.stages = nn.Sequential(*stages)
         self.num_features = in_dim
-        self.min_size = stride
         self._set_head(num_classes, global_pool, **dd)
 
     @torch.jit.ignore
@@ -505,7 +523,7 @@ class SAN(nn.Module):
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        _check_image(x, self.in_chans, self.min_size)
+        _check_image(x, self.in_chans)
         x = self.stem(x)
         if torch.jit.is_scripting() or not stop_early:  # can't slice in torchscript
             stages = self.stages
@@ -540,14 +558,13 @@ class SAN(nn.Module):
         self.stages = self.stages[:max_index + 1]
         if prune_end:
             self.num_features = self.feature_info[max_index]['num_chs']
-            self.min_size = self.feature_info[max_index]['reduction']
         if prune_head or prune_end:
             self.reset_classifier(0, '')
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, in_chans, H, W) to the unpooled features of the last stage, (N, num_features, H', W')."""
-        _check_image(x, self.in_chans, self.min_size)
+        _check_image(x, self.in_chans)
         return self.stages(self.stem(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

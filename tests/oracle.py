@@ -137,7 +137,10 @@ def relu(x: torch.Tensor) -> torch.Tensor:
 
 
 def max_pool(x: torch.Tensor) -> torch.Tensor:
-    """2x2 maximum, stride 2; a last odd row or column is dropped."""
+    """2x2 maximum, stride 2; a last odd row or column is dropped, but the only one stays."""
+    if 1 in x.shape[2:]:
+        axis = 2 if x.shape[2] == 1 else 3
+        return max_pool(torch.cat([x, x], axis))
     height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
     corners = [x[:, :, row:height:2, column:width:2] for row in (0, 1) for column in (0, 1)]
     return torch.stack(corners).amax(dim=0)

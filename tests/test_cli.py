@@ -308,7 +308,7 @@ class TestFeatures:
     (['info', 'san15_pachwise'], 'similar: san15_patchwise'),
     (['info', 'san15_patchwise.foo'], 'It has: in1k'),
     (['info', 'someone/model'], 'hf-hub:'),
-    (['info', 'san10', '--size', '20'], '32 or more'),
+    (['info', 'san10', '--size', '0'], 'in pixels or HEIGHTxWIDTH'),
     (['info', 'san10', '--size', '64x64x3'], 'HEIGHTxWIDTH'),
     (['features', 'a.png', '--device', 'abacus'], 'san-backbones env'),
     (['features', 'a.png', '--whole', '--size', '64'], '--whole and --size exclude each other'),

@@ -10,6 +10,7 @@ from torch import nn
 import san_backbones
 from san_backbones import SAN, PairwiseAttention, PatchwiseAttention
 from san_backbones.export import export_onnx, quantize_onnx
+from san_backbones.ops import traced
 
 FORMS = ('pairwise', 'patchwise')
 
@@ -185,17 +186,16 @@ class TestOnnx:
             ('features_2', [2, 32, 8, 8]), ('features_4', [2, 64, 4, 4])]
         assert_equal(run(path, pictures(2, 3, 16, 16)), model(pictures(2, 3, 16, 16)))
         assert before == dict(model.named_modules())
-        assert not any('_forward_operators' in vars(module) for module in model.modules())
 
     def test_what_differs_from_torch_is_an_error(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(san_backbones.export, '_source', lambda size, pad: broken(size, pad))
+        right, verify = traced._pad_known, san_backbones.export._verify
 
-        def broken(size, pad):  # the edge repeated
-            from onnxscript import opset18 as op
-            place = op.Range(op.Constant(value_int=-pad), op.Squeeze(op.Add(size, op.Constant(value_ints=[pad]))),
-                             op.Constant(value_int=1))
-            return op.Clip(place, op.Constant(value_int=0), op.Squeeze(op.Sub(size, op.Constant(value_ints=[1]))))
+        def and_then_right(*args):  # the file was made
+            monkeypatch.setattr(traced, '_pad_known', right)
+            verify(*args)
 
+        monkeypatch.setattr(traced, '_pad_known', lambda x, pad: nn.functional.pad(x, (pad,) * 4, mode='replicate'))
+        monkeypatch.setattr(san_backbones.export, '_verify', and_then_right)
         path = tmp_path / 'layer.onnx'
         path.write_text('an older one')
         with pytest.raises(RuntimeError, match=r'not kept: for images \[1, 32, 6, 6\] onnxruntime computes features_1'):
@@ -206,7 +206,6 @@ class TestOnnx:
         (dict(image_size=0), 'positive integers, got height 0'),
         (dict(image_size=(16, 2.5)), 'positive integers, got width 2.5'),
         (dict(image_size=(1, 2, 3)), r'got \(1, 2, 3\)'),
-        (dict(image_size=2), 'at least 4 x 4 pixels'),
         (dict(batch_size=-1), 'got batch_size -1'),
         (dict(dynamic='height'), "'batch' or 'size', got 'height'"),
         (dict(opset=11), 'at least 18, got 11'),
@@ -251,6 +250,60 @@ class TestOnnx:
         path = export_onnx(model, tmp_path / 'model.onnx', 16, dynamic='batch')
         assert [output.name for output in session(path).get_outputs()] == ['features_2', 'features_4']
         assert_equal(run(path, pictures(3, 3, 16, 16)), model(pictures(3, 3, 16, 16)))
+
+
+@pytest.mark.usefixtures('onnx_packages')
+class TestPlainExporters:
+    """What people call who have not read of export_onnx."""
+
+    @pytest.fixture(params=FORMS)
+    @staticmethod
+    def model(request):
+        return small(request.param, depths=(0, 1))
+
+    def _same(self, model, path, sizes=SIZES):
+        run = session(path)
+        with torch.no_grad():
+            for size in sizes:
+                images = pictures(*size)
+                assert_equal(run.run(None, {run.get_inputs()[0].name: images.numpy()}), model(images))
+
+    @pytest.mark.parametrize('opset', [11, 13, 17])
+    def test_torchscript_exporter(self, model, opset, tmp_path):
+        """As MMDeploy calls it."""
+        path, names = tmp_path / 'model.onnx', ['images']
+        for axes, sizes in (({0: 'batch', 2: 'height', 3: 'width'}, (*SIZES, (1, 3, 1, 5))), (None, SIZES[:1])):
+            torch.onnx.export(model, (pictures(*SIZES[0]),), str(path), dynamo=False, opset_version=opset,
+                              input_names=names, dynamic_axes=axes and {'images': axes})
+            self._same(model, path, sizes)
+
+    @pytest.mark.parametrize('dynamo', [False, True])
+    @pytest.mark.parametrize('dynamic_size', [False, True])
+    def test_timms_script(self, model, dynamo, dynamic_size, tmp_path):
+        from timm.utils.onnx import onnx_export
+        path = tmp_path / 'model.onnx'
+        onnx_export(model, str(path), example_input=pictures(1, 3, 16, 16), check=True, check_forward=True,
+                    use_dynamo=dynamo, dynamic_size=dynamic_size)
+        self._same(model, path, ((1, 3, 16, 16), (1, 3, 13, 22)) if dynamic_size else ((1, 3, 16, 16),))
+
+    def test_dynamo_exporter_with_open_sizes(self, tmp_path):
+        model, path = small('pairwise', features=True, depths=(0, 1)), tmp_path / 'model.onnx'
+        dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+        torch.onnx.export(model, (pictures(2, 3, 20, 24),), str(path), dynamo=True, dynamic_shapes=(dims,),
+                          verbose=False)
+        self._same(model, path)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_openvino_from_torch_at_any_size(form):
+    """Which traces at one size."""
+    openvino = pytest.importorskip('openvino', reason='needs the openvino extra')
+    model = small(form, depths=(0, 1))
+    converted = openvino.convert_model(model, example_input=pictures(1, 3, 16, 16))
+    compiled = openvino.compile_model(converted, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    with torch.no_grad():
+        for size in (*SIZES, (1, 3, 1, 5)):
+            assert_equal([compiled(pictures(*size).numpy())[0]], model(pictures(*size)))
 
 
 @pytest.mark.usefixtures('onnx_packages')

@@ -573,17 +573,18 @@ def test_images_of_the_wrong_shape():
     assert_refused(lambda: PairwiseAttention(DIM)(torch.zeros(1, 32, 4, 4)), '64', '32')
 
 
-@pytest.mark.parametrize('size', [(31, 64), (64, 31), (16, 16)])
-@pytest.mark.parametrize('method', ['forward', 'forward_features', 'forward_intermediates'])
-def test_images_smaller_than_the_last_stride(method, size):
-    model = timm.create_model('test_san_patchwise').eval()
-    assert_refused(lambda: getattr(model, method)(torch.zeros(1, 3, *size)), '32', f'{size[0]} x {size[1]}')
-
-
-def test_small_images_suffice_where_the_last_stages_are_dilated():
+@pytest.mark.parametrize('size', [(1, 1), (1, 50), (31, 2), (7, 33)])
+@pytest.mark.parametrize('output_stride', [8, 32])
+def test_images_of_any_size(size, output_stride):
     spec, state = small_case()
-    check_network(spec, state, draw(1, 3, 9, 8, seed=25), output_stride=8)
-    assert_refused(lambda: build(spec, state, output_stride=8)(draw(1, 3, 7, 8, seed=25)), '8', '7 x 8')
+    check_network(spec, state, draw(2, 3, *size, seed=25), output_stride=output_stride)
+
+
+@pytest.mark.parametrize('method', ['forward', 'forward_features', 'forward_intermediates'])
+@pytest.mark.parametrize('size', [(0, 32), (32, 0)])
+def test_images_of_no_pixels(method, size):
+    model = timm.create_model('test_san_patchwise').eval()
+    assert_refused(lambda: getattr(model, method)(torch.zeros(1, 3, *size)), 'at least one', f'{size[0]} x {size[1]}')
 
 
 def test_one_value_has_no_batch_statistics():

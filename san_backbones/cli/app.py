@@ -129,8 +129,8 @@ def model_names(incomplete: str) -> list[str]:
 def a_size(text: str) -> tuple[int, int]:
     """'224' or '800x1344', height first."""
     sides = text.lower().split('x')
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
-        raise typer.BadParameter(f'expected a side in pixels or HEIGHTxWIDTH, 32 or more each, got {text!r}')
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 1 for side in sides):
+        raise typer.BadParameter(f'expected a side in pixels or HEIGHTxWIDTH, got {text!r}')
     return int(sides[0]), int(sides[-1])
 
 
@@ -329,7 +329,7 @@ def _describe(model: SAN, size: tuple[int, int]) -> dict[str, Any]:
     stride, shapes = 2, {'stem': (model.stem.conv.out_channels, size[0] // 2, size[1] // 2)}
     for entry in model.feature_info:
         pools = (entry['reduction'] // 2).bit_length()
-        shapes[entry['module']] = (entry['num_chs'], size[0] >> pools, size[1] >> pools)
+        shapes[entry['module']] = (entry['num_chs'], max(size[0] >> pools, 1), max(size[1] >> pools, 1))
     for part, macs in multiply_adds_by_part(model, size).items():
         module = model.get_submodule(part)
         blocks = list(getattr(module, 'blocks', []))

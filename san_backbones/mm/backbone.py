@@ -128,7 +128,6 @@ class SANBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.in_channels = in_channels
-        self.min_size: int = net.feature_info[out_indices[-1]]['reduction']
         net.set_grad_checkpointing(with_cp)
         if not isinstance(ceil_mode, bool):
             raise TypeError(f'ceil_mode must be True or False, got {ceil_mode!r}')
@@ -155,7 +154,7 @@ class SANBackbone(BaseModule):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Images (N, in_channels, H, W) to one feature map for each of `out_indices`."""
-        san._check_image(x, self.in_channels, self.min_size)
+        san._check_image(x, self.in_channels)
         x = self.stem(x)
         outputs = []
         for i, stage in enumerate(self.stages):

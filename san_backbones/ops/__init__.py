@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from . import flops, fused, native, reference, triton  # noqa: F401
+from . import flops, fused, native, reference, traced, triton  # noqa: F401
 from .backends import (
     BACKENDS,
     Backend,
@@ -22,7 +22,7 @@ from .backends import (
 from .checks import check_attention
 from .gamma import Gamma, Norm, Spec, fold
 from .geometry import coordinates, footprint, padding, reflect_pad, reflection_index
-from .pointwise import scale_shift_relu, stem
+from .pointwise import halve, scale_shift_relu, stem
 from .reference import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     'fold',
     'footprint',
     'footprint_attention',
+    'halve',
     'is_compiling',
     'is_exporting',
     'is_plain_tensor',
@@ -94,7 +95,9 @@ def footprint_attention(
         name = 'reference' if is_exporting() or value.device.type not in ('cpu', 'cuda') else compiled_backend(
             str(value.device), str(value.dtype), spec.pairwise, spec.relation, torch.is_grad_enabled(), statistics,
             tap_matrices(query, gamma, spec))
-        attend = {'native': fused.attend_native, 'triton': fused.attend_triton}.get(name, reference.attend)
+        attend = {'native': fused.attend_native, 'triton': fused.attend_triton}.get(name, traced.attend)
+    elif torch.jit.is_tracing():
+        attend = traced.attend
     else:
         backend = choose_backend(make_request(query, key, value, place, gamma, spec))
         attend = backend.attend

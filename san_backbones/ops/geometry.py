@@ -36,7 +36,6 @@ def reflection_index(size: int, pad: int, device: torch.device | None = None) ->
     return torch.minimum(place, period - place)
 
 
-@torch.fx.wrap  # its arithmetic on sizes is opaque to symbolic tracing
 def reflect_pad(x: Tensor, pad: int) -> Tensor:
     """Pads the last two axes of x (..., H, W) by repeated reflection to (..., H + 2 pad, W + 2 pad)."""
     if pad == 0:
@@ -47,7 +46,7 @@ def reflect_pad(x: Tensor, pad: int) -> Tensor:
 
 
 def footprint(padded: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """The footprint of every pixel, as a view that copies nothing where nothing is compiled.
+    """The footprint of every pixel, as a view that copies nothing.
 
     Args:
         padded: (N, C, H + 2 pad, W + 2 pad) as `reflect_pad` returns it.
@@ -59,20 +58,16 @@ def footprint(padded: Tensor, kernel_size: int, dilation: int) -> Tensor:
     """
     reach = dilation * (kernel_size - 1)
     height, width = padded.shape[-2] - reach, padded.shape[-1] - reach
-    if not torch.jit.is_scripting() and torch.compiler.is_compiling():  # Tensor.unfold would fix the sizes
-        down = torch.arange(kernel_size * height, device=padded.device)
-        along = torch.arange(kernel_size * width, device=padded.device)
-        rows = padded.index_select(2, down // height * dilation + down % height)
-        pixels = rows.index_select(3, along // width * dilation + along % width)
-        return pixels.unflatten(2, [kernel_size, height]).unflatten(4, [kernel_size, width]).permute(0, 1, 2, 4, 3, 5)
     return padded.unfold(2, height, dilation).unfold(3, width, dilation)
 
 
 def _axis(size: int, step: float, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     index = torch.arange(size, dtype=dtype, device=device)
+    last = index[-1:]  # not size - 1: where sizes are symbols or tensors, arithmetic on them is not everybody's
     if step > 0.:
-        return (index - (size - 1) / 2) * step
-    return index * (2 / max(size - 1, 1)) - 1  # linspace(-1, 1, size), whose size torch.export cannot leave open
+        return (index - last / 2) * step
+    last = last.clamp(min=1)
+    return (2 * index - last) / last  # linspace(-1, 1, size), whose size torch.export cannot leave open
 
 
 @torch.fx.wrap

@@ -1,6 +1,7 @@
-"""What surrounds the attention: the stem in one piece, and relu(s x + t), bounded or not."""
+"""What surrounds the attention: pooling, the stem in one piece, and relu(s x + t), bounded or not."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
@@ -8,8 +9,23 @@ from .backends import serves
 from .checks import check_channels
 from .folding import FUSED_DTYPES
 from .gamma import Norm, fold, fold_batch
+from .traced import is_known
 
-__all__ = ['scale_shift_relu', 'stem']
+__all__ = ['halve', 'scale_shift_relu', 'stem']
+
+
+@torch.fx.wrap
+def halve(x: Tensor) -> Tensor:
+    """max_pool2d(x, 2) of x (N, C, H, W), where a side of one pixel stays one pixel."""
+    height, width = x.shape[-2], x.shape[-1]
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():  # a pixel more where there is one, by no branch on a size
+            return F.max_pool2d(F.pad(x, (0, 1 // width, 0, 1 // height), value=float('-inf')), 2)
+        if not (is_known(height) and is_known(width)):
+            return F.max_pool2d(x, 2)  # torch.export takes open sizes to be at least 2 here, and guards that they are
+    if height == 1 or width == 1:
+        x = x.expand(-1, -1, 2 if height == 1 else height, 2 if width == 1 else width)
+    return F.max_pool2d(x, 2)
 
 
 def _linear_statistics(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int]:

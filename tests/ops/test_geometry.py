@@ -29,14 +29,6 @@ def test_footprint_is_unfold(kernel_size, dilation):
     assert torch.equal(view, expected)
 
 
-@pytest.mark.parametrize('kernel_size, dilation', [(1, 1), (3, 2), (5, 3)])
-def test_a_compiled_footprint_is_the_same(kernel_size, dilation):
-    torch.compiler.reset()
-    padded = reflect_pad(torch.randn(2, 3, 7, 9), padding(kernel_size, dilation))
-    compiled = torch.compile(lambda x: footprint(x, kernel_size, dilation), fullgraph=True, backend='eager')
-    assert torch.equal(compiled(padded), footprint(padded, kernel_size, dilation))
-
-
 def test_coordinates():
     x = torch.empty(1, 1, 4, 6)
     horizontal, vertical = coordinates(x)

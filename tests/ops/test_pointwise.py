@@ -66,6 +66,18 @@ def test_any_pooling(pool):
         torch.testing.assert_close(stem(image), pool(stem.act(stem.norm(stem.conv(image)))), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('ceil_mode', [False, True])
+def test_a_changed_pool_is_scripted_and_traced_as_it_is(ceil_mode):
+    stem = _stem().eval()
+    stem.pool.ceil_mode = ceil_mode
+    images = torch.randn(1, 3, 5, 1), torch.randn(2, 3, 13, 17)
+    with torch.no_grad():
+        for program in torch.jit.script(stem), torch.jit.trace(stem, images[1], check_trace=False):
+            for image in images:
+                torch.testing.assert_close(program(image), stem(image), rtol=1e-4, atol=1e-5)
+        assert stem(images[1]).shape[2:] == ((7, 9) if ceil_mode else (6, 8))
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_statistics_are_of_the_rounded_image(dtype):
     """A black picture has no variance, whatever autocast rounds it to."""
