@@ -51,7 +51,7 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
 class _FootprintAttention(nn.Module):
     """What both forms share: phi, psi, beta, gamma, and the route to the operators."""
 
-    __jit_unused_properties__ = ['dim', 'rel_planes', 'out_planes']
+    __jit_unused_properties__: list[str] = ['dim', 'rel_planes', 'out_planes']
     pairwise: bool = True
     relations: tuple[str, ...] = ()
 
@@ -68,7 +68,7 @@ class _FootprintAttention(nn.Module):
             position_ref_size: int | None,
             norm_layer: type[nn.Module] | str,
             act_layer: type[nn.Module] | str,
-            dd: dict,
+            dd: dict[str, Any],
     ):
         super().__init__()
         if not is_integer(dim):
@@ -90,23 +90,23 @@ class _FootprintAttention(nn.Module):
             raise ValueError(f'position_ref_size must be None or a map size of at least 2 pixels, '
                              f'got {position_ref_size!r}')
         self._made = (dim, rel_planes, out_planes)
-        self.share_planes = share_planes
-        self.kernel_size = kernel_size
-        self.dilation = dilation
-        self.relation = _choice(f'relation of {type(self).__name__}', relation, self.relations)
-        self.position_mode = _choice('position', position, ops.POSITIONS)
-        self.position_ref_size = position_ref_size
+        self.share_planes: int = share_planes
+        self.kernel_size: int = kernel_size
+        self.dilation: int = dilation
+        self.relation: str = _choice(f'relation of {type(self).__name__}', relation, self.relations)
+        self.position_mode: str = _choice('position', position, ops.POSITIONS)
+        self.position_ref_size: int | None = position_ref_size
         # one step of the footprint spans what one pixel spans on the reference map, whatever the dilation
-        self.position_step = 0. if position_ref_size is None else 2. / (position_ref_size - 1) / dilation
-        self.is_pairwise = self.pairwise  # TorchScript sees instance attributes only
+        self.position_step: float = 0. if position_ref_size is None else 2. / (position_ref_size - 1) / dilation
+        self.is_pairwise: bool = self.pairwise  # TorchScript sees instance attributes only
 
-        self.query = nn.Conv2d(dim, rel_planes, 1, **dd)
-        self.key = nn.Conv2d(dim, rel_planes, 1, **dd)
-        self.value = nn.Conv2d(dim, out_planes, 1, **dd)
+        self.query: nn.Conv2d = nn.Conv2d(dim, rel_planes, 1, **dd)
+        self.key: nn.Conv2d = nn.Conv2d(dim, rel_planes, 1, **dd)
+        self.value: nn.Conv2d = nn.Conv2d(dim, out_planes, 1, **dd)
         self.position: nn.Conv2d | None = None if position == 'none' else nn.Conv2d(2, 2, 1, **dd)
         weight_planes = out_planes // share_planes
         width, hidden, out = self._weight_mlp_widths(rel_planes, weight_planes)
-        self.weight_mlp = _weight_mlp(width, hidden, out, norm_layer, act_layer, dd)
+        self.weight_mlp: nn.Sequential = _weight_mlp(width, hidden, out, norm_layer, act_layer, dd)
 
     # as the layers are now, which tools may have pruned; as made where another module stands in the place of one
     @property
@@ -259,8 +259,8 @@ class PairwiseAttention(_FootprintAttention):
     Raises:
         ValueError: An option is out of range; the message says what is allowed.
     """
-    pairwise = True
-    relations = ops.PAIRWISE_RELATIONS
+    pairwise: bool = True
+    relations: tuple[str, ...] = ops.PAIRWISE_RELATIONS
 
     def __init__(
             self,
@@ -275,8 +275,8 @@ class PairwiseAttention(_FootprintAttention):
             position_ref_size: int | None = None,
             norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
             act_layer: type[nn.Module] | str = nn.ReLU,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         super().__init__(dim, rel_planes, out_planes, share_planes, kernel_size, dilation, relation, position,
                          position_ref_size, norm_layer, act_layer, {'device': device, 'dtype': dtype})
@@ -312,8 +312,8 @@ class PatchwiseAttention(_FootprintAttention):
     Raises:
         ValueError: An option is out of range; the message says what is allowed.
     """
-    pairwise = False
-    relations = ops.PATCHWISE_RELATIONS
+    pairwise: bool = False
+    relations: tuple[str, ...] = ops.PATCHWISE_RELATIONS
 
     def __init__(
             self,
@@ -326,8 +326,8 @@ class PatchwiseAttention(_FootprintAttention):
             relation: str = 'concatenation',
             norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
             act_layer: type[nn.Module] | str = nn.ReLU,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         super().__init__(dim, rel_planes, out_planes, share_planes, kernel_size, dilation, relation, 'none',
                          None, norm_layer, act_layer, {'device': device, 'dtype': dtype})

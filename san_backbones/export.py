@@ -123,7 +123,7 @@ def _verify(model: nn.Module, path: pathlib.Path, sizes: Iterable[tuple[int, ...
 
 def export_onnx(
         model: nn.Module,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         image_size: int | tuple[int, int] = 224,
         batch_size: int = 1,
         dynamic: bool | str = True,
@@ -229,8 +229,8 @@ class _Reader:
 
 
 def quantize_onnx(
-        path: str | os.PathLike,
-        out: str | os.PathLike,
+        path: str | os.PathLike[str],
+        out: str | os.PathLike[str],
         images: Iterable[Any],
         keep_float: Sequence[str] = KEEP_FLOAT,
         method: str = 'minmax',

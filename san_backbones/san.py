@@ -58,7 +58,7 @@ register_notrace_module(BoundedReLU)
 register_notrace_module(ReLU)
 
 DEPTHS = {'san10': (2, 1, 2, 4, 1), 'san15': (3, 2, 3, 5, 2), 'san19': (3, 3, 4, 6, 3)}
-RELATIONS = {'pairwise': PAIRWISE_RELATIONS, 'patchwise': PATCHWISE_RELATIONS}
+RELATIONS: dict[str, tuple[str, ...]] = {'pairwise': PAIRWISE_RELATIONS, 'patchwise': PATCHWISE_RELATIONS}
 
 
 class Pool(nn.MaxPool2d):
@@ -93,15 +93,15 @@ class Stem(nn.Module):
             width: int,
             norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
             act_layer: type[nn.Module] | str = nn.ReLU,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, width, 1, bias=False, **dd)
-        self.norm = norm_constructor(norm_layer)(width, **dd)
-        self.act = make_act(act_layer)
-        self.pool = Pool()
+        self.conv: nn.Conv2d = nn.Conv2d(in_chans, width, 1, bias=False, **dd)
+        self.norm: nn.Module = norm_constructor(norm_layer)(width, **dd)
+        self.act: nn.Module = make_act(act_layer)
+        self.pool: Pool = Pool()
 
     @torch.jit.ignore
     def _forward_operator(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -161,19 +161,19 @@ class Block(nn.Module):
             act_layer: type[nn.Module] | str = nn.ReLU,
             drop_path: float = 0.,
             act1_layer: Callable[..., nn.Module] | None = None,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         make_norm = norm_constructor(norm_layer)
-        self.norm1 = make_norm(dim, **dd)
-        self.act1 = make_act(act_layer) if act1_layer is None else act1_layer(inplace=True, **dd)
-        self.attn = attention(dim, **dd)
-        self.norm2 = make_norm(self.attn.out_planes, **dd)
-        self.act2 = make_act(act_layer)
-        self.conv = nn.Conv2d(self.attn.out_planes, dim, 1, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm1: nn.Module = make_norm(dim, **dd)
+        self.act1: nn.Module = make_act(act_layer) if act1_layer is None else act1_layer(inplace=True, **dd)
+        self.attn: PairwiseAttention | PatchwiseAttention = attention(dim, **dd)
+        self.norm2: nn.Module = make_norm(self.attn.out_planes, **dd)
+        self.act2: nn.Module = make_act(act_layer)
+        self.conv: nn.Conv2d = nn.Conv2d(self.attn.out_planes, dim, 1, **dd)
+        self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to the same."""
@@ -198,7 +198,7 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Max pool (unless the stem pooled, or dilated instead), 1x1 conv to the stage width, blocks, norm, ReLU."""
 
-    block_type = Block
+    block_type: type[Block] = Block
 
     def __init__(
             self,
@@ -211,21 +211,21 @@ class Stage(nn.Module):
             act_layer: type[nn.Module] | str = nn.ReLU,
             drop_path_rates: Sequence[float] = (),
             act1_layer: Callable[..., nn.Module] | None = None,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.grad_checkpointing = False
+        self.grad_checkpointing: bool = False
         self._folding = False
         self._folded: list[fuse.FoldedStage | None] = [None]
         # norm and act come last in forward; registered here, tools that fuse a norm into the convolution registered
         # before it (mmcv's fuse_conv_bn) leave them alone
-        self.norm = norm_constructor(norm_layer)(dim, **dd)
-        self.act = make_act(act_layer)
-        self.pool = Pool() if downsample else nn.Identity()
-        self.conv = nn.Conv2d(in_dim, dim, 1, bias=False, **dd)
-        self.blocks = nn.Sequential(*[
+        self.norm: nn.Module = norm_constructor(norm_layer)(dim, **dd)
+        self.act: nn.Module = make_act(act_layer)
+        self.pool: nn.Module = Pool() if downsample else nn.Identity()
+        self.conv: nn.Conv2d = nn.Conv2d(in_dim, dim, 1, bias=False, **dd)
+        self.blocks: nn.Sequential = nn.Sequential(*[
             Block(dim, attention, norm_layer=norm_layer, act_layer=act_layer, act1_layer=act1_layer,
                   drop_path=drop_path_rates[i] if drop_path_rates else 0., **dd)
             for i in range(depth)])
@@ -286,7 +286,7 @@ class Stage(nn.Module):
         self._folded = [None]  # moved or converted
         return super()._apply(fn, recurse)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_folded': [None]}
 
 
@@ -373,8 +373,8 @@ class SAN(nn.Module):
             relu_bound: float | None = None,
             norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
             act_layer: type[nn.Module] | str = nn.ReLU,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -493,10 +493,10 @@ class SAN(nn.Module):
     def _set_head(self, num_classes: int, global_pool: str, **dd: Any) -> None:
         if not is_integer(num_classes, 0):
             raise ValueError(f'num_classes must be a positive integer, or 0 for no classifier, got {num_classes!r}')
-        self.num_classes = num_classes
-        self.head = ClassifierHead(
+        self.num_classes: int = num_classes
+        self.head: Any = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=self.drop_rate, **dd).train(self.training)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size: int = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
             self,

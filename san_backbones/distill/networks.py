@@ -22,7 +22,7 @@ class Answer(NamedTuple):
     maps: dict[int, Tensor]
 
 
-def load_teacher(name: str, weights: str | os.PathLike | None = None) -> Any:
+def load_teacher(name: str, weights: str | os.PathLike[str] | None = None) -> Any:
     """A teacher by its name.
 
     Args:
@@ -100,9 +100,10 @@ class Teacher(nn.Module):
     def __init__(self, model: Any, levels: Sequence[int] = LEVELS, mean: Sequence[float] | None = None,
                  std: Sequence[float] | None = None):
         super().__init__()
-        self.model, self.levels = model, tuple(levels)
-        self.is_timm = isinstance(model, nn.Module) and hasattr(model, 'forward_head')
-        self.places = _levels(model, 'teacher', self.levels) if self.is_timm and self.levels else {}
+        self.model: Any = model
+        self.levels: tuple[int, ...] = tuple(levels)
+        self.is_timm: bool = isinstance(model, nn.Module) and hasattr(model, 'forward_head')
+        self.places: dict[int, int] = _levels(model, 'teacher', self.levels) if self.is_timm and self.levels else {}
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         for name, value, default in (('mean', mean, IMAGENET_DEFAULT_MEAN), ('std', std, IMAGENET_DEFAULT_STD)):
             values = torch.tensor(value or cfg.get(name) or default)
@@ -189,10 +190,10 @@ class Student(nn.Module):
 
     def __init__(self, model: Any, teacher: Teacher, example: Answer, reuse: bool = True):
         super().__init__()
-        self.model = model
-        self.places = _levels(model, 'student', teacher.levels) if teacher.levels else {}
+        self.model: Any = model
+        self.places: dict[int, int] = _levels(model, 'student', teacher.levels) if teacher.levels else {}
         channels = {stride: model.feature_info[place]['num_chs'] for stride, place in self.places.items()}
-        self.projections = nn.ModuleDict({
+        self.projections: nn.ModuleDict = nn.ModuleDict({
             str(stride): nn.Conv2d(channels[stride], example.maps[stride].shape[1], 1) for stride in channels})
         self.targets: Any = nn.ModuleDict({
             str(stride): Standardised(example.maps[stride].shape[1]) for stride in channels})

@@ -13,7 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class Files:
         ValueError: One is none of these, or holds no picture.
     """
 
-    def __init__(self, sources: Sequence[str | os.PathLike]):
+    def __init__(self, sources: Sequence[str | os.PathLike[str]]):
         self._files: list[_File] = []
         self._zips: dict[str, zipfile.ZipFile] = {}
         for source in sources:
@@ -157,11 +157,13 @@ class Store:
         path: `pictures.bin`, with `pictures.npz` beside it.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         path = pathlib.Path(path)
         with np.load(path.with_suffix('.npz')) as index:
-            self.offsets, self.heights, self.widths = index['offsets'], index['heights'], index['widths']
-            self.about = json.loads(str(index['about']))
+            self.offsets: np.ndarray = index['offsets']
+            self.heights: np.ndarray = index['heights']
+            self.widths: np.ndarray = index['widths']
+            self.about: dict[str, Any] = json.loads(str(index['about']))
         self._bytes = np.memmap(path, np.uint8, 'r')
 
     def __len__(self) -> int:
@@ -173,7 +175,7 @@ class Store:
                                 0, 1)
 
     @classmethod
-    def of(cls, files: Files, side: int, path: str | os.PathLike, tell: Callable[[str], None]) -> 'Store':
+    def of(cls, files: Files, side: int, path: str | os.PathLike[str], tell: Callable[[str], None]) -> 'Store':
         """The store at `path`, made unless it is there and of these pictures.
 
         Args:
@@ -246,7 +248,10 @@ class Views:
 
     def __init__(self, store: Sequence[Image.Image] | Store, seed: int = 0, scale: tuple[float, float] = (.4, 1.),
                  ratio: tuple[float, float] = (3 / 4, 4 / 3)):
-        self.store, self.seed, self.scale, self.ratio = store, seed, scale, ratio
+        self.store: Sequence[Image.Image] | Store = store
+        self.seed: int = seed
+        self.scale: tuple[float, float] = scale
+        self.ratio: tuple[float, float] = ratio
         self._order = -1, np.arange(0)  # of an epoch
 
     def _picture(self, number: int) -> int:
