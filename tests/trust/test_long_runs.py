@@ -106,11 +106,14 @@ def test_no_backend_stays_asked_for():
 
 PACKAGE = pathlib.Path(san_backbones.__file__).parent
 CACHES = {  # what is kept for the life of the process, by file and name, and its bound
+    'cli/app.py distill': 'a default that is kept',  # typer wants lists; nothing is put into them
     'fuse.py _watch_optimizers': 'one',
+    'hub.py _copied': 'one',
     'hub.py manifest': 'one',
     'ops/native/attention.py _reflection_index': 64,
     'ops/native/library.py _load': 'one',
-    'ops/native/threads.py runtime': 'one',
+    'ops/native/library.py warn_if_unavailable': 'one',
+    'ops/native/threads.py runtime': 'none',  # of libraries, of which a process loads one
     'ops/triton/__init__.py _fault': 'one',
     'ops/triton/__init__.py _version': 'one',
     'ops/triton/__init__.py installed': 'one',
