@@ -113,7 +113,7 @@ CACHES = {  # what is kept for the life of the process, by file and name, and it
     'ops/native/attention.py _reflection_index': 64,
     'ops/native/library.py _load': 'one',
     'ops/native/library.py warn_if_unavailable': 'one',
-    'ops/native/threads.py runtime': 'none',  # of libraries, of which a process loads one
+    'ops/native/threads.py runtime': 'none',  # of libraries: a process loads one
     'ops/triton/__init__.py _fault': 'one',
     'ops/triton/__init__.py _version': 'one',
     'ops/triton/__init__.py installed': 'one',
