@@ -9,7 +9,6 @@
 """
 import argparse
 import datetime
-import hashlib
 import json
 import os
 import pathlib
@@ -24,9 +23,10 @@ import urllib.error
 import urllib.request
 import venv
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+import wheels
+
+ROOT = wheels.ROOT
 DIST, UPLOAD = ROOT / 'dist', ROOT / 'upload'
-FOLDER = ROOT / '.cache' / 'venv-release'
 TOOLS = ('twine>=6', 'cyclonedx-bom>=6', 'pypiserver>=2.3', 'setuptools<82')
 VERSION = r'(\d+)\.(\d+)\.(\d+)(rc\d+)?'
 HOMES = {  # where the version is written, and how
@@ -62,13 +62,7 @@ def prepare(version: str) -> None:
 
 
 def tool(name: str) -> pathlib.Path:
-    ready = FOLDER / '.ready'
-    if not ready.exists() or ready.read_text() != repr(TOOLS):
-        venv.create(FOLDER, clear=True, with_pip=True)
-        subprocess.run([FOLDER / 'bin' / 'python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check',
-                        *TOOLS], check=True)
-        ready.write_text(repr(TOOLS))
-    return FOLDER / 'bin' / name
+    return wheels.programs('release', TOOLS) / name
 
 
 def agree(version: str) -> None:
@@ -86,27 +80,17 @@ def build(version: str) -> None:
     # of what was tried together: requirements/dev.lock
     subprocess.run([tool('cyclonedx-py'), 'requirements', ROOT / 'requirements' / 'dev.lock', '--output-reproducible',
                     '--output-format', 'JSON', '-o', DIST / f'san_backbones-{version}.cdx.json'], check=True)
-    write_sums()
-
-
-def sums() -> str:
-    files = sorted(path for path in DIST.iterdir() if path.name != 'SHA256SUMS')
-    return ''.join(f'{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n' for path in files)
-
-
-def write_sums() -> None:
-    (DIST / 'SHA256SUMS').write_text(sums())
+    (DIST / wheels.SUMS).write_text(wheels.sums(DIST))
 
 
 def check(version: str) -> None:
     agree(version)
-    if not (DIST / 'SHA256SUMS').is_file():
-        sys.exit(f'there is no dist/SHA256SUMS: python tools/release.py build {version}')
-    if (DIST / 'SHA256SUMS').read_text() != sums():
-        sys.exit(f'dist/ is not what dist/SHA256SUMS says: python tools/release.py build {version}')
-    setup = (ROOT / 'setup.py').read_text()
-    tags = re.findall(r"^    '([\w.]+)': '[\w.-]+',$", setup[setup.index('PLATFORMS'):], re.M)
-    expected = {f'san_backbones-{version}.tar.gz', *(f'san_backbones-{version}-py3-none-{tag}.whl' for tag in tags)}
+    if not (DIST / wheels.SUMS).is_file():
+        sys.exit(f'there is no dist/{wheels.SUMS}: python tools/release.py build {version}')
+    if (DIST / wheels.SUMS).read_text() != wheels.sums(DIST):
+        sys.exit(f'dist/ is not what dist/{wheels.SUMS} says: python tools/release.py build {version}')
+    expected = {f'san_backbones-{version}.tar.gz',
+                *(f'san_backbones-{version}-py3-none-{tag}.whl' for tag in wheels.platforms_of_setup())}
     archives = {path.name: path for path in DIST.iterdir() if path.name.endswith(('.whl', '.tar.gz'))}
     if {*archives} != expected:
         sys.exit(f'dist/ lacks {sorted(expected - {*archives})}, and should not have {sorted({*archives} - expected)}')

@@ -9,6 +9,7 @@ read, and no path of this machine may be in it. `twine check --strict`, `check-w
 test-package` does. The tools come from the registry, into .cache.
 """
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -23,11 +24,11 @@ import venv
 import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FOLDER = ROOT / '.cache' / 'venv-wheels'
 TOOLS = ('build', 'setuptools>=77,<82', 'ziglang==0.17.1', 'lief>=0.16', 'twine>=6', 'check-wheel-contents>=0.6',
          'auditwheel>=6')
 EXPORTS = {'san_width', 'san_kmp_use', 'san_kmp_parallel', *(
     f'{name}_{what}' for name in ('san', 'san_backward', 'san_stem', 'san_scaled') for what in ('run', 'bytes'))}
+SUMS = 'SHA256SUMS'
 # what a library may need of the system, by the beginning of the tag
 SYSTEM = {
     'manylinux': r'(libc\.so\.6|libm\.so\.6|ld-linux-(x86-64|aarch64)\.so\.\d)',
@@ -37,18 +38,21 @@ SYSTEM = {
 }
 
 
-def tool(name: str) -> pathlib.Path:
-    return FOLDER / ('Scripts' if os.name == 'nt' else 'bin') / name
-
-
-def prepare() -> None:
-    """An environment with the tools, if it is not there."""
-    ready = FOLDER / '.ready'
-    if not ready.exists() or ready.read_text() != repr(TOOLS):
-        venv.create(FOLDER, clear=True, with_pip=True)
-        subprocess.run([tool('python'), '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *TOOLS],
+@functools.cache
+def programs(name: str, packages: tuple[str, ...]) -> pathlib.Path:
+    """The folder of programs of an environment in .cache with these packages, made if it is not there."""
+    folder = ROOT / '.cache' / f'venv-{name}'
+    found, ready = folder / ('Scripts' if os.name == 'nt' else 'bin'), folder / '.ready'
+    if not ready.exists() or ready.read_text() != repr(packages):
+        venv.create(folder, clear=True, with_pip=True)
+        subprocess.run([found / 'python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *packages],
                        check=True)
-        ready.write_text(repr(TOOLS))
+        ready.write_text(repr(packages))
+    return found
+
+
+def tool(name: str) -> pathlib.Path:
+    return programs('wheels', TOOLS) / name
 
 
 def build(source: pathlib.Path, out: pathlib.Path, kind: str, epoch: str, tag: str = '') -> pathlib.Path:
@@ -66,6 +70,12 @@ def build(source: pathlib.Path, out: pathlib.Path, kind: str, epoch: str, tag: s
 
 def digest(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def sums(folder: pathlib.Path) -> str:
+    """What SHA256SUMS says of the other files of a folder."""
+    files = sorted(path for path in folder.iterdir() if path.name != SUMS)
+    return ''.join(f'{digest(path)}  {path.name}\n' for path in files)
 
 
 LOOK = """
@@ -121,10 +131,10 @@ def main() -> int:
     parser.add_argument('--out', type=pathlib.Path, default=ROOT / 'dist')
     parser.add_argument('--install', action='store_true', help='try the wheel for this machine')
     options = parser.parse_args()
-    prepare()
     options.out.mkdir(parents=True, exist_ok=True)
-    for old in (*options.out.glob('*.whl'), *options.out.glob('*.tar.gz')):
-        old.unlink()
+    for old in options.out.iterdir():
+        if old.name == SUMS or old.name.endswith(('.whl', '.tar.gz', '.cdx.json')):  # of another version
+            old.unlink()
     epoch = os.environ.get('SOURCE_DATE_EPOCH') or subprocess.check_output(
         ['git', 'log', '-1', '--format=%ct'], cwd=ROOT, text=True).strip()
     wrong: list[str] = []
@@ -156,7 +166,7 @@ def main() -> int:
     checks = [[tool('twine'), 'check', '--strict', *built],
               [tool('check-wheel-contents'), '--ignore', 'W002,W004', *options.out.glob('*.whl')]]
     wrong += [f'{check[0].name} found a fault' for check in checks if subprocess.run(check).returncode]
-    (options.out / 'SHA256SUMS').write_text(''.join(f'{digest(path)}  {path.name}\n' for path in sorted(built)))
+    (options.out / SUMS).write_text(sums(options.out))
     if options.install:
         machine = subprocess.check_output([tool('python'), '-c', 'import sysconfig; print(sysconfig.get_platform())'],
                                           text=True).strip().replace('-', '_')

@@ -224,7 +224,8 @@ def choose_backend(request: Request) -> Backend:
         reason = backend.refusal(request)
         if reason is None:
             _logger.debug('%s chosen for %s', backend.name, request)
-            if name == AUTO and request.device.type == 'cpu' and _fused_refusal(request) is None:
+            if backend.name != 'native' and name == AUTO and request.device.type == 'cpu' \
+                    and _fused_refusal(request) is None:
                 native.warn_if_unavailable()
             return backend
         _logger.debug('%s refused: %s', backend.name, reason)

@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'fold', 'fold_batch', 'moments', 'normalise', 'refuse_other_backward',
-           'synchronise', 'update_running_statistics', 'widened']
+__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'apply_gamma', 'fold', 'fold_batch', 'moments', 'normalise',
+           'refuse_other_backward', 'synchronise', 'update_running_statistics', 'widened']
 
 
 class Spec(NamedTuple):
@@ -139,6 +139,12 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     else:
         affine = fold_batch(norm, *moments(wide, (0, 2, 3)), x.numel() // x.shape[1])
     return (wide * affine.scale[:, None, None] + affine.shift[:, None, None]).to(x.dtype)
+
+
+def apply_gamma(relation: Tensor, gamma: Gamma) -> Tensor:
+    """gamma of relations (N, width, P, L): what it says of each, (N, c_w, P, L) or, patchwise, (N, c_w * k^2, 1, L)."""
+    hidden = F.conv2d(F.relu(normalise(relation, gamma.norm1)), gamma.weight1)
+    return F.conv2d(F.relu(normalise(hidden, gamma.norm2)), gamma.weight2, gamma.bias2)
 
 
 def refuse_other_backward(gradient: Tensor) -> None:

@@ -12,17 +12,29 @@ are the same computation.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import geometry
-from .gamma import Gamma, Spec, normalise
+from .gamma import Gamma, Spec, apply_gamma
 
 __all__ = ['PAIRWISE_RELATIONS', 'PATCHWISE_RELATIONS', 'POSITIONS', 'aggregate', 'attend', 'relate']
 
 PAIRWISE_RELATIONS = ('subtraction', 'summation', 'concatenation', 'hadamard', 'dot')
 PATCHWISE_RELATIONS = ('concatenation', 'star', 'clique')
 POSITIONS = ('relative', 'absolute', 'none')
+
+
+def combine(centre: Tensor, neighbours: Tensor, relation: str) -> Tensor:
+    """The pairwise relation of phi(x_i) to psi(x_j), channels in axis 1, by broadcasting."""
+    if relation == 'subtraction':
+        return centre - neighbours
+    if relation == 'summation':
+        return centre + neighbours
+    if relation == 'hadamard':
+        return centre * neighbours
+    if relation == 'dot':
+        return (centre * neighbours).sum(1, keepdim=True)
+    return torch.cat([centre.expand_as(neighbours), neighbours], 1)
 
 
 def _relate_pairwise(
@@ -35,17 +47,7 @@ def _relate_pairwise(
         kernel_size: int,
         dilation: int,
 ) -> Tensor:
-    centre = query[:, :, None, None]
-    if relation == 'subtraction':
-        features = centre - neighbours
-    elif relation == 'summation':
-        features = centre + neighbours
-    elif relation == 'hadamard':
-        features = centre * neighbours
-    elif relation == 'dot':
-        features = (centre * neighbours).sum(1, keepdim=True)
-    else:
-        features = torch.cat([centre.expand_as(neighbours), neighbours], 1)
+    features = combine(query[:, :, None, None], neighbours, relation)
     if place is not None and place_padded is not None:
         others = geometry.footprint(place_padded, kernel_size, dilation)
         offset = place[:, :, None, None] - others if position == 'relative' else others
@@ -140,8 +142,5 @@ def attend(
     place_padded = None if place is None else geometry.reflect_pad(place, pad)
     hidden = relate(query, geometry.reflect_pad(key, pad), place, place_padded, *spec)
     height, width = hidden.shape[-2:]
-    hidden = F.relu(normalise(hidden.flatten(3), gamma.norm1))
-    hidden = F.conv2d(hidden, gamma.weight1)
-    hidden = F.relu(normalise(hidden, gamma.norm2))
-    logits = F.conv2d(hidden, gamma.weight2, gamma.bias2).unflatten(3, [height, width])
+    logits = apply_gamma(hidden.flatten(3), gamma).unflatten(3, [height, width])
     return aggregate(logits, geometry.reflect_pad(value, pad), spec.pairwise, spec.kernel_size, spec.dilation)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import geometry
-from .gamma import Gamma, Spec, normalise
+from .gamma import Gamma, Spec, apply_gamma
+from .reference import combine
 
 __all__ = ['aggregate', 'attend', 'relate']
 
@@ -104,18 +105,7 @@ def _relate_pairwise(
         kernel_size: int,
         dilation: int,
 ) -> Tensor:
-    neighbours = footprint(key, kernel_size, dilation)
-    centre = query.flatten(2).unsqueeze(2)
-    if relation == 'subtraction':
-        features = centre - neighbours
-    elif relation == 'summation':
-        features = centre + neighbours
-    elif relation == 'hadamard':
-        features = centre * neighbours
-    elif relation == 'dot':
-        features = (centre * neighbours).sum(1, keepdim=True)
-    else:
-        features = torch.cat([centre.expand_as(neighbours), neighbours], 1)
+    features = combine(query.flatten(2).unsqueeze(2), footprint(key, kernel_size, dilation), relation)
     if place is not None:
         offset = footprint(place, kernel_size, dilation)
         if position == 'relative':
@@ -192,8 +182,5 @@ def attend(
         spec: Spec,
 ) -> Tensor:
     """Footprint attention in this form; arguments as `ops.footprint_attention`."""
-    hidden = F.relu(normalise(relate(query, key, place, *spec), gamma.norm1))
-    hidden = F.conv2d(hidden, gamma.weight1)
-    hidden = F.relu(normalise(hidden, gamma.norm2))
-    logits = F.conv2d(hidden, gamma.weight2, gamma.bias2)
+    logits = apply_gamma(relate(query, key, place, *spec), gamma)
     return aggregate(logits, value, spec.pairwise, spec.kernel_size, spec.dilation)

@@ -8,7 +8,7 @@ from torch import nn
 
 from san_backbones import SAN, ops
 from san_backbones.ops import native, pointwise
-from san_backbones.san import Stem
+from san_backbones.san import Pool, Stem
 
 needs_loops = pytest.mark.skipif(native.unavailable() is not None, reason=f'no compiled loops: {native.unavailable()}')
 
@@ -54,7 +54,17 @@ def test_any_convolution(conv):
         torch.testing.assert_close(stem(image), stem.pool(stem.act(stem.norm(conv(image)))), rtol=1e-4, atol=1e-5)
 
 
+def _changed(**settings):
+    """The stem's own pool, as somebody has changed it."""
+    pool = Pool()
+    for name, value in settings.items():
+        setattr(pool, name, value)
+    return pool
+
+
 @pytest.mark.parametrize('pool', [
+    *(_changed(**{name: value}) for name, value in dict(
+        ceil_mode=True, kernel_size=3, stride=1, padding=1, dilation=2).items()),
     nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 2, ceil_mode=True), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, 2, dilation=2),
     nn.MaxPool2d((2, 3), 2), nn.MaxPool2d(2, (1, 2)), nn.MaxPool2d(2, 2, (0, 1)), nn.MaxPool2d((2, 2), (2, 2), (0, 0)),
     nn.AvgPool2d(2)], ids=str)

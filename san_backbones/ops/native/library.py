@@ -131,7 +131,7 @@ def warn_if_unavailable() -> None:
     reason = unavailable()
     if reason is not None and os.environ.get(QUIET_VARIABLE, '') in ('', '0'):
         warnings.warn(
-            f'{reason}. The attention on the CPU takes two to three times as long without them. Install a C compiler '
+            f'{reason}. On the CPU models take about three times as long without them. Install a C compiler '
             '(gcc or clang), then reinstall san_backbones from its source; with SAN_BACKBONES_REQUIRE_LOOPS=1 in the '
             f'environment that stops where they cannot be built, and says why. {QUIET_VARIABLE}=1 silences this',
             RuntimeWarning, stacklevel=2)
