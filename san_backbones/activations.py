@@ -1,21 +1,23 @@
-"""ReLUs that write over their input in inference only; the one before an attention layer may have an upper bound."""
+"""ReLUs that work in place in inference only; the one before an attention layer may have an upper bound."""
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import create_act_layer
 from torch import Tensor, nn
 
-__all__ = ['PLAIN_RELUS', 'BoundedReLU', 'ReLU', 'follow_bounds', 'is_setting', 'may_write_over', 'relu_bound',
+__all__ = ['BoundedReLU', 'ReLU', 'follow_bounds', 'is_setting', 'make_act', 'may_write_over', 'relu_bound',
            'resolve_bound']
 
 AUTO_BOUND = 6.
-"""Bound of a new patchwise network."""
+"""Default bound of a new patchwise network."""
 
 
 def resolve_bound(relu_bound: float | None, attention: str) -> float | None:
-    """The bound of a new network, None for none; raises ValueError unless `relu_bound` asks for one."""
+    """Returns the bound of a new network, None for none; raises ValueError if `relu_bound` is invalid."""
     if relu_bound is None:
         return AUTO_BOUND if attention == 'patchwise' else None
     if isinstance(relu_bound, bool) or not isinstance(relu_bound, (int, float)) or not relu_bound >= 0:
@@ -25,49 +27,65 @@ def resolve_bound(relu_bound: float | None, attention: str) -> float | None:
 
 
 def is_setting(name: str) -> bool:
-    """Whether this entry of a state dict is a bound, which weights may lack, and no weight."""
+    """Whether this entry of a state dict is a ReLU bound, which weights may lack."""
     return name.endswith('.act1.bound')
 
 
 def may_write_over() -> bool:
-    """Whether a module may work in place: where gradients are on, a selective activation checkpoint may have kept what
-    another operator gave. A traced program is one for both.
+    """Whether a module may work in place: with gradients on, a selective activation checkpoint may have kept its
+    input. A traced program serves both cases, and is traced in place.
     """
     return torch.jit.is_tracing() or not torch.is_grad_enabled()
 
 
 class ReLU(nn.ReLU):
-    """`torch.nn.ReLU` that works in place only where gradients are off."""
+    """`torch.nn.ReLU` that works in place only while gradients are off."""
 
     def forward(self, x: Tensor) -> Tensor:
         """relu(x)."""
         return F.relu(x, inplace=self.inplace and may_write_over())
 
 
-PLAIN_RELUS: tuple[Callable[..., Any], ...] = (nn.ReLU.forward, ReLU.forward)
+def make_act(act_layer: Any) -> nn.Module:
+    """Makes an activation from a class or timm's name of one, in place if possible.
+
+    Raises:
+        ValueError: timm knows no activation of that name.
+        TypeError: act_layer is neither callable nor a name.
+    """
+    if not callable(act_layer) and not isinstance(act_layer, str):
+        raise TypeError(f"act_layer must be a class or timm's name of one, got {act_layer!r}")
+    if act_layer in ('relu', nn.ReLU):
+        return ReLU(inplace=True)
+    act = None
+    with contextlib.suppress(KeyError):
+        act = create_act_layer(act_layer, inplace=True)
+    if act is None:
+        raise ValueError("act_layer must be a class or timm's name of one, such as 'relu', 'gelu' or 'silu', got "
+                         f'{act_layer!r}')
+    return act
 
 
 class BoundedReLU(ReLU):
     """min(relu(x), bound); without a bound, ReLU.
 
-    The patchwise form has no softmax: attention multiplies two things that grow with its input, and a block squares an
-    excess. The bound keeps it to what was seen in training. Weights are run as they were trained: the bound is in the
-    state dict, as `bound`, where there is one. Loading weights that have another, or none, changes the layer, unless
-    the bound was `chosen`.
+    The patchwise form has no softmax: attention multiplies two factors that both grow with the input, so each block
+    squares an outlier. The bound keeps values in the range of training. It is saved in the state dict as `bound`.
+    Loading weights sets the layer to their bound, or to none if they have none, unless the bound was `chosen`.
 
     Args:
         bound: Positive number, or None.
-        chosen: Whether the bound stays as it is when weights are loaded.
-        inplace: Write the output over the input where gradients are off.
-        device: Where the entry of the state dict is made.
-        dtype: Its dtype.
+        chosen: Whether the bound stays when weights are loaded.
+        inplace: Work in place while gradients are off.
+        device: Device of the `bound` buffer.
+        dtype: Dtype of the `bound` buffer.
 
     Shape:
-        Any, of a floating dtype, to the same.
+        Any shape of a floating dtype, to the same.
     """
 
     bound: Tensor | None
-    limit: float | None  # what is computed with; `bound` repeats it for the state dict
+    limit: float | None  # used in forward; `bound` repeats it for the state dict
 
     def __init__(
             self,
@@ -90,14 +108,14 @@ class BoundedReLU(ReLU):
         return F.hardtanh(x, 0., limit, inplace=self.inplace and may_write_over())
 
     def follow(self, bound: Tensor | None, like: Tensor | None = None) -> None:
-        """Takes the bound of weights that are being loaded, unless it was chosen.
+        """Takes over the bound of weights that are being loaded, unless the layer's own was chosen.
 
         Args:
-            bound: One positive number, None where the weights have none.
-            like: A parameter beside it, for the device and dtype of the entry; None takes those of `bound`.
+            bound: One positive number, or None if the weights have none.
+            like: A parameter whose device and dtype the buffer gets; None takes those of `bound`.
 
         Raises:
-            ValueError: The bound is no positive finite number.
+            ValueError: The bound is not a positive finite number.
         """
         if self.chosen or (bound is not None and bound.is_meta):
             return
@@ -112,12 +130,12 @@ class BoundedReLU(ReLU):
         self.bound = torch.tensor(self.limit, device=like.device, dtype=like.dtype)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing: the block calls `follow`, which knows whether its weights are there at all."""
+        """Does nothing: the block calls `follow`, since only it knows whether its weights are in the state dict."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'BoundedReLU':
         super()._apply(fn, recurse)
         if self.limit is not None and self.bound is not None and not self.bound.is_meta:
-            self.bound = torch.full_like(self.bound, self.limit)  # what to_empty() makes holds anything
+            self.bound = torch.full_like(self.bound, self.limit)  # to_empty() leaves it uninitialised
         return self
 
     def extra_repr(self) -> str:
@@ -126,12 +144,12 @@ class BoundedReLU(ReLU):
 
 
 def follow_bounds(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Lets a model take the bounds of a state dict of all its weights, which is not loaded."""
+    """Sets a model's bounds to those of a complete state dict, without loading its weights."""
     for name, module in model.named_modules():
         if isinstance(module, BoundedReLU):
             module.follow(state_dict.get(f'{name}.bound'))
 
 
 def relu_bound(model: nn.Module) -> float:
-    """The bound of a model, as its option says it: 0 for none."""
+    """Returns the bound of a model as the option `relu_bound`: 0 for none."""
     return next((module.limit or 0. for module in model.modules() if isinstance(module, BoundedReLU)), 0.)

@@ -1,7 +1,7 @@
-"""The two attention layers of SAN: the parameters, in the paper's letters (Zhao, Jia, Koltun, CVPR 2020, section 3).
+"""The two attention layers of SAN and their parameters (Zhao, Jia, Koltun, CVPR 2020, section 3).
 
-A letter gets a spoken name once: phi is `query`, psi `key`, beta `value`, gamma `weight_mlp`, delta the `relation`,
-the mapping of coordinates `position`. The computation is in `san_backbones.ops`.
+Names of the paper's letters: phi is `query`, psi `key`, beta `value`, gamma `weight_mlp`, delta `relation`; `position`
+maps coordinates. The computation is in `san_backbones.ops`.
 """
 import operator
 from collections import OrderedDict
@@ -9,24 +9,20 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .activations import PLAIN_RELUS
-from .norms import (
-    as_norm,
-    check_dtype,
-    has_bias,
-    is_batch_norm,
-    is_integer,
-    is_plain,
-    is_pointwise,
-    make_act,
-    norm_constructor,
-)
+from . import fuse, ops
+from .activations import make_act
+from .checks import check_dtype, is_integer, one_of
+from .layers import POINTWISE, RELU, SEQUENTIAL, Kind, has_bias, obstacle
+from .norms import BATCH_NORM, as_norm, norm_constructor
 from .ops import geometry, traced
 
-__all__ = ['PairwiseAttention', 'PatchwiseAttention']
+__all__ = ['FootprintAttention', 'PairwiseAttention', 'PatchwiseAttention']
+
+
+_GAMMA = dict(norm1=BATCH_NORM, act1=RELU, fc1=POINTWISE, norm2=BATCH_NORM, act2=RELU, fc2=POINTWISE)
 
 
 def _weight_mlp(width: int, hidden: int, out: int, norm_layer: Any, act_layer: Any, dd: dict) -> nn.Sequential:
@@ -42,14 +38,8 @@ def _weight_mlp(width: int, hidden: int, out: int, norm_layer: Any, act_layer: A
     ]))
 
 
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f'{name} must be one of {", ".join(map(repr, allowed))}, got {value!r}')
-    return value
-
-
-class _FootprintAttention(nn.Module):
-    """What both forms share: phi, psi, beta, gamma, and the route to the operators."""
+class FootprintAttention(nn.Module):
+    """Base of both forms: phi, psi, beta, gamma, and the call of the operators."""
 
     __jit_unused_properties__: list[str] = ['dim', 'rel_planes', 'out_planes']
     pairwise: bool = True
@@ -93,8 +83,8 @@ class _FootprintAttention(nn.Module):
         self.share_planes: int = share_planes
         self.kernel_size: int = kernel_size
         self.dilation: int = dilation
-        self.relation: str = _choice(f'relation of {type(self).__name__}', relation, self.relations)
-        self.position_mode: str = _choice('position', position, ops.POSITIONS)
+        self.relation: str = one_of(f'relation of {type(self).__name__}', relation, self.relations)
+        self.position_mode: str = one_of('position', position, ops.POSITIONS)
         self.position_ref_size: int | None = position_ref_size
         # one step of the footprint spans what one pixel spans on the reference map, whatever the dilation
         self.position_step: float = 0. if position_ref_size is None else 2. / (position_ref_size - 1) / dilation
@@ -105,10 +95,11 @@ class _FootprintAttention(nn.Module):
         self.value: nn.Conv2d = nn.Conv2d(dim, out_planes, 1, **dd)
         self.position: nn.Conv2d | None = None if position == 'none' else nn.Conv2d(2, 2, 1, **dd)
         weight_planes = out_planes // share_planes
-        width, hidden, out = self._weight_mlp_widths(rel_planes, weight_planes)
+        width = ops.relations.find(self.pairwise, relation).width(rel_planes, kernel_size ** 2, position != 'none')
+        hidden, out = self._weight_mlp_widths(rel_planes, weight_planes)
         self.weight_mlp: nn.Sequential = _weight_mlp(width, hidden, out, norm_layer, act_layer, dd)
 
-    # as the layers are now, which tools may have pruned; as made where another module stands in the place of one
+    # read from the layers, since tools may have pruned them; as constructed if another module replaces one
     @property
     def dim(self) -> int:
         """Channels of the input."""
@@ -124,14 +115,14 @@ class _FootprintAttention(nn.Module):
         """Channels of beta and of the output."""
         return getattr(self.value, 'out_channels', self._made[2])
 
-    def _weight_mlp_widths(self, r: int, weight_planes: int) -> tuple[int, int, int]:
-        """Inputs, hidden width and outputs of gamma."""
+    def _weight_mlp_widths(self, r: int, weight_planes: int) -> tuple[int, int]:
+        """Hidden width and outputs of gamma."""
         raise NotImplementedError
 
     def place(self, x: Tensor) -> Tensor | None:
-        """p: the mapped coordinates of the map x, (1, 2, H, W), or None.
+        """Returns p, the mapped coordinates of the pixels of x, (1, 2, H, W), or None without positions.
 
-        Not a call of the convolution: half precision and autocast would round the coordinates.
+        Does not call the convolution: half precision and autocast would round the coordinates.
         """
         position = self.position
         if position is None:
@@ -148,16 +139,16 @@ class _FootprintAttention(nn.Module):
 
     @torch.jit.ignore
     def _place_by_module(self, xy: Tensor) -> Tensor | None:
-        """By a position layer that is more than a convolution (with hooks, as of pruning; an adapter), else None."""
+        """Calls the position layer if it is more than a plain convolution (hooks, an adapter); else returns None."""
         position: Any = self.position
-        if isinstance(xy, torch.fx.Proxy) or is_pointwise(position):
+        if isinstance(xy, torch.fx.Proxy) or POINTWISE.fits(position):
             return None
         like = next(position.parameters(), xy)
         with torch.autocast('cpu' if xy.device.type == 'meta' else xy.device.type, enabled=False):
             return position(xy.unsqueeze(0).to(like.dtype)).to(xy.dtype)
 
     def _forward_modules(self, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
-        """The traced form with gamma called as a module: for programs and files, and for any other norm or layer."""
+        """Runs the traced form with gamma called as a module: for exports, and for any other norm or layer."""
         relation = traced.relate(
             query, key, place, self.is_pairwise, self.relation, self.position_mode, self.kernel_size, self.dilation)
         return traced.aggregate(
@@ -166,26 +157,40 @@ class _FootprintAttention(nn.Module):
     def gamma_is_plain(self) -> bool:
         """Whether gamma is what `ops.Gamma` describes: batch norms (or none), ReLUs, 1x1 convolutions, and no hooks."""
         mlp: Any = self.weight_mlp
-        if len(mlp) != 6 or not is_plain(mlp, (nn.Sequential.forward,)) \
-                or not all(is_batch_norm(norm) for norm in (mlp.norm1, mlp.norm2)) \
-                or not all(is_plain(act, PLAIN_RELUS) for act in (mlp.act1, mlp.act2)) \
-                or not all(is_pointwise(fc) for fc in (mlp.fc1, mlp.fc2)):
+        if not SEQUENTIAL.fits(mlp) or list(mlp._modules) != list(_GAMMA) or obstacle(mlp, _GAMMA) is not None:
             return False
         return has_bias(mlp.fc2) and (not has_bias(mlp.fc1) or isinstance(mlp.norm2, nn.Identity))
 
     @torch.jit.ignore
     def gamma(self) -> ops.Gamma:
-        """The mapping from relations to weights as the operators take it."""
+        """Returns gamma, the mapping from relations to weights, as the operators take it."""
         mlp: Any = self.weight_mlp
-        weight1 = mlp.fc1.weight  # once: a parametrisation computes it
+        weight1 = mlp.fc1.weight  # read once: a parametrisation computes it on each access
         return ops.Gamma(
             as_norm(mlp.norm1, weight1[0, :, 0, 0]), weight1,
             as_norm(mlp.norm2, weight1[:, 0, 0, 0], mlp.fc1.bias), mlp.fc2.weight, mlp.fc2.bias)
 
     @torch.jit.ignore
+    def obstacle(self, name: str) -> str | None:
+        """Says why this layer, called `name` in messages, cannot be folded; None if it can."""
+        if not _ATTENTION.fits(self):
+            return f'{name} is a {type(self).__name__} and not a {_ATTENTION.name} without hooks'
+        found = obstacle(self, dict.fromkeys(('query', 'key', 'value'), POINTWISE), f'{name}.')
+        if found is None and not self.gamma_is_plain():
+            found = f'{name} has other layers than it was made with, or a hook'
+        return found
+
+    @torch.jit.ignore
+    def projections(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns phi, psi and scale * beta as one linear map: weight (2 r + m, dim) and bias, in float32 or wider."""
+        query, key, (weight, bias) = (fuse.linear_of(conv) for conv in (self.query, self.key, self.value))
+        weights, biases = zip(query, key, (weight * scale[:, None], bias * scale))
+        return torch.cat(weights), torch.cat(biases)
+
+    @torch.jit.ignore
     def spec(self) -> ops.Spec:
-        """Form, relation, position and footprint as the operators take them."""
-        size, dilation = operator.index(self.kernel_size), operator.index(self.dilation)  # torch 2.4 makes them symbols
+        """Returns form, relation, position and footprint as the operators take them."""
+        size, dilation = operator.index(self.kernel_size), operator.index(self.dilation)  # torch 2.4 makes symbols
         return ops.Spec(self.is_pairwise, self.relation, self.position_mode, size, dilation)
 
     @torch.jit.ignore
@@ -199,10 +204,21 @@ class _FootprintAttention(nn.Module):
             check_dtype(x, self.query)
 
     @torch.jit.ignore
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """phi, psi and beta of x by one convolution, which reads x once; None where they must be called as modules."""
+        convs: Any = (self.query, self.key, self.value)
+        if not isinstance(x, Tensor) or ops.symbolic_caller(x) is not None \
+                or not all(POINTWISE.fits(conv) and has_bias(conv) for conv in convs):
+            return None
+        weights, biases = zip(*((conv.weight, conv.bias) for conv in convs))
+        query, key, value = F.conv2d(x, torch.cat(weights), torch.cat(biases)).split([len(y) for y in weights], 1)
+        return query, key, value
+
+    @torch.jit.ignore
     def _forward_operators(self, query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
         if isinstance(value, torch.fx.Proxy) or torch.jit.is_tracing() \
                 or (ops.is_compiling(value) and ops.is_exporting()) or not self.gamma_is_plain():
-            return self._forward_modules(query, key, value, place)  # with gamma's layers under their names
+            return self._forward_modules(query, key, value, place)  # keeps gamma's layers and their names
         return ops.footprint_attention(query, key, value, place, self.gamma(), self.spec())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,12 +231,13 @@ class _FootprintAttention(nn.Module):
             (N, out_planes, H, W) in the dtype of the value projection.
 
         Raises:
-            ValueError: x is not of that shape or not of the dtype of the weights, or batch statistics of a single value
-                are asked for.
+            ValueError: x has another shape, or another dtype than the weights, or batch statistics would be taken
+                over a single value.
         """
         if not torch.jit.is_scripting():
             self._check(x)
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        joint = None if torch.jit.is_scripting() else self._project(x)
+        query, key, value = (self.query(x), self.key(x), self.value(x)) if joint is None else joint
         place = self.place(x)
         if torch.jit.is_scripting():
             return self._forward_modules(query, key, value, place)
@@ -233,10 +250,16 @@ class _FootprintAttention(nn.Module):
         return text
 
 
-class PairwiseAttention(_FootprintAttention):
+_ATTENTION = Kind.by_forward('SAN attention', FootprintAttention.forward)
+
+
+class PairwiseAttention(FootprintAttention):
     """Pairwise self-attention (section 3.1): the weight of a neighbour depends on the pair of pixels only.
 
         y_i = sum_{j in R(i)} softmax_j( gamma([delta(x_i, x_j), p_i - p_j]) ) * beta(x_j)
+
+    A new layer multiplies torch's initial weights of gamma's last linear map by four: otherwise the softmax is flat and
+    the layer starts by blurring its footprint. The paper leaves the initialisation open.
 
     Args:
         dim: Channels of the input.
@@ -245,16 +268,16 @@ class PairwiseAttention(_FootprintAttention):
         share_planes: Channels that share one attention weight; they are out_planes / share_planes apart.
         kernel_size: Footprint size k, odd.
         dilation: Pixels between neighbours of a footprint.
-        relation: delta, one of 'subtraction', 'summation', 'concatenation', 'hadamard', 'dot'.
+        relation: delta, one of `ops.PAIRWISE_RELATIONS`.
         position: 'relative' appends p_i - p_j to the relation, 'absolute' p_j, 'none' nothing.
         position_ref_size: Side in pixels of the map whose coordinate step is used at every size; None spans [-1, 1]
-            over the map at hand, as the released models do. With dilation d, d pixels span one such step.
+            over the given map, as the released models do. With dilation d, d pixels span one such step.
         norm_layer: Norm of gamma, called with the number of channels, or timm's name of one. Batch norms run on every
-            operator path, others on the plain definition, whose memory grows with k * k.
-        act_layer: Activations of gamma, or timm's name of one. What holds for norms other than batch norms holds for
-            activations other than ReLU.
-        device: Where parameters are made.
-        dtype: Their dtype.
+            backend, others on the plain definition, whose memory grows with k * k.
+        act_layer: Activations of gamma, or timm's name of one. Activations other than ReLU run on the plain
+            definition too.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: An option is out of range; the message says what is allowed.
@@ -280,19 +303,24 @@ class PairwiseAttention(_FootprintAttention):
     ):
         super().__init__(dim, rel_planes, out_planes, share_planes, kernel_size, dilation, relation, position,
                          position_ref_size, norm_layer, act_layer, {'device': device, 'dtype': dtype})
+        self._begin_sharp()
 
-    def _weight_mlp_widths(self, r: int, weight_planes: int) -> tuple[int, int, int]:
-        width = {'dot': 1, 'concatenation': 2 * r}.get(self.relation, r) + (0 if self.position is None else 2)
-        return width, r, weight_planes
+    @torch.no_grad()
+    def _begin_sharp(self) -> None:
+        fc2: Any = self.weight_mlp.fc2
+        fc2.weight.mul_(4)  # not the bias: all neighbours share it, so the softmax cancels it
+
+    def _weight_mlp_widths(self, r: int, weight_planes: int) -> tuple[int, int]:
+        return r, weight_planes
 
 
-class PatchwiseAttention(_FootprintAttention):
-    """Patchwise self-attention (section 3.2): the whole footprint produces the whole weight tensor.
+class PatchwiseAttention(FootprintAttention):
+    """Patchwise self-attention (section 3.2): all weights of a footprint depend on the whole footprint.
 
         y_i = sum_{j in R(i)} gamma( delta(x_R(i)) )_j * beta(x_j)
 
-    A new layer begins near a convolution with fixed random kernels, one for each weight channel: gamma's last linear
-    map has these as its bias and small weights. The paper leaves the initialisation open.
+    A new layer starts near a convolution with fixed random kernels, one for each weight channel: they are the bias of
+    gamma's last linear map, and its weights are small. The paper leaves the initialisation open.
 
     Args:
         dim: Channels of the input.
@@ -301,13 +329,13 @@ class PatchwiseAttention(_FootprintAttention):
         share_planes: Channels that share one attention weight; they are out_planes / share_planes apart.
         kernel_size: Footprint size k, odd.
         dilation: Pixels between neighbours of a footprint.
-        relation: delta, one of 'concatenation' (r (k^2 + 1) channels), 'star' (k^2), 'clique' (k^4).
+        relation: delta, one of `ops.PATCHWISE_RELATIONS`.
         norm_layer: Norm of gamma, called with the number of channels, or timm's name of one. Batch norms run on every
-            operator path, others on the plain definition, whose memory grows with k * k.
-        act_layer: Activations of gamma, or timm's name of one. What holds for norms other than batch norms holds for
-            activations other than ReLU.
-        device: Where parameters are made.
-        dtype: Their dtype.
+            backend, others on the plain definition, whose memory grows with k * k.
+        act_layer: Activations of gamma, or timm's name of one. Activations other than ReLU run on the plain
+            definition too.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: An option is out of range; the message says what is allowed.
@@ -337,9 +365,7 @@ class PatchwiseAttention(_FootprintAttention):
     def _begin_near_fixed_kernels(self) -> None:
         fc2: Any = self.weight_mlp.fc2
         fc2.weight.mul_(0.1)
-        fc2.bias.normal_(std=1 / self.kernel_size)  # squares sum to 1 over a kernel: as large out as in
+        fc2.bias.normal_(std=1 / self.kernel_size)  # squares sum to 1 over a kernel: keeps the variance
 
-    def _weight_mlp_widths(self, r: int, weight_planes: int) -> tuple[int, int, int]:
-        area = self.kernel_size ** 2
-        width = {'star': area, 'clique': area ** 2}.get(self.relation, r * (area + 1))
-        return width, weight_planes, area * weight_planes
+    def _weight_mlp_widths(self, r: int, weight_planes: int) -> tuple[int, int]:
+        return weight_planes, self.kernel_size ** 2 * weight_planes

@@ -1,8 +1,8 @@
-"""Footprint attention on tensors: the definition, faster paths with the same result, and the choice between them."""
+"""Footprint attention on tensors: the definition, faster backends with the same result, and the choice between them."""
 import torch
 from torch import Tensor
 
-from . import flops, fused, native, reference, traced, triton  # noqa: F401
+from . import flops, fused, native, reference, relations, traced, triton  # noqa: F401
 from .backends import (
     BACKENDS,
     Backend,
@@ -10,20 +10,20 @@ from .backends import (
     available_backends,
     choose_backend,
     compiled_backend,
-    is_compiling,
-    is_exporting,
-    is_plain_tensor,
     make_request,
     serves,
-    symbolic_caller,
     tap_matrices,
     use_backend,
 )
 from .checks import check_attention
+from .fused import attend_folded
 from .gamma import Gamma, Norm, Spec, fold
 from .geometry import coordinates, footprint, padding, reflect_pad, reflection_index
-from .pointwise import halve, scale_shift_relu, stem
-from .reference import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
+from .linear import Linear, ScaleShiftReLU
+from .pointwise import halve, norm_relu, scale_shift_relu, serves_norm_relu, stem
+from .relations import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
+from .samples import Samples
+from .tracing import is_compiling, is_exporting, is_plain_tensor, symbolic_caller
 
 __all__ = [
     'BACKENDS',
@@ -32,9 +32,13 @@ __all__ = [
     'POSITIONS',
     'Backend',
     'Gamma',
+    'Linear',
     'Norm',
     'Request',
+    'Samples',
+    'ScaleShiftReLU',
     'Spec',
+    'attend_folded',
     'available_backends',
     'choose_backend',
     'coordinates',
@@ -46,11 +50,13 @@ __all__ = [
     'is_exporting',
     'is_plain_tensor',
     'native',
+    'norm_relu',
     'padding',
     'reflect_pad',
     'reflection_index',
     'scale_shift_relu',
     'serves',
+    'serves_norm_relu',
     'stem',
     'symbolic_caller',
     'triton',
@@ -95,13 +101,13 @@ def footprint_attention(
         name = 'reference' if is_exporting() or value.device.type not in ('cpu', 'cuda') else compiled_backend(
             str(value.device), str(value.dtype), spec.pairwise, spec.relation, torch.is_grad_enabled(), statistics,
             tap_matrices(query, gamma, spec))
-        attend = {'native': fused.attend_native, 'triton': fused.attend_triton}.get(name, traced.attend)
+        output = traced.attend(query, key, value, place, gamma, spec) if name == 'reference' else \
+            fused.attend(name, query, key, value, place, gamma, spec)
     elif torch.jit.is_tracing():
-        attend = traced.attend
+        output = traced.attend(query, key, value, place, gamma, spec)
     else:
         backend = choose_backend(make_request(query, key, value, place, gamma, spec))
-        attend = backend.attend
         if shift is not None and backend.finishes and not torch.is_grad_enabled():
-            return attend(query, key, value, place, gamma, spec, shift.float())
-    output = attend(query, key, value, place, gamma, spec)
+            return backend.attend(query, key, value, place, gamma, spec, shift.float())
+        output = backend.attend(query, key, value, place, gamma, spec)
     return output if shift is None else torch.relu(output + shift.to(output.dtype)[:, None, None])

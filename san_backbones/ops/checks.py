@@ -1,16 +1,16 @@
-"""What the operators accept: the compiled loops follow addresses, so that a wrong shape must not get as far."""
+"""What the operators accept: fused backends follow addresses, so that a wrong shape must not get as far."""
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from . import triton
-from .folding import FUSED_DTYPES, Shape, round_up
+from .contract import FusedBackend
+from .folding import Shape, round_up
 from .gamma import Gamma, Spec
-from .reference import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
+from .relations import POSITIONS
 
 __all__ = ['check_attention', 'check_channels', 'check_gamma', 'check_maps', 'check_operator', 'check_shape',
-           'check_spec', 'need', 'relation_width']
+           'check_spec', 'need']
 
 
 def _described(**tensors: Tensor | None) -> str:
@@ -20,10 +20,7 @@ def _described(**tensors: Tensor | None) -> str:
 
 def check_spec(spec: Spec) -> None:
     """Raises ValueError unless `spec` describes an attention that exists."""
-    relations = PAIRWISE_RELATIONS if spec.pairwise else PATCHWISE_RELATIONS
-    if spec.relation not in relations:
-        raise ValueError(f'relation of the {"pairwise" if spec.pairwise else "patchwise"} form must be one of '
-                         f'{", ".join(map(repr, relations))}, got {spec.relation!r}')
+    spec.described  # noqa: B018, raises for a relation that its form has not
     if spec.position not in POSITIONS:
         raise ValueError(f'position must be one of {", ".join(map(repr, POSITIONS))}, got {spec.position!r}')
     if spec.kernel_size < 1 or spec.kernel_size % 2 == 0 or spec.dilation < 1:
@@ -55,17 +52,10 @@ def check_maps(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) 
         raise ValueError('query, key, value and place must be on one device, got ' + _described(**maps))
 
 
-def relation_width(pairwise: bool, relation: str, rel: int, area: int, has_place: bool) -> int:
-    """Channels of the relation, positions included, of maps of `rel` channels and a footprint of `area` pixels."""
-    if pairwise:
-        return {'dot': 1, 'concatenation': 2 * rel}.get(relation, rel) + (2 if has_place else 0)
-    return {'star': area, 'clique': area * area}.get(relation, rel * (area + 1))
-
-
 def check_gamma(query: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma, spec: Spec) -> None:
     """Raises ValueError unless gamma's tensors have the widths that maps and spec call for."""
     area = spec.kernel_size ** 2
-    inputs = relation_width(spec.pairwise, spec.relation, query.shape[1], area, place is not None)
+    inputs = spec.described.width(query.shape[1], area, place is not None)
     for number, norm in ((1, gamma.norm1), (2, gamma.norm2)):
         if not norm.batch_statistics and (norm.running_mean is None or norm.running_var is None):
             raise ValueError(f'norm{number} of gamma has no running_mean or running_var; expected both, or '
@@ -101,7 +91,7 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, place: Tensor | N
     """Raises ValueError for what `ops.footprint_attention` does not accept."""
     check_spec(spec)
     check_maps(query, key, value, place)
-    if spec.pairwise and (place is None) != (spec.position == 'none'):
+    if spec.described.has_positions and (place is None) != (spec.position == 'none'):
         raise ValueError(f"place must be given for position {spec.position!r}" if place is None else
                          "place must be None for position 'none'; 'relative' and 'absolute' take it")
     check_gamma(query, value, place, gamma, spec)
@@ -110,38 +100,42 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, place: Tensor | N
 
 
 def check_channels(name: str, x: Tensor, channels: int, like: Tensor) -> None:
-    """Raises ValueError unless x has one floating number for each channel, where `like` is."""
+    """Raises ValueError unless x has one floating element for each channel, where `like` is."""
     check_shape(name, x, (channels,), like)
 
 
-def check_operator(shape: Shape, width: int, maps: Sequence[Tensor | None], folded: Mapping[str, Tensor | None],
-                   gradient: Tensor | None = None) -> None:
+def check_operator(shape: Shape, backend: FusedBackend, maps: Sequence[Tensor | None],
+                   folded: Mapping[str, Tensor | None], gradient: Tensor | None = None) -> None:
     """Raises ValueError for what a registered operator does not accept.
 
     Args:
         shape: What the attention is said to be.
-        width: Numbers in a vector of the loops that run it.
+        backend: What is to run it.
         maps: query, key, value (None for the hidden vectors' statistics) and place.
         folded: scale1, shift1, weight1; except for those statistics also shift2, weight2, bias2 and the output's shift.
         gradient: Of the output, or of the statistics.
     """
-    pairwise, relation = shape.form
-    _check_numbers(shape, width)
+    relation, width = shape.described, backend.width()
+    _check_integers(shape, width)
+    if backend.name not in relation.backends:
+        raise ValueError(f'the {backend.name} backend has no {relation.name} relation of the {relation.form} form')
     query, key, value, place = maps
     needed = {name: x for name, x in folded.items() if name != 'shift'}
     need(query=query, key=key, **({'value': value} if 'weight2' in folded else {}), **needed)
     assert query is not None and key is not None
     check_maps(query, key, key if value is None else value, place)
-    if query.dtype not in FUSED_DTYPES:
-        raise ValueError(f'maps must be of one of {", ".join(str(dtype)[6:] for dtype in FUSED_DTYPES)}, '
+    if query.dtype not in backend.dtypes:
+        raise ValueError(f'maps must be of one of {", ".join(str(dtype)[6:] for dtype in backend.dtypes)}, '
                          f'got {query.dtype}')
-    _check_device(shape.path, query.device)
+    reason = backend.unavailable(query.device)
+    if reason is not None:
+        raise ValueError(f'the {backend.name} backend does not serve these maps: {reason}')
     area = shape.area
-    if place is not None and not pairwise:
-        raise ValueError('place must be None for the patchwise form')
-    inputs = relation_width(pairwise, relation, query.shape[1], area, place is not None)
+    if place is not None and not relation.has_positions:
+        raise ValueError(f'place must be None for the {relation.form} form')
+    inputs = relation.width(query.shape[1], area, place is not None)
     padded = round_up(shape.hidden, width)
-    taps = () if pairwise else (area,)
+    taps = () if relation.is_pairwise else (area,)
     expected: dict[str, tuple[int, ...]] = dict(
         scale1=(inputs,), shift1=(inputs,), weight1=(inputs, padded), shift2=(padded,),
         weight2=(shape.hidden, *taps, shape.lanes), bias2=(*taps, shape.lanes))
@@ -158,9 +152,7 @@ def check_operator(shape: Shape, width: int, maps: Sequence[Tensor | None], fold
         check_shape('gradient', gradient, output, query)
 
 
-def _check_numbers(shape: Shape, width: int) -> None:
-    if shape.path not in (0, 1):
-        raise ValueError(f'path must be 0 (compiled loops) or 1 (Triton), got {shape.path}')
+def _check_integers(shape: Shape, width: int) -> None:
     if shape.absolute not in (0, 1):
         raise ValueError(f'absolute must be 0 or 1, got {shape.absolute}')
     if shape.kernel_size < 1 or shape.kernel_size % 2 == 0 or shape.dilation < 1:
@@ -170,13 +162,6 @@ def _check_numbers(shape: Shape, width: int) -> None:
             or shape.lanes % width:
         raise ValueError('hidden, channels and lanes must be positive and lanes a multiple of channels and of '
                          f'{width}, got hidden={shape.hidden}, channels={shape.channels}, lanes={shape.lanes}')
-
-
-def _check_device(path: int, device: torch.device) -> None:
-    reason = triton.unavailable(device) if path == 1 else \
-        None if device.type == 'cpu' else f'they run on the CPU, the maps are on {device}'
-    if reason is not None:
-        raise ValueError(f'{"Triton kernels do" if path else "compiled loops do"} not serve these maps: {reason}')
 
 
 def need(**tensors: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import fused, native  # noqa: F401, they define the operators
+from . import fused, native  # noqa: F401, they register the operators
 from .folding import Shape
 
 __all__ = ()
@@ -20,11 +20,10 @@ _operators = torch.ops.san_backbones
 def _hidden(query: Any, weight1: Any, shape: Shape) -> int:
     """Of the relations and of the hidden vectors made of them."""
     batch, rel, height, width = query
-    pairwise, relation = shape.form
-    pairs = batch * height * width * shape.area
-    vectors = pairs if pairwise else batch * height * width
-    products = pairs * rel if relation in ('hadamard', 'dot', 'star') else 0
-    return 2 * (products + vectors * weight1[0] * shape.hidden)
+    relation, pixels = shape.described, batch * height * width
+    products = relation.operations(rel, shape.area) if relation.operation == 'multiply' else 0
+    vectors = shape.area if relation.is_pairwise else 1
+    return 2 * pixels * (products + vectors * weight1[0] * shape.hidden)
 
 
 def _weights(query: Any, shape: Shape) -> int:

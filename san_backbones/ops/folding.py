@@ -1,51 +1,45 @@
-"""What fused loops are given: gamma folded into six tensors, maps with their channels last, and a few numbers."""
+"""What fused backends are given: gamma folded into six tensors, maps with their channels last, and a few integers."""
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import relations
 from .gamma import Affine, Gamma, Spec
 
-__all__ = ['FUSED_DTYPES', 'RELATIONS', 'Shape', 'channels_first', 'channels_last', 'fold_gamma', 'in_loop_order',
-           'memory_format', 'pad', 'power_of_2', 'round_up', 'row']
-
-FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of maps; what is folded is float32."""
-
-RELATIONS = {(True, 'subtraction'): 0, (True, 'summation'): 1, (True, 'hadamard'): 2, (True, 'concatenation'): 3,
-             (True, 'dot'): 4, (False, 'concatenation'): 5, (False, 'star'): 6}
-_FORMS = {code: form for form, code in RELATIONS.items()}
+__all__ = ['Shape', 'as_rows', 'channels_first', 'channels_last', 'fold_gamma', 'in_loop_order', 'memory_format',
+           'pad', 'power_of_2', 'round_up', 'row']
 
 
 class Shape(NamedTuple):
-    """What an attention is, in the numbers that an operator's arguments can be."""
-    relation: int  # of RELATIONS
+    """What an attention is, in integers, which an operator takes."""
+    relation: int  # its place in relations.RELATIONS
     absolute: int  # positions p_j instead of p_i - p_j
     kernel_size: int
     dilation: int
     hidden: int  # width of the middle of gamma, without padding
     channels: int  # weight channels
     lanes: int  # columns of weight2 for a tap: weight channels, repeated to fill vectors
-    path: int  # whose loops run it: an index of fused.PATHS
+    backend: int  # its place in fused.FUSED
 
     @classmethod
-    def of(cls, spec: Spec, hidden: int, channels: int, lanes: int, path: int) -> list[int]:
-        return [RELATIONS[spec.pairwise, spec.relation], int(spec.position == 'absolute'), spec.kernel_size,
-                spec.dilation, hidden, channels, lanes, path]
+    def of(cls, spec: Spec, hidden: int, channels: int, lanes: int, backend: int) -> list[int]:
+        return [relations.number(spec.pairwise, spec.relation), int(spec.position == 'absolute'), spec.kernel_size,
+                spec.dilation, hidden, channels, lanes, backend]
 
     @classmethod
-    def read(cls, numbers: list[int]) -> 'Shape':
-        if len(numbers) != len(cls._fields):
-            raise ValueError(f'shape must be {len(cls._fields)} integers ({", ".join(cls._fields)}), got {numbers}')
-        return cls(*numbers)
+    def read(cls, integers: list[int]) -> 'Shape':
+        if len(integers) != len(cls._fields):
+            raise ValueError(f'shape must be {len(cls._fields)} integers ({", ".join(cls._fields)}), got {integers}')
+        return cls(*integers)
 
     @property
-    def form(self) -> tuple[bool, str]:
-        """Whether it is pairwise, and the name of its relation."""
-        if self.relation not in _FORMS:
-            raise ValueError(f'relation must be one of {", ".join(map(str, _FORMS))}, got {self.relation}')
-        return _FORMS[self.relation]
+    def described(self) -> relations.Relation:
+        """The row of the relation in the table. Raises ValueError where there is none."""
+        if not 0 <= self.relation < len(relations.RELATIONS):
+            raise ValueError(f'relation must be in [0, {len(relations.RELATIONS)}), got {self.relation}')
+        return relations.RELATIONS[self.relation]
 
     @property
     def area(self) -> int:
@@ -73,10 +67,10 @@ def power_of_2(n: int) -> int:
 
 
 def fold_gamma(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec, width: int,
-               path: int) -> tuple[list[int], list[Tensor]]:
-    """gamma as the loops read it: scale1, shift1, weight1, shift2, weight2, bias2. Differentiable.
+               backend: int) -> tuple[list[int], list[Tensor]]:
+    """gamma as fused backends read it: scale1, shift1, weight1, shift2, weight2, bias2. Differentiable.
 
-    Columns are padded (hidden) or repeated (weight channels) to a multiple of `width`, the vectors of the loops.
+    Columns are padded (hidden) or repeated (weight channels) to a multiple of `width`, the backend's vectors.
     """
     area = spec.kernel_size ** 2
     scale1, shift1 = norm1
@@ -93,29 +87,35 @@ def fold_gamma(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec, width: in
     folded = [scale1, shift1, pad(weight1, round_up(hidden, width)), pad(shift2, round_up(hidden, width)),
               _repeat(weight2, lanes), _repeat(bias2, lanes)]
     folded = [x.float().contiguous() for x in folded]  # norms may be float64
-    return Shape.of(spec, hidden, weight_channels, lanes, path), folded
+    return Shape.of(spec, hidden, weight_channels, lanes, backend), folded
 
 
 def in_loop_order(x: Tensor, spec: Spec) -> Tensor:
-    """Relation channels (the first axis of x): psi's come as c * k^2 + o, the loops write them as o * r + c."""
-    if spec.pairwise or spec.relation != 'concatenation':
+    """Channels of a patchwise relation (the first axis of x): those of the taps come as c * k^2 + o, fused backends
+    write them as o * tap width + c.
+    """
+    if spec.pairwise or relations.is_summed(spec.pairwise, spec.relation):
         return x
-    area = spec.kernel_size ** 2
-    rel = x.shape[0] // (area + 1)
-    psi = x[rel:].unflatten(0, (rel, area)).transpose(0, 1).flatten(0, 1)
-    return torch.cat([x[:rel], psi])
+    area, joined = spec.kernel_size ** 2, relations.is_joined(spec.pairwise, spec.relation)
+    rel = x.shape[0] // (area + joined)
+    taps = x[rel * joined:].unflatten(0, (rel, area)).transpose(0, 1).flatten(0, 1)
+    return torch.cat([x[:rel * joined], taps])
 
 
 def channels_last(x: Tensor) -> Tensor:
     """(N, C, H, W) as (N, H, W, C), without a copy where that is a slice of the channels of such a map."""
-    x = x.detach().permute(0, 2, 3, 1)
+    return as_rows(x.detach().permute(0, 2, 3, 1))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (N, H, W, C), or a copy of it, with its pixels at equal distances and the channels of each together."""
     _, height, width, _ = x.shape
     row = x.stride(2)
     return x if x.stride() == (height * width * row, width * row, row, 1) else x.contiguous()
 
 
 def row(x: Tensor) -> int:
-    """Numbers from one pixel of a map from `channels_last` to the next; the stride of an axis of one is arbitrary."""
+    """Elements from one pixel of a map from `channels_last` to the next; the stride of an axis of one is arbitrary."""
     return x.shape[3] if x.is_contiguous() else x.stride(2)
 
 

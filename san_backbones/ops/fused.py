@@ -1,9 +1,4 @@
-"""Fused footprint attention: the operators, their gradients and batch statistics, whichever loops compute them.
-
-A path is a module with the functions `output`, `gradients`, `sums` and `sums_gradients` on maps with channels last and
-folded gamma, nothing of size k x k being kept by any of them: `native.attention` (C, on the CPU) and `triton.launch`.
-"""
-import importlib
+"""Fused footprint attention: the registered backends, and torch's operators for their output, gradients and sums."""
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,39 +6,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native, triton
 from .checks import check_operator, need
+from .contract import FusedBackend
 from .folding import Shape, channels_first, channels_last, fold_gamma, in_loop_order, memory_format, pad, round_up
-from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, refuse_other_backward
-from .native import attention as native_attention
-from .native import library
+from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, moments_of_sums, refuse_other_backward
 from .statistics import relation_statistics
 
-__all__ = ['attend_native', 'attend_triton']
+__all__ = ['FUSED', 'attend', 'attend_folded', 'folded']
 
-PATHS = ('native', 'triton')
-_DEVICES = ('cpu', 'cuda')
+FUSED: tuple[FusedBackend, ...] = (native.BACKEND, triton.BACKEND)
+"""The most wanted first. The number of a backend, in arguments of registered operators, is its place here."""
+
+_DEVICES = tuple(sorted({device for backend in FUSED for device in backend.devices}))
 # torch 2.6 takes no list[int] in operators
 _Ints = typing.List[int]  # noqa: UP006
 _Outputs = typing.List[Tensor]  # noqa: UP006
 _FOLDED = ('scale1', 'shift1', 'weight1', 'shift2', 'weight2', 'bias2', 'shift')
-_Tensors = Sequence[Any]  # tensors, and None in the place of one that there is none of
+_Tensors = Sequence[Any]  # tensors, and None for one that is absent
 
 
-def _loops(shape: Shape) -> Any:
-    # Triton's are imported when they are first used; the others are here already, for a process that is forked while
-    # another thread imports waits for ever
-    return native_attention if shape.path == 0 else importlib.import_module('.triton.launch', __package__)
-
-
-def _width(path: int) -> int:
-    return library.width() if path == 0 else 1  # the compiler of Triton chooses vectors by itself
-
-
-def _checked(numbers: list[int], maps: _Tensors, folded: _Tensors, gradient: Tensor | None = None) -> Shape:
-    """The `Shape` of these numbers, which fits maps and tensors: loops follow addresses."""
-    shape = Shape.read(numbers)
-    check_operator(shape, _width(shape.path), maps, dict(zip(_FOLDED, folded)), gradient)
-    return shape
+def _checked(integers: list[int], maps: _Tensors, folded: _Tensors,
+             gradient: Tensor | None = None) -> tuple[Shape, Any]:
+    """The `Shape` of these integers and the loops for it, where they fit maps and tensors: loops follow addresses."""
+    shape = Shape.read(integers)
+    if not 0 <= shape.backend < len(FUSED):
+        known = ', '.join(f'{number} ({backend.name})' for number, backend in enumerate(FUSED))
+        raise ValueError(f'backend must be one of {known}, got {shape.backend}')
+    backend = FUSED[shape.backend]
+    check_operator(shape, backend, maps, dict(zip(_FOLDED, folded)), gradient)
+    return shape, backend.loops()
 
 
 def _maps(*maps: Tensor | None) -> list[Tensor | None]:
@@ -52,7 +44,7 @@ def _maps(*maps: Tensor | None) -> list[Tensor | None]:
 
 
 def _packed(*folded: Tensor | None) -> list[Tensor | None]:
-    """Folded gamma as the loops read it: a compiled graph may have left out a `.contiguous()` that it believed idle."""
+    """Folded gamma as loops read it: a compiled graph may have left out a `.contiguous()` that it believed idle."""
     return [None if x is None else x.contiguous() for x in folded]
 
 
@@ -70,8 +62,8 @@ def _attend(
         shape: _Ints) -> Tensor:
     """The attention, given folded gamma; `shape` is a `Shape`. With `shift`, relu(y + shift); no gradients then."""
     maps, folded = (query, key, value, place), _packed(scale1, shift1, weight1, shift2, weight2, bias2, shift)
-    described = _checked(shape, maps, folded)
-    return channels_first(_loops(described).output(described, _maps(*maps), folded[:-1], folded[-1]), value)
+    described, loops = _checked(shape, maps, folded)
+    return channels_first(loops.output(described, _maps(*maps), folded[:-1], folded[-1]), value)
 
 
 @_attend.register_fake
@@ -86,9 +78,9 @@ def _attend_backward(
         shape: _Ints) -> _Outputs:
     maps, folded = (query, key, value, place), _packed(scale1, shift1, weight1, shift2, weight2, bias2)
     need(gradient=gradient)
-    described = _checked(shape, maps, folded, gradient)
+    described, loops = _checked(shape, maps, folded, gradient)
     gradient = channels_last(gradient).contiguous()
-    return _to_inputs(_loops(described).gradients(described, _maps(*maps), folded, gradient), maps)
+    return _to_inputs(loops.gradients(described, _maps(*maps), folded, gradient), maps)
 
 
 @_attend_backward.register_fake
@@ -126,8 +118,8 @@ def _hidden_sums(
         shape: _Ints) -> Tensor:
     """Sums of u = weight1 relu(norm1(delta)), the input of norm2, and of u * u: (2, hidden) in float64."""
     maps, folded = (query, key, None, place), _packed(scale1, shift1, weight1, None, None, None)
-    described = _checked(shape, maps, folded[:3])
-    return _loops(described).sums(described, _maps(*maps), folded)[:, :described.hidden].contiguous()
+    described, loops = _checked(shape, maps, folded[:3])
+    return loops.sums(described, _maps(*maps), folded)[:, :described.hidden].contiguous()
 
 
 @_hidden_sums.register_fake
@@ -141,10 +133,10 @@ def _hidden_sums_backward(
         weight1: Tensor, shape: _Ints) -> _Outputs:
     maps, folded = (query, key, None, place), _packed(scale1, shift1, weight1, None, None, None)
     need(gradient=gradient)
-    described = _checked(shape, maps, folded[:3], gradient)
+    described, loops = _checked(shape, maps, folded[:3], gradient)
     slopes = torch.stack([gradient[0], 2 * gradient[1]])  # d u / d u and d u^2 / d u = 2 u
     slopes = pad(slopes.float(), weight1.shape[1]).contiguous()
-    return _to_inputs(_loops(described).sums_gradients(described, _maps(*maps), folded, slopes), maps)
+    return _to_inputs(loops.sums_gradients(described, _maps(*maps), folded, slopes), maps)
 
 
 @_hidden_sums_backward.register_fake
@@ -163,63 +155,74 @@ def _differentiate_hidden_sums(ctx, gradient):
 _hidden_sums.register_autograd(_differentiate_hidden_sums, setup_context=_keep)
 
 
-def _attend_by(
-        path: int,
+@torch.compiler.assume_constant_result
+def _number(name: str) -> int:
+    """The place of a backend in `FUSED`."""
+    return next(number for number, backend in enumerate(FUSED) if backend.name == name)
+
+
+@torch.compiler.assume_constant_result
+def _width(name: str) -> int:
+    return FUSED[_number(name)].width()
+
+
+def attend(
+        name: str,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         place: Tensor | None,
         gamma: Gamma,
         spec: Spec,
-        shift: Tensor | None,
+        shift: Tensor | None = None,
 ) -> Tensor:
-    width = _width(path)
+    """Footprint attention by the fused backend of that name; the others as `ops.footprint_attention`, `shift` without
+    gradients. The result has the memory format of `value`.
+    """
     with torch.autocast(value.device.type, enabled=False):
-        folded = None if gamma.cache is None else gamma.cache.get(PATHS[path])
-        if folded is None:
-            norm1 = _affine(gamma.norm1, lambda: relation_statistics(query, key, place, spec))
-            norm2 = _affine(gamma.norm2,
-                            lambda: _hidden_statistics(query, key, place, norm1, gamma, spec, width, path))
-            folded = fold_gamma(norm1, norm2, gamma, spec, width, path)
-        if gamma.cache is not None:
-            gamma.cache[PATHS[path]] = folded
-        shape, tensors = folded
+        shape, tensors = folded(name, gamma, spec, query, key, place)
         return _attend(query, key, value, place, *tensors, shift, shape)
 
 
-def attend_native(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        place: Tensor | None,
+def folded(
+        name: str,
         gamma: Gamma,
         spec: Spec,
-        shift: Tensor | None = None,
-) -> Tensor:
-    """Footprint attention by compiled loops; arguments as `ops.footprint_attention`, `shift` without gradients.
-
-    Computes in float32 whatever the dtype of the maps. The result has the memory format of `value`. Nothing depends on
-    the number of threads.
+        query: Any = None,
+        key: Any = None,
+        place: Tensor | None = None,
+) -> tuple[list[int], list[Tensor]]:
+    """A `Shape` and gamma folded for the backend of that name, from gamma's cache if it has one. Maps are needed where
+    norms use batch statistics.
     """
-    return _attend_by(0, query, key, value, place, gamma, spec, shift)
+    number, width = _number(name), _width(name)
+    found = None if gamma.cache is None else gamma.cache.get(name)
+    if found is None:
+        norm1 = _affine(gamma.norm1, lambda: relation_statistics(query, key, place, spec))
+        norm2 = _affine(gamma.norm2, lambda: _hidden_statistics(query, key, place, norm1, gamma, spec, width, number))
+        found = fold_gamma(norm1, norm2, gamma, spec, width, number)
+    if gamma.cache is not None:
+        gamma.cache[name] = found
+    return found
 
 
-def attend_triton(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        place: Tensor | None,
-        gamma: Gamma,
-        spec: Spec,
-        shift: Tensor | None = None,
-) -> Tensor:
-    """Footprint attention by Triton kernels; arguments as `ops.footprint_attention`, `shift` without gradients.
+def attend_folded(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma, spec: Spec,
+                  shift: Tensor) -> Tensor:
+    """relu(y + shift) of the attention y by the compiled loops, on maps with channels last; nothing is checked.
 
-    Factors of matrix products have the dtype of the maps (float32: as `torch.backends.cuda.matmul.allow_tf32` says),
-    all else is float32. The result has the memory format of `value`. Gradients of maps are sums by atomic additions,
-    whose order differs from run to run.
+    Args:
+        query: phi(x), (N, H, W, r), float32, a slice of the channels of a contiguous map; as `key`, psi(x).
+        value: beta(x), (N, H, W, m), likewise.
+        place: (1, H, W, 2), contiguous, or None.
+        gamma: With a cache, and norms that use running statistics.
+        spec: With a relation that the loops have.
+        shift: (m,), float32.
+
+    Returns:
+        (N, H, W, m), contiguous.
     """
-    return _attend_by(1, query, key, value, place, gamma, spec, shift)
+    shape, tensors = folded(native.BACKEND.name, gamma, spec)
+    return native.attention.output(Shape(*shape), (query, key, value, place), tensors, shift.float())
 
 
 def _affine(norm: Norm, statistics: Callable[[], tuple[Tensor, Tensor, int]]) -> Affine:
@@ -228,14 +231,13 @@ def _affine(norm: Norm, statistics: Callable[[], tuple[Tensor, Tensor, int]]) ->
     return fold_batch(norm, *statistics())
 
 
-def _hidden_statistics(query: Tensor, key: Tensor, place: Tensor | None, norm1: Affine, gamma: Gamma,
-                       spec: Spec, width: int, path: int) -> tuple[Tensor, Tensor, int]:
+def _hidden_statistics(query: Any, key: Any, place: Tensor | None, norm1: Affine, gamma: Gamma,
+                       spec: Spec, width: int, backend: int) -> tuple[Tensor, Tensor, int]:
     weight1 = gamma.weight1.flatten(1).float().t()
     hidden = weight1.shape[1]
     scale1, shift1, weight1 = (in_loop_order(x.float(), spec).contiguous() for x in (*norm1, weight1))
     sums = _hidden_sums(query, key, place, scale1, shift1, pad(weight1, round_up(hidden, width)).contiguous(),
-                        Shape.of(spec, hidden, 1, width, path))
+                        Shape.of(spec, hidden, 1, width, backend))
     vectors = query.shape[0] * query.shape[2] * query.shape[3] * (spec.kernel_size ** 2 if spec.pairwise else 1)
-    mean, square = sums / max(vectors, 1)
-    var = (square - mean * mean).clamp(min=0)  # in float64 the difference keeps float32's digits
+    mean, var = moments_of_sums(sums, vectors)
     return mean.float(), var.float(), vectors

@@ -6,8 +6,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'apply_gamma', 'fold', 'fold_batch', 'moments', 'normalise',
-           'refuse_other_backward', 'synchronise', 'update_running_statistics', 'widened']
+from . import relations
+
+__all__ = ['Affine', 'Gamma', 'Norm', 'Spec', 'apply_gamma', 'fold', 'fold_batch', 'moments', 'moments_of_sums',
+           'normalise', 'refuse_other_backward', 'synchronise', 'update_running_statistics', 'widened']
 
 
 class Spec(NamedTuple):
@@ -17,6 +19,11 @@ class Spec(NamedTuple):
     position: str
     kernel_size: int
     dilation: int
+
+    @property
+    def described(self) -> relations.Relation:
+        """The row of the relation in the table. Raises ValueError where there is none."""
+        return relations.find(self.pairwise, self.relation)
 
 
 class Norm(NamedTuple):
@@ -39,8 +46,8 @@ class Norm(NamedTuple):
 class Gamma(NamedTuple):
     """The mapping from relations to weights: norm1, ReLU, weight1, norm2, ReLU, weight2 and bias2.
 
-    Linear maps are held as 1x1 convolutions, (out, in, 1, 1). `cache` is a dict where a path keeps what it derives from
-    the other fields; whoever gives one vouches that their tensors do not change while it lives.
+    Linear maps are held as 1x1 convolutions, (out, in, 1, 1). `cache` is a dict where a backend keeps what it derives
+    from the other fields; whoever gives one vouches that their tensors do not change while it lives.
     """
     norm1: Norm
     weight1: Tensor
@@ -107,6 +114,12 @@ def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def moments_of_sums(sums: Tensor, values: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance from the sums of so many values and of their squares, (2, C) in float64."""
+    mean, square = sums / max(values, 1)
+    return mean, (square - mean * mean).clamp(min=0)  # in float64 the difference keeps float32's digits
+
+
 def fold_batch(norm: Norm, mean: Tensor, var: Tensor, values: int) -> Affine:
     """`fold` by the statistics of this call's values, so many for each channel: shared over the norm's process group,
     and the running buffers moved towards them. Statistics of no values are finite and move nothing.
@@ -150,9 +163,9 @@ def apply_gamma(relation: Tensor, gamma: Gamma) -> Tensor:
 def refuse_other_backward(gradient: Tensor) -> None:
     """Raises where a gradient is to be differentiated again (`create_graph=True`), or many are computed at once."""
     if torch._C._functorch.is_batchedtensor(gradient) or torch._C._functorch.is_legacy_batchedtensor(gradient):
-        raise RuntimeError('this path of footprint attention takes one gradient at a time, and no batch of them '
+        raise RuntimeError('this backend of footprint attention takes one gradient at a time, and no batch of them '
                            '(is_grads_batched, vectorize, vmap): compute them under '
                            "san_backbones.ops.use_backend('reference')")
     if torch.is_grad_enabled():
-        raise RuntimeError('this path of footprint attention has no second derivatives: compute them under '
+        raise RuntimeError('this backend of footprint attention has no second derivatives: compute them under '
                            "san_backbones.ops.use_backend('reference')")

@@ -1,6 +1,6 @@
 """Footprints, reflection and coordinates: where the neighbours of a pixel are.
 
-Every operator path shares these definitions. A *footprint* of `kernel_size` k and `dilation` d holds the k x k
+Every backend shares these definitions. A *footprint* of `kernel_size` k and `dilation` d holds the k x k
 pixels around a centre, d apart; beyond the border the map is mirrored without repeating the edge, and mirrored again
 where it is narrower than the footprint reaches.
 """

@@ -1,4 +1,5 @@
-"""What surrounds the attention: pooling, the stem in one piece, and relu(s x + t), bounded or not."""
+"""What surrounds the attention: pooling, the stem in one piece, relu(s x + t), and relu(norm(x)), bounded or not."""
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -7,11 +8,10 @@ from torch import Tensor
 from . import native
 from .backends import serves
 from .checks import check_channels
-from .folding import FUSED_DTYPES
-from .gamma import Norm, fold, fold_batch
+from .gamma import Norm, fold, fold_batch, moments_of_sums, refuse_other_backward
 from .traced import is_known
 
-__all__ = ['halve', 'scale_shift_relu', 'stem']
+__all__ = ['halve', 'norm_relu', 'scale_shift_relu', 'serves_norm_relu', 'stem']
 
 
 @torch.fx.wrap
@@ -60,7 +60,7 @@ def stem(image: Tensor, weight: Tensor, norm: Norm) -> Tensor:
             or weight.device != image.device:
         raise ValueError('expected an image (N, C, H, W) and a weight (D, C) on one device, got '
                          f'{list(image.shape)} on {image.device} and {list(weight.shape)} on {weight.device}')
-    if image.device.type != 'cpu' or image.dtype not in FUSED_DTYPES or native.unavailable() is not None:
+    if image.dtype not in native.BACKEND.dtypes or native.BACKEND.unavailable(image.device) is not None:
         raise ValueError(f'no compiled loop serves this image ({image.dtype}, {image.device}): see `serves`')
     for name, x in zip(norm._fields, norm[:4]):
         if x is not None:
@@ -99,3 +99,70 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor, limit: float | Non
         return native.scale_shift_relu(x, scale.float().contiguous(), shift.float().contiguous(), limit)
     output = torch.addcmul(shift, x, scale).relu_()
     return (output if limit is None else output.clamp_(max=limit)).to(x.dtype)
+
+
+class _NormReLU(torch.autograd.Function):
+    """min(relu(weight (x - mean) / sqrt(var + eps) + bias), limit) of x (N, H, W, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, limit: float | None) -> Tensor:
+        ctx.batch_statistics, ctx.limit, ctx.dtype = norm.batch_statistics, limit, weight.dtype
+        if norm.batch_statistics:
+            values = x.numel() // x.shape[3]
+            mean, var = moments_of_sums(native.moments(x), values)
+            affine = fold_batch(norm, mean, var, values)
+        else:
+            assert norm.running_mean is not None and norm.running_var is not None  # or the batch's are used
+            mean, var = norm.running_mean, norm.running_var
+            affine = fold(norm, mean, var)
+        inverse = torch.rsqrt(var + norm.eps)
+        vectors = [y.float().contiguous() for y in (mean, *affine, inverse)]
+        ctx.save_for_backward(x, *vectors)
+        return native.scale_shift_relu(x, *vectors[1:3], limit)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        refuse_other_backward(gradients[0])
+        x, mean, scale, shift, inverse = ctx.saved_tensors
+        arguments = gradients[0], x, mean, scale, shift
+        d_bias, d_weight = native.scale_shift_relu_sums(*arguments, ctx.limit)
+        d_weight = d_weight * inverse
+        slopes = torch.zeros(2, x.shape[3]).to(mean)
+        if ctx.batch_statistics:  # as mean and variance depend on x
+            slopes = -scale * torch.stack([d_weight * inverse, d_bias]) / (x.numel() // x.shape[3])
+        d_x = native.scale_shift_relu_gradient(*arguments, *slopes.float(), ctx.limit)
+        return d_x, None, d_weight.to(ctx.dtype), d_bias.to(ctx.dtype), None
+
+
+def serves_norm_relu(x: Tensor) -> bool:
+    """Whether `norm_relu` takes x (N, C, H, W)."""
+    return serves(x) and x.dim() == 4 and x.dtype == torch.float32 and x.numel() > x.shape[1] \
+        and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] % native.width() == 0 \
+        and not torch.is_autocast_enabled(x.device.type)
+
+
+def norm_relu(x: Tensor, norm: Norm, limit: float | None = None) -> Tensor:
+    """min(relu(norm(x)), limit) in one operator, and its gradients in two passes over x.
+
+    Args:
+        x: (N, C, H, W), one that `serves_norm_relu` accepts.
+        norm: Batch normalisation of the C channels, of this process alone; running buffers are updated in place as
+            BatchNorm2d's are.
+        limit: Largest value of the output, None for any.
+
+    Returns:
+        Like x.
+
+    Raises:
+        ValueError: x is another map, or the norm is of another number of channels.
+    """
+    if not serves_norm_relu(x):
+        raise ValueError('expected a map (N, C, H, W) in float32 on the CPU, in channels_last format, of more than one '
+                         f'value per channel, C a multiple of {native.width()}, got {list(x.shape)}, {x.dtype}, '
+                         f'{x.device}, strides {list(x.stride())}: see `serves_norm_relu`')
+    for name, y in zip(norm._fields, norm[:4]):
+        if y is not None:
+            check_channels(f'{name} of the norm', y, x.shape[1], x)
+    weight = torch.ones_like(x[0, :, 0, 0]) if norm.weight is None else norm.weight
+    bias = torch.zeros_like(weight) if norm.bias is None else norm.bias
+    return _NormReLU.apply(x.permute(0, 2, 3, 1), norm, weight, bias, limit).permute(0, 3, 1, 2)

@@ -4,8 +4,8 @@
     patchwise  y_i = sum_{j in R(i)} gamma( delta(x_R(i)) )_j * beta(x_j)
 
 `relate` is delta, `aggregate` the weighted sum; gamma stands between them. `query`, `key`, `value` are phi(x), psi(x),
-beta(x). Everything with a k x k axis is written to memory: this is what other paths are tested against, and what
-TorchScript, FX, torch.export and ONNX see.
+beta(x). Everything with a k x k axis is written to memory: this is what other backends are tested against. `combine`
+and `combine_patch` are all that is particular to a relation; the traced form calls them too.
 
 The functions take maps that are padded already (`geometry.reflect_pad`), so that a strip of rows and the whole map
 are the same computation.
@@ -16,16 +16,17 @@ from torch import Tensor
 
 from . import geometry
 from .gamma import Gamma, Spec, apply_gamma
+from .relations import reads_every_query
 
-__all__ = ['PAIRWISE_RELATIONS', 'PATCHWISE_RELATIONS', 'POSITIONS', 'aggregate', 'attend', 'relate']
-
-PAIRWISE_RELATIONS = ('subtraction', 'summation', 'concatenation', 'hadamard', 'dot')
-PATCHWISE_RELATIONS = ('concatenation', 'star', 'clique')
-POSITIONS = ('relative', 'absolute', 'none')
+__all__ = ['aggregate', 'attend', 'combine', 'combine_patch', 'relate']
 
 
 def combine(centre: Tensor, neighbours: Tensor, relation: str) -> Tensor:
-    """The pairwise relation of phi(x_i) to psi(x_j), channels in axis 1, by broadcasting."""
+    """The pairwise relation of phi(x_i) to psi(x_j), channels in axis 1, by broadcasting.
+
+    Raises:
+        ValueError: There is no such pairwise relation.
+    """
     if relation == 'subtraction':
         return centre - neighbours
     if relation == 'summation':
@@ -34,7 +35,36 @@ def combine(centre: Tensor, neighbours: Tensor, relation: str) -> Tensor:
         return centre * neighbours
     if relation == 'dot':
         return (centre * neighbours).sum(1, keepdim=True)
-    return torch.cat([centre.expand_as(neighbours), neighbours], 1)
+    if relation == 'concatenation':
+        return torch.cat([centre.expand_as(neighbours), neighbours], 1)
+    raise ValueError('no pairwise relation is called ' + relation)
+
+
+def combine_patch(query: Tensor, neighbours: Tensor, relation: str, tap_axes: int) -> Tensor:
+    """The patchwise relation of a pixel to its footprint, whose taps lie in axis 2, or in axes 2 and 3.
+
+    Args:
+        query: phi(x_i), (N, r, pixels); where `relations.reads_every_query`, phi(x_j), (N, r, taps, pixels).
+        neighbours: psi(x_j), (N, r, taps, pixels).
+        relation: Its name.
+        tap_axes: How many axes the taps have: 1, k * k long, or 2, k long.
+
+    Returns:
+        (N, width, pixels).
+
+    Raises:
+        ValueError: There is no such patchwise relation.
+    """
+    if relation == 'concatenation':
+        return torch.cat([query, neighbours.flatten(1, 1 + tap_axes)], 1)
+    if relation == 'star':
+        for _ in range(tap_axes):
+            query = query.unsqueeze(2)
+        return (query * neighbours).sum(1).flatten(1, tap_axes)
+    if relation == 'clique':
+        queries, neighbours = query.flatten(2, 1 + tap_axes), neighbours.flatten(2, 1 + tap_axes)
+        return (queries[:, :, :, None] * neighbours[:, :, None]).sum(1).flatten(1, 2)
+    raise ValueError('no patchwise relation is called ' + relation)
 
 
 def _relate_pairwise(
@@ -57,14 +87,9 @@ def _relate_pairwise(
 
 
 def _relate_patchwise(query: Tensor, neighbours: Tensor, relation: str, kernel_size: int, dilation: int) -> Tensor:
-    if relation == 'concatenation':
-        features = torch.cat([query, neighbours.flatten(1, 3)], 1)
-    elif relation == 'star':
-        features = (query[:, :, None, None] * neighbours).sum(1).flatten(1, 2)
-    else:  # clique: the query, padded too, is read at every neighbour
-        queries = geometry.footprint(query, kernel_size, dilation).flatten(2, 3)
-        features = (queries[:, :, :, None] * neighbours.flatten(2, 3)[:, :, None]).sum(1).flatten(1, 2)
-    return features.unsqueeze(2)
+    if reads_every_query(relation):
+        query = geometry.footprint(query, kernel_size, dilation)
+    return combine_patch(query, neighbours, relation, 2).unsqueeze(2)
 
 
 def relate(
@@ -81,12 +106,12 @@ def relate(
     """delta: the relation of every pixel to its footprint, with the position channels appended.
 
     Args:
-        query: phi(x), (N, r, H, W); for the patchwise clique-product padded, (N, r, H + 2 pad, W + 2 pad).
+        query: phi(x), (N, r, H, W); where `relations.reads_every_query` padded, (N, r, H + 2 pad, W + 2 pad).
         key: psi(x) padded, (N, r, H + 2 pad, W + 2 pad).
         place: Mapped coordinates p, (1, 2, H, W), or None for no position channels.
         place_padded: The same, padded.
         pairwise: Which of the two forms.
-        relation: One of `PAIRWISE_RELATIONS` or `PATCHWISE_RELATIONS`.
+        relation: One of the form's, `PAIRWISE_RELATIONS` or `PATCHWISE_RELATIONS`.
         position: 'relative' appends p_i - p_j, 'absolute' p_j.
         kernel_size: k.
         dilation: Pixels between neighbours of a footprint.
@@ -137,7 +162,7 @@ def attend(
 ) -> Tensor:
     """Footprint attention by its definition; arguments as `ops.footprint_attention`."""
     pad = geometry.padding(spec.kernel_size, spec.dilation)
-    if spec.relation == 'clique':
+    if spec.described.every_query:
         query = geometry.reflect_pad(query, pad)
     place_padded = None if place is None else geometry.reflect_pad(place, pad)
     hidden = relate(query, geometry.reflect_pad(key, pad), place, place_padded, *spec)

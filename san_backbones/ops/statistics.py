@@ -5,7 +5,7 @@ so that, for the subtraction, E[q_i - k_j] = E[q] - E[box k] and E[(q_i - k_j)^2
 Maps are centred first, since a variance must not be the small difference of two large sums. Exact, differentiable, in
 float64, which has room for squares of whatever is finite in float32.
 """
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,24 +15,30 @@ from .gamma import Spec
 
 __all__ = ['SUPPORTED', 'relation_statistics']
 
-SUPPORTED = frozenset((
-    (True, 'subtraction'), (True, 'summation'), (True, 'hadamard'), (True, 'concatenation'), (False, 'concatenation')))
-
 _Moments = tuple[Tensor, Tensor]  # mean and biased variance, one for each channel
+
+
+def _seen(size: int, spec: Spec, like: Tensor) -> Tensor:
+    """Which row every row sees at each tap, as ones among zeros: (k, size, size)."""
+    reach = spec.dilation * (spec.kernel_size - 1)
+    index = geometry.reflection_index(size, reach // 2, like.device).unfold(0, size, spec.dilation)
+    return (index[..., None] == torch.arange(size, device=like.device)).to(like.dtype)
 
 
 def _box(x: Tensor, spec: Spec) -> Tensor:
     """Mean over the footprint of every pixel of x (N, C, H, W)."""
-    reach = spec.dilation * (spec.kernel_size - 1)
-    height, width = x.shape[-2:]
-    x = geometry.reflect_pad(x, reach // 2)
-    steps = range(0, reach + 1, spec.dilation)
-    rows: Any = sum(x[:, :, y:y + height] for y in steps)
-    return sum(rows[:, :, :, c:c + width] for c in steps) / spec.kernel_size ** 2
+    rows, columns = (_seen(size, spec, x).mean(0) for size in x.shape[-2:])
+    return rows @ x @ columns.t()
 
 
 def _mean(x: Tensor) -> Tensor:
     return x.mean((0, 2, 3)) if x.shape[0] else x.sum((0, 2, 3))  # of nothing 0
+
+
+def _tap_means(x: Tensor, spec: Spec) -> Tensor:
+    """Mean over batch and pixels of what each pixel sees at each tap: (C, k, k)."""
+    rows, columns = (_seen(size, spec, x).sum(1) for size in x.shape[-2:])
+    return rows @ x.sum(0) @ columns.t() / max(x.numel() // x.shape[1], 1)
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,16 +55,15 @@ def _plain(x: Tensor) -> _Moments:
 def _boxed(x: Tensor, spec: Spec) -> _Moments:
     """Of x_j over all pairs."""
     centre, x = _centred(x)
-    mean = _mean(_box(x, spec))
-    return centre + mean, _mean(_box(x * x, spec)) - mean * mean
+    mean, square = (_tap_means(y, spec).mean((1, 2)) for y in (x, x * x))
+    return centre + mean, square - mean * mean
 
 
 def _difference(q: Tensor, k: Tensor, spec: Spec) -> _Moments:
     """Of q_i - k_j over all pairs."""
     (centre_q, q), (centre_k, k) = _centred(q), _centred(k)
-    box = _box(k, spec)
-    mean = _mean(q) - _mean(box)
-    square = _mean(q * q) - 2 * _mean(q * box) + _mean(_box(k * k, spec))
+    mean_k, square_k = (_tap_means(y, spec).mean((1, 2)) for y in (k, k * k))
+    mean, square = _mean(q) - mean_k, _mean(q * q) - 2 * _mean(q * _box(k, spec)) + square_k
     return centre_q - centre_k + mean, square - mean * mean
 
 
@@ -68,27 +73,22 @@ def _product(q: Tensor, k: Tensor, spec: Spec) -> _Moments:
     return mean, _mean(q * q * _box(k * k, spec)) - mean * mean
 
 
-def _window_sums(x: Tensor, spec: Spec) -> Tensor:
-    """Sum over batch and pixels of what each pixel sees at each place of its footprint: (C, k, k)."""
-    reach = spec.dilation * (spec.kernel_size - 1)
-
-    def counts(size: int) -> Tensor:
-        """How often every row is seen from each place: (k, size)."""
-        index = geometry.reflection_index(size, reach // 2, x.device)
-        places = index.unfold(0, size, spec.dilation)
-        return torch.zeros(spec.kernel_size, size, dtype=x.dtype, device=x.device).scatter_add(
-            1, places, torch.ones((), dtype=x.dtype, device=x.device).expand_as(places))
-
-    return counts(x.shape[-2]) @ x.sum(0) @ counts(x.shape[-1]).t()
-
-
 def _shifted(x: Tensor, spec: Spec) -> _Moments:
-    """Of each place of the footprint on its own, over all pixels: (C * k * k,), places innermost."""
+    """Of each tap on its own, over all pixels: (C * k * k,), taps innermost."""
     centre, x = _centred(x)
-    pixels = max(x.numel() // x.shape[1], 1)
-    mean = _window_sums(x, spec) / pixels
-    square = _window_sums(x * x, spec) / pixels
+    mean, square = (_tap_means(y, spec) for y in (x, x * x))
     return (centre[:, None, None] + mean).flatten(), (square - mean * mean).flatten()
+
+
+# by form (whether it is pairwise) and name; a relation without an entry has its batch statistics from a pass over tiles
+_MOMENTS: dict[tuple[bool, str], Callable[[Tensor, Tensor, Spec], list[_Moments]]] = {
+    (True, 'subtraction'): lambda q, k, spec: [_difference(q, k, spec)],
+    (True, 'summation'): lambda q, k, spec: [_difference(q, -k, spec)],
+    (True, 'hadamard'): lambda q, k, spec: [_product(q, k, spec)],
+    (True, 'concatenation'): lambda q, k, spec: [_plain(q), _boxed(k, spec)],
+    (False, 'concatenation'): lambda q, k, spec: [_plain(q), _shifted(k, spec)],
+}
+SUPPORTED = frozenset(_MOMENTS)
 
 
 def relation_statistics(query: Tensor, key: Tensor, place: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor, int]:
@@ -98,24 +98,14 @@ def relation_statistics(query: Tensor, key: Tensor, place: Tensor | None, spec: 
         query: phi(x), (N, r, H, W).
         key: psi(x), (N, r, H, W), not padded.
         place: Mapped coordinates, (1, 2, H, W), or None.
-        spec: One of `SUPPORTED`.
+        spec: Its form and relation are in `SUPPORTED`.
 
     Returns:
         Mean and biased variance, (width,) each, in float64, and how many values each channel has.
     """
-    query, key = query.double(), key.double()
+    query, key = query.double().contiguous(), key.double().contiguous()
     pixels = query.shape[0] * query.shape[2] * query.shape[3]
-    parts: list[_Moments]
-    if not spec.pairwise:
-        parts = [_plain(query), _shifted(key, spec)]
-    elif spec.relation == 'subtraction':
-        parts = [_difference(query, key, spec)]
-    elif spec.relation == 'summation':
-        parts = [_difference(query, -key, spec)]
-    elif spec.relation == 'hadamard':
-        parts = [_product(query, key, spec)]
-    else:
-        parts = [_plain(query), _boxed(key, spec)]
+    parts = _MOMENTS[spec.pairwise, spec.relation](query, key, spec)
     if place is not None:
         place = place.double()
         parts.append(_difference(place, place, spec) if spec.position == 'relative' else _boxed(place, spec))

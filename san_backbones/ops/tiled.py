@@ -17,7 +17,7 @@ from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, moments, refuse_
 __all__ = ['TILE_ELEMENTS', 'attend']
 
 TILE_ELEMENTS = 1 << 20
-"""Numbers in the widest k x k tensor of one tile; beyond the last-level cache larger tiles gain nothing on a CPU."""
+"""Elements of the widest k x k tensor of one tile; beyond the last-level cache larger tiles gain nothing on a CPU."""
 
 OWN, HALO, WHOLE = 'own', 'halo', 'whole'  # how an input is cut: its own pixels; those and their border; not at all
 
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 
 def tiles(batch: int, height: int, width: int, depth: int, reach: int) -> Iterator[Tile]:
-    """Cuts N x H x W pixels of `depth` numbers each into tiles of about TILE_ELEMENTS numbers."""
+    """Cuts N x H x W pixels of `depth` elements each into tiles of about TILE_ELEMENTS elements."""
     columns = min(width, max(1, TILE_ELEMENTS // depth))
     rows = min(height, max(1, TILE_ELEMENTS // (depth * columns)))
     images = max(1, TILE_ELEMENTS // (depth * width * height)) if rows == height else 1
@@ -184,11 +184,11 @@ def attend(
     batch, _, height, width = value.shape
     hidden_width = max(gamma.weight1.shape[:2])
     area = spec.kernel_size ** 2 if spec.pairwise else 1
-    products = query.shape[1] * spec.kernel_size ** (4 if spec.relation == 'clique' else 2)  # before they are summed
+    products = spec.described.operations(query.shape[1], spec.kernel_size ** 2)  # before they are summed
     depth = max(area * hidden_width, spec.kernel_size ** 2 * value.shape[1], products)
     cuts = list(tiles(batch, height, width, depth, 2 * pad))
 
-    query_kind = HALO if spec.relation == 'clique' else OWN
+    query_kind = HALO if spec.described.every_query else OWN
     maps = [geometry.reflect_pad(query, pad) if query_kind == HALO else query, geometry.reflect_pad(key, pad)]
     kinds = [query_kind, HALO]
     if place is not None:

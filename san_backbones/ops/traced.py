@@ -3,7 +3,7 @@ FX, ONNX, and the runtimes that follow from them.
 
 The result is the definition's (`reference`); the form is one that all of them take and are quick at. Tensors have at
 most five axes. A footprint is made of slices, first of columns and then of rows, 2 k instead of k * k. Of the values
-only the columns are made, and the weighted sum is taken row by row, so that nothing has m * k * k numbers a pixel.
+only the columns are made, and the weighted sum is taken row by row, so that nothing has m * k * k elements a pixel.
 Where sizes are known, borders are padded by the operator for it; where they are open, or where nobody can say, rows and
 columns are selected by `reflected`, which is right at every size.
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import geometry
 from .gamma import Gamma, Spec, apply_gamma
-from .reference import combine
+from .reference import combine, combine_patch
+from .relations import reads_every_query
 
 __all__ = ['aggregate', 'attend', 'relate']
 
@@ -33,7 +34,7 @@ def reflected(x: Tensor, axis: int, pad: int) -> Tensor:
 
 
 def is_known(size: int) -> bool:
-    """Whether the size of an axis is a number now, and in whatever is being traced."""
+    """Whether the size of an axis is an int now, and in whatever is being traced."""
     if torch.compiler.is_dynamo_compiling():  # which takes its symbols for integers
         try:
             from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -116,14 +117,12 @@ def _relate_pairwise(
 
 def _relate_patchwise(query: Tensor, key: Tensor, relation: str, kernel_size: int, dilation: int) -> Tensor:
     neighbours = footprint(key, kernel_size, dilation)
-    if relation == 'concatenation':
-        features = torch.cat([query.flatten(2), neighbours.flatten(1, 2)], 1)
-    elif relation == 'star':
-        features = (query.flatten(2).unsqueeze(2) * neighbours).sum(1)
-    else:  # clique: the products of all pairs, for each pixel a matrix
+    if relation == 'clique':  # the products of all pairs: a matrix for each pixel, quicker than their definition
         queries = footprint(query, kernel_size, dilation)
         features = torch.matmul(queries.permute(0, 3, 2, 1), neighbours.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
-    return features.unsqueeze(2)
+        return features.unsqueeze(2)
+    queries = footprint(query, kernel_size, dilation) if reads_every_query(relation) else query.flatten(2)
+    return combine_patch(queries, neighbours, relation, 1).unsqueeze(2)
 
 
 def relate(

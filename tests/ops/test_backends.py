@@ -82,6 +82,8 @@ def test_tiles_of_half_precision_sum_in_float32(cls, relation, bound, monkeypatc
     torch.manual_seed(5)  # a draw whose gradients are not mostly rounding
     layer = cls(32, kernel_size=3, relation=relation).train()
     nn.init.constant_(layer.weight_mlp.norm2.bias, 3.)  # no ReLU's input rounds to the other side of 0
+    if layer.is_pairwise:  # flat weights: sharp ones magnify the rounding of the maps, which is not looked at here
+        layer.weight_mlp.fc2.weight.data.div_(4)
     x, exact = torch.randn(2, 32, 24, 30), copy.deepcopy(layer).double()
     exact(x.double()).square().sum().backward()
     layer.to(torch.bfloat16)
@@ -109,38 +111,6 @@ def test_norms_of_half_precision_fold_in_float32():
 def test_a_norm_keeps_the_dtype_of_its_maps():
     norm = ops.Norm(torch.ones(4), torch.zeros(4), None, None, True, 0.1, 1e-5)
     assert normalise(torch.randn(2, 4, 3, 3).bfloat16(), norm).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize('training', ['norm1', 'norm2'])
-@pytest.mark.parametrize('cls, relation', [(cls, relation) for cls in (PairwiseAttention, PatchwiseAttention)
-                                           for relation in cls.relations])
-def test_one_norm_in_training_mode(cls, relation, training):
-    torch.manual_seed(0)
-    layer, x = cls(32, kernel_size=3, relation=relation).eval(), torch.randn(2, 32, 5, 6)
-    layer.weight_mlp.get_submodule(training).train()
-    exact = copy.deepcopy(layer).double()
-    with torch.no_grad():
-        actual = layer(x)
-        with ops.use_backend('reference'):
-            expected = exact(x.double())
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
-    for name, buffer in layer.named_buffers():
-        torch.testing.assert_close(buffer.double(), exact.get_buffer(name).double(), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize('path', ops.available_backends())
-def test_shift_in_any_dtype(path):
-    layer, x = _layers()[0].eval(), torch.randn(1, 64, 5, 6)
-    shift = torch.randn(16)
-    for dtype in (torch.float32, torch.bfloat16):
-        maps = [m(x).to(dtype) for m in (layer.query, layer.key, layer.value)]
-        results = []
-        with torch.no_grad(), ops.use_backend(path):
-            for s in (shift, shift.double()):
-                results.append(ops.footprint_attention(*maps, layer.place(x), copy.deepcopy(layer).to(dtype).gamma(),
-                                                       layer.spec(), s))
-        assert results[0].dtype == results[1].dtype == dtype
-        torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize('transform', ['vmap', 'jvp', 'dual numbers'])
@@ -268,12 +238,6 @@ def test_tiled_training_does_not_keep_the_footprint(index):
     assert saved_bytes('reference') > saved_bytes('tiled') + footprint
 
 
-def test_a_single_value_has_no_batch_statistics():
-    layer = _layers()[1].train()
-    with pytest.raises(ValueError, match='more than 1 value per channel'):
-        layer(torch.randn(1, 64, 1, 1))
-
-
 @pytest.mark.parametrize('index', [0, 1], ids=['pairwise', 'patchwise'])
 def test_autocast_holds_in_the_backward_pass(index):
     layer = _layers()[index].eval()
@@ -373,15 +337,6 @@ def test_norm_fused_into_the_linear_map_before_it(index):
         for backend in ('reference', 'tiled'):
             with ops.use_backend(backend):
                 torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('backend', ['reference', 'tiled'])
-@pytest.mark.parametrize('index', [0, 1], ids=['pairwise', 'patchwise'])
-def test_empty_batch_and_in_place_use_of_the_output(index, backend):
-    layer = _layers()[index].eval()
-    with ops.use_backend(backend):
-        assert layer(torch.empty(0, 64, 5, 4)).shape == (0, 16, 5, 4)
-        layer(torch.randn(1, 64, 5, 4)).relu_().sum().backward()
 
 
 def test_second_derivatives():

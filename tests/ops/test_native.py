@@ -1,8 +1,7 @@
-"""The compiled loops, against the float64 definition, on every instruction set that this processor has."""
+"""What is particular to the compiled loops: threads, builds, codes. What they compute: test_conformance.py."""
 import copy
 import ctypes
 import importlib.metadata
-import itertools
 import os
 import pathlib
 import platform
@@ -11,98 +10,20 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from tests.ops.conformance import Subject
 
 from san_backbones import PairwiseAttention, PatchwiseAttention, ops
-from san_backbones.ops import fused, native, statistics
+from san_backbones.ops import fused, native, relations, statistics
 
 pytestmark = pytest.mark.skipif(
     native.unavailable() is not None, reason=f"no compiled loops: {native.unavailable()}")
 
-FORMS = [(cls, relation) for cls in (PairwiseAttention, PatchwiseAttention) for relation in cls.relations
-         if (cls.pairwise, relation) in native.RELATIONS]
-SIZES = [(1, 1), (1, 5), (9, 20)]
-
-
-def _layer(cls, dim=64, **kwargs):
-    torch.manual_seed(0)
-    layer = cls(dim, **kwargs).eval()
-    for norm in (layer.weight_mlp.norm1, layer.weight_mlp.norm2):
-        for tensor in (norm.weight, norm.running_var):
-            nn.init.uniform_(tensor, 0.5, 1.5)
-        for tensor in (norm.bias, norm.running_mean):
-            nn.init.uniform_(tensor, -0.5, 0.5)
-    return layer
-
-
-@torch.no_grad()
-def _error(layer, x, backend='native'):
-    """Relative error of the path in the layer's dtype to the definition in float64."""
-    with ops.use_backend(backend):
-        actual = layer(x)
-    dtype = layer.query.weight.dtype
-    with ops.use_backend('reference'):
-        expected = layer.double()(x.double())
-    layer.to(dtype)
-    return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
-@pytest.mark.parametrize('cls, relation', FORMS)
-@pytest.mark.parametrize('kernel_size, dilation', [(1, 1), (3, 1), (5, 2), (7, 1), (7, 2), (11, 1)])
-def test_definition(cls, relation, kernel_size, dilation):
-    for dim, size in itertools.product((32, 64, 96, 256), SIZES):  # 96: weight channels that fill no vector
-        layer = _layer(cls, dim, relation=relation, kernel_size=kernel_size, dilation=dilation)
-        assert _error(layer, torch.randn(2, dim, *size)) < 2e-5, (dim, size)
-
-
-@pytest.mark.parametrize('relation', PairwiseAttention.relations)
-@pytest.mark.parametrize('position, ref', [('none', None), ('absolute', None), ('absolute', 8), ('relative', 8)])
-def test_positions(relation, position, ref):
-    layer = _layer(PairwiseAttention, relation=relation, position=position, position_ref_size=ref)
-    assert _error(layer, torch.randn(1, 64, 6, 11)) < 1e-5
-
-
-@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
-@pytest.mark.parametrize('options', [dict(rel_planes=5), dict(out_planes=24, share_planes=3), dict(share_planes=1),
-                                     dict(out_planes=20, share_planes=4), dict(out_planes=14, share_planes=7)])
-def test_odd_widths(cls, options):
-    assert _error(_layer(cls, **options), torch.randn(2, 64, 7, 8)) < 1e-5
-
-
-@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
-@pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
-def test_half_precision(cls, dtype, bound):
-    layer = _layer(cls).to(dtype)
-    x = torch.randn(2, 64, 9, 9).to(dtype)
-    assert _error(layer, x) < bound
-    with torch.no_grad():
-        assert layer(x).dtype == dtype
-
-
-@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
-def test_layouts(cls):
-    """Channels last in, channels last out; strided and expanded maps; the numbers stay."""
-    layer = _layer(cls)
-    x = torch.randn(2, 64, 8, 10)
-    with torch.no_grad(), ops.use_backend('native'):
-        query, key, value, place = layer.query(x), layer.key(x), layer.value(x), layer.place(x)
-        plain = layer._forward_operators(query, key, value, place)
-        last = layer.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
-        strided = [torch.stack([t, t], -1)[..., 0] for t in (query, key, value)]
-        assert not strided[0].is_contiguous()
-        assert torch.equal(layer._forward_operators(*strided, place), plain)
-        cut_out = [nn.functional.pad(t, (2, 1, 1, 3)).to(memory_format=torch.channels_last)[:, :, 1:-3, 2:-1]
-                   for t in (query, key, value)]
-        assert torch.equal(layer._forward_operators(*cut_out, place), plain)
-        expanded = [t[:1].expand(3, -1, -1, -1) for t in (query, key, value)]
-        torch.testing.assert_close(layer._forward_operators(*expanded, place)[2], plain[0])
-    assert plain.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(last, plain, rtol=1e-5, atol=1e-6)
+SUBJECT = Subject('native', torch.device('cpu'))
 
 
 @pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
 def test_threads_and_repeats_do_not_change_a_bit(cls):
-    layer = _layer(cls)
+    layer = SUBJECT.layer(cls)
     x = torch.randn(2, 64, 13, 17)
     before = torch.get_num_threads()
     try:
@@ -110,83 +31,10 @@ def test_threads_and_repeats_do_not_change_a_bit(cls):
         for threads in (1, 2, 5, 1, 2):
             torch.set_num_threads(threads)
             with torch.no_grad(), ops.use_backend('native'):
-                results.append(layer._forward_operators(*projected(layer, x)))
+                results.append(layer._forward_operators(*SUBJECT.projected(layer, x)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], result) for result in results)
-
-
-def projected(layer, x):
-    generator = torch.Generator().manual_seed(0)
-    sizes = (layer.rel_planes, layer.rel_planes, layer.out_planes)
-    return [torch.randn(x.shape[0], size, *x.shape[2:], generator=generator) for size in sizes] + [layer.place(x)]
-
-
-@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
-def test_wide_layers(cls):
-    """More channels than registers take at a time, with the finish fused."""
-    layer = _layer(cls, 1024, kernel_size=3)
-    x, shift = torch.randn(2, 1024, 5, 6), torch.randn(256)
-    assert _error(layer, x) < 1e-5
-    maps = [layer.query(x), layer.key(x), layer.value(x), layer.place(x)]
-    with torch.no_grad(), ops.use_backend('native'):
-        finished = ops.footprint_attention(*maps, layer.gamma(), layer.spec(), shift)
-        plain = ops.footprint_attention(*maps, layer.gamma(), layer.spec())
-    torch.testing.assert_close(finished, torch.relu(plain + shift[:, None, None]))
-
-
-def test_the_finish_has_no_gradients():
-    layer, x = _layer(PairwiseAttention, kernel_size=3), torch.randn(1, 64, 4, 5)
-    maps = [layer.query(x), layer.key(x), layer.value(x), layer.place(x)]
-    shift = torch.randn(16)
-    y = ops.fused.attend_native(*maps, layer.gamma(), layer.spec(), shift)
-    with pytest.raises(RuntimeError, match='call it without `shift`'):
-        y.sum().backward()
-    with ops.use_backend('native'):  # which the operator's users get by themselves
-        y = ops.footprint_attention(*maps, layer.gamma(), layer.spec(), shift)
-        found = torch.autograd.grad(y.sum(), layer.query.weight, retain_graph=True)
-        plain = ops.footprint_attention(*maps, layer.gamma(), layer.spec())
-        expected = torch.autograd.grad(torch.relu(plain + shift[:, None, None]).sum(), layer.query.weight)
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
-def test_a_gradient_that_is_a_part_of_a_wider_map(cls):
-    layer, x = _layer(cls, kernel_size=3), torch.randn(2, 64, 5, 6)
-    wide = torch.randn(2, 48, 5, 6).contiguous(memory_format=torch.channels_last)
-    found = []
-    for gradient in (wide[:, 16:32], wide[:, 16:32].contiguous()):
-        with ops.use_backend('native'):
-            found.append(torch.autograd.grad(layer(x), [*layer.parameters()], gradient))
-    for a, b in zip(*found):
-        assert torch.equal(a, b)
-
-
-def test_the_output_has_the_memory_format_of_the_value():
-    layer, x = _layer(PairwiseAttention, kernel_size=3), torch.randn(2, 64, 5, 6)
-    query, key, value, place = layer.query(x), layer.key(x), layer.value(x), layer.place(x)
-    wide = torch.cat([value, value], 1).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), ops.use_backend('native'):
-        y = ops.footprint_attention(query, key, wide[:, 16:], place, layer.gamma(), layer.spec())
-        assert y.is_contiguous(memory_format=torch.channels_last)
-        assert ops.footprint_attention(query, key, value, place, layer.gamma(), layer.spec()).is_contiguous()
-
-
-@pytest.mark.parametrize('tap', range(9))
-def test_softmax_with_its_maximum_at_any_neighbour(tap):
-    """Logits of 1e3 and one of 1e4."""
-    layer = _layer(PairwiseAttention, kernel_size=3)
-    query, key, value, place = projected(layer, torch.zeros(1, 64, 8, 8))
-    key[0, :, 3 + tap // 3, 3 + tap % 3] += torch.randn(4)
-    gamma = layer.gamma()
-    gamma = gamma._replace(weight2=1e4 * gamma.weight2)
-    with torch.no_grad():
-        found = []
-        for path, maps in (('native', (query, key, value, place)), ('reference', (query, key, value, place))):
-            with ops.use_backend(path):
-                found.append(ops.footprint_attention(*maps, gamma, layer.spec()))
-    assert found[0].isfinite().all()
-    torch.testing.assert_close(found[0][0, :, 4, 4], found[1][0, :, 4, 4], rtol=1e-3, atol=1e-3)
 
 
 def test_libraries_of_other_sources_and_processors(monkeypatch):
@@ -240,7 +88,7 @@ def test_the_runtime_of_threads_is_found_by_its_name():
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 @pytest.mark.parametrize('kind', ['none', 'no permission', 'no runtime', 'a file of that name', 'gone', 'nonsense'])
 def test_without_a_runtime_the_loops_run_on_one_thread(kind, tmp_path, monkeypatch):
-    layer, x = _layer(PairwiseAttention), torch.randn(1, 64, 9, 9)
+    layer, x = SUBJECT.layer(PairwiseAttention), torch.randn(1, 64, 9, 9)
     with torch.no_grad():
         expected = layer(x)
     maps = tmp_path / 'maps'
@@ -379,7 +227,7 @@ def test_the_runtime_on_windows(monkeypatch):
         assert (name, handle) == (names[1], 4711)
         return loaded
 
-    layer, x = _layer(PairwiseAttention), torch.randn(1, 64, 9, 9)
+    layer, x = SUBJECT.layer(PairwiseAttention), torch.randn(1, 64, 9, 9)
     with torch.no_grad():
         expected = layer(x)
     with monkeypatch.context() as windows:
@@ -408,7 +256,7 @@ def _intels():
 @pytest.mark.skipif(_intels() is None, reason='needs the package intel-openmp')
 def test_a_real_runtime_as_on_windows(monkeypatch):
     found = native.threads._kmp(native.library._loaded(), ctypes.CDLL(_intels()), 'libiomp5.so')
-    layer, x = _layer(PatchwiseAttention), torch.randn(2, 64, 40, 40)
+    layer, x = SUBJECT.layer(PatchwiseAttention), torch.randn(2, 64, 40, 40)
     with torch.no_grad():
         expected = layer(x)
     before = len(os.listdir('/proc/self/task'))
@@ -429,119 +277,10 @@ def test_no_memory_for_a_thread(monkeypatch):
         native.library.run('san', native.library.Task())
 
 
-def test_softmax_does_not_overflow():
-    layer = _layer(PairwiseAttention)
-    with torch.no_grad():
-        layer.weight_mlp.fc2.weight.mul_(1e4)
-    x = 100 * torch.randn(1, 64, 6, 6)
-    with torch.no_grad():
-        assert torch.isfinite(layer(x)).all()
-    assert _error(layer, x) < 0.05  # logits of 1e4 and more carry an absolute error of float32's 1e-7 times that
-
-
-def test_softmax_keeps_small_weights():
-    layer = _layer(PairwiseAttention)
-    with torch.no_grad():
-        layer.weight_mlp.fc2.weight.mul_(30)
-    x = 3 * torch.randn(2, 64, 9, 9)
-    assert _error(layer, x) < 2e-5
-
-
-@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
-def test_nan_of_the_relation_alone_is_not_hidden(cls):
-    layer = _layer(cls, kernel_size=3)
-    query, key, value, place = projected(layer, torch.empty(1, 64, 8, 8))
-    key[0, :, 4, 4] = float('nan')
-    with torch.no_grad(), ops.use_backend('native'):
-        y = layer._forward_operators(query, key, value, place)[0].isnan().all(0)
-    assert y[3:6, 3:6].all() and y.sum() == 9
-
-
-def test_nan_is_not_hidden():
-    layer = _layer(PatchwiseAttention, kernel_size=3)
-    x = torch.randn(1, 64, 8, 8)
-    x[0, :, 4, 4] = float('nan')
-    with torch.no_grad(), ops.use_backend('native'):
-        y = layer(x)[0].isnan().all(0)
-    assert y[3:6, 3:6].all() and y.sum() == 9
-
-
-def test_empty_batch():
-    layer = _layer(PairwiseAttention)
-    with ops.use_backend('native'):
-        output = layer(torch.empty(0, 64, 5, 5))
-        output.sum().backward()
-    assert output.shape == (0, 16, 5, 5) and layer.position.weight.grad.abs().sum() == 0
-
-
-def _results(layer, x, seed, training):
-    x = x.clone().requires_grad_()
-    layer = copy.deepcopy(layer).train(training)
-    output = layer(x)
-    output.backward(seed)
-    return {'output': output.detach(), 'input': x.grad, **{n: p.grad for n, p in layer.named_parameters()},
-            **{n: b for n, b in layer.named_buffers() if 'running' in n}}
-
-
-def _check_training(layer, x, training, tolerance=2e-4):
-    """Output, every gradient and the running buffers, against the definition in float64.
-
-    A pair whose normalised relation rounds to the other side of a ReLU changes gradients by a whole term, so the
-    tolerance is above float32's own; gradients that are small among the others are compared on the scale of those.
-    """
-    seed = torch.randn(x.shape[0], layer.out_planes, *x.shape[2:])
-    with ops.use_backend('native'):
-        actual = _results(layer, x, seed, training)
-    with ops.use_backend('reference'):
-        expected = _results(layer.double(), x.double(), seed.double(), training)
-    layer.float()
-    largest = max(expected[name].norm() for name, _ in layer.named_parameters())
-    parameters = {name for name, _ in layer.named_parameters()}
-    for name, tensor in expected.items():
-        scale = max(tensor.norm(), 0.01 * largest) if name in parameters else tensor.norm()
-        assert (actual[name] - tensor).norm() < tolerance * scale, name
-
-
-@pytest.mark.parametrize('training', [False, True], ids=['frozen norms', 'batch statistics'])
-@pytest.mark.parametrize('cls, relation', FORMS)
-@pytest.mark.parametrize('kernel_size, dilation', [(1, 1), (3, 2), (7, 1)])
-def test_gradients(cls, relation, kernel_size, dilation, training):
-    if training and (cls.pairwise, relation) not in statistics.SUPPORTED:
-        pytest.skip('takes the tiled path')
-    for dim, size in ((32, (6, 25)), (96, (13, 4)), (64, (2, 1))):
-        layer = _layer(cls, dim, relation=relation, kernel_size=kernel_size, dilation=dilation)
-        _check_training(layer, torch.randn(3, dim, *size), training)
-
-
-@pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('position, ref', [('none', None), ('absolute', None), ('relative', 8)])
-def test_gradients_of_positions(position, ref, training):
-    layer = _layer(PairwiseAttention, position=position, position_ref_size=ref, kernel_size=5)
-    _check_training(layer, torch.randn(2, 64, 9, 8), training)
-
-
-def test_gradients_of_a_wide_layer():
-    layer = _layer(PatchwiseAttention, 512)
-    layer.weight_mlp.fc2.reset_parameters()  # with this draw no pair lies so near a ReLU's edge
-    _check_training(layer, torch.randn(1, 512, 7, 7), True)
-    _check_training(_layer(PairwiseAttention, 512), torch.randn(1, 512, 7, 7), False)
-
-
-def test_gradients_under_autocast():
-    layer = _layer(PairwiseAttention)
-    x = torch.randn(1, 64, 9, 9, requires_grad=True)
-    with torch.autocast('cpu', torch.bfloat16), ops.use_backend('native'):
-        output = layer(x)
-    assert output.dtype == torch.bfloat16
-    actual, = torch.autograd.grad(output.float().square().sum(), x)
-    expected, = torch.autograd.grad(layer(x).square().sum(), x)
-    assert (actual - expected).norm() < 0.05 * expected.norm()
-
-
 @pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
 def test_gradients_do_not_depend_on_threads(cls):
-    layer = _layer(cls, kernel_size=5).train()
-    inputs = projected(layer, torch.empty(2, 64, 31, 17))
+    layer = SUBJECT.layer(cls, kernel_size=5).train()
+    inputs = SUBJECT.projected(layer, torch.empty(2, 64, 31, 17))
     before = torch.get_num_threads()
     results = []
     try:
@@ -558,104 +297,132 @@ def test_gradients_do_not_depend_on_threads(cls):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
-def test_training_does_not_keep_the_footprint(cls):
-    layer = _layer(cls).train()
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with ops.use_backend('native'), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(torch.randn(1, 64, 40, 40))
-    maps = 4 * 40 * 40 * (64 + 4 + 4 + 16)
-    assert sum(saved.values()) < 6 * maps < 4 * 40 * 40 * 49 * 12
-
-
-def test_second_derivatives_are_refused():
-    layer = _layer(PairwiseAttention)
-    x = torch.randn(1, 64, 4, 4, requires_grad=True)
-    with ops.use_backend('native'), pytest.raises(RuntimeError, match='second derivatives'):
-        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-
-
-@pytest.mark.parametrize('cls', [PairwiseAttention, PatchwiseAttention])
-def test_operators_read_folded_gamma_in_any_layout(cls, monkeypatch):
-    """A compiled graph may hand it over with other strides than it was folded with."""
-    layer, x, calls, plain = _layer(cls), torch.randn(2, 64, 5, 5), [], fused._attend
-    monkeypatch.setattr(fused, '_attend', lambda *arguments: calls.append(arguments) or plain(*arguments))
-    with torch.no_grad():
-        layer(x)
-        (query, key, value, place, *folded, _, shape), = calls
-        strided = [torch.stack([t, t.flip(0)], -1)[..., 0] for t in folded]
-        assert not any(t.is_contiguous() for t in strided)
-        shift = torch.randn(2 * layer.out_planes)[::2]
-        results = []
-        for tensors, s in ((folded, shift.contiguous()), (strided, shift)):
-            maps = query, key, value, place
-            sums = query, key, place, *tensors[:3]
-            output = plain(*maps, *tensors, s, shape)
-            gradients = fused._attend_backward(value, *maps, *tensors, shape)
-            moments = fused._hidden_sums(*sums, shape)
-            results.append([output, *gradients, moments, *fused._hidden_sums_backward(moments, *sums, shape)])
-    for expected, actual in zip(*results):
-        assert torch.equal(expected, actual)
-
-
-def test_refusals_say_why():
-    layer = _layer(PatchwiseAttention).double()
-    with pytest.raises(RuntimeError, match="'native'.*float64"), ops.use_backend('native'):
-        layer(torch.randn(2, 64, 5, 5, dtype=torch.float64))
-
-
-def test_batch_statistics_that_have_no_closed_form_are_refused():
-    layer = _layer(PairwiseAttention, relation='dot').train()
-    with pytest.raises(RuntimeError, match="'native'.*batch statistics of the dot relation"), ops.use_backend('native'):
-        layer(torch.randn(2, 64, 5, 5))
-
-
-def test_a_single_value_has_no_batch_statistics():
-    with pytest.raises(ValueError, match='more than 1 value per channel'), ops.use_backend('native'):
-        _layer(PatchwiseAttention).train()(torch.randn(1, 64, 1, 1))
-
-
-def test_clique_is_refused_and_runs_elsewhere():
-    layer = _layer(PatchwiseAttention, kernel_size=3, relation='clique').requires_grad_(False)
-    with pytest.raises(RuntimeError, match='clique'), ops.use_backend('native'):
-        layer(torch.randn(1, 64, 5, 5))
-    assert _error(layer, torch.randn(1, 64, 5, 5), backend='auto') < 1e-5
-
-
 @pytest.mark.parametrize('capability', ['default', 'avx2'])
 def test_other_instruction_sets(capability):
-    """The same tests on the builds for lesser processors."""
+    """The conformance suite on the builds for lesser processors."""
     code = 'import sys; from san_backbones.ops import native; sys.exit(native.build() == "avx512")'
     environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'OMP_NUM_THREADS': '1'}
     if subprocess.run([sys.executable, '-c', code], env=environment).returncode:
         pytest.skip(f'torch does not step down to {capability} here')
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k',
-         'positions or odd_widths or layouts or wide or (definition and 7-2) or (gradients and 3-2)'],
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider',
+         pathlib.Path(__file__).with_name('test_conformance.py'), '-k',
+         'native and (positions or odd_widths or layouts or wide or (definition and 7-2) or (gradients and 3-2))'],
         env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-@pytest.mark.parametrize('relation', [-1, 7, 1 << 40])
-def test_unknown_codes_are_refused_by_the_loops(relation):
-    layer = _layer(PairwiseAttention, kernel_size=3)
+@pytest.mark.parametrize('relation', [-1, 7, 8, 1 << 40])
+def test_unknown_codes_are_refused_by_the_loops(relation, monkeypatch):
+    layer = SUBJECT.layer(PairwiseAttention, kernel_size=3)
     x = torch.randn(1, 64, 4, 5)
     maps = [fused.channels_last(y) for y in (layer.query(x), layer.key(x), layer.value(x), layer.place(x))]
     numbers, folded = fused.fold_gamma(*(ops.fold(norm, norm.running_mean, norm.running_var) for norm in (
-        layer.gamma().norm1, layer.gamma().norm2)), layer.gamma(), layer.spec(), fused.library.width(), 0)
-    shape = fused.Shape(*numbers)._replace(relation=relation)
+        layer.gamma().norm1, layer.gamma().norm2)), layer.gamma(), layer.spec(), native.library.width(), 0)
+    shape, gradient = fused.Shape(*numbers), torch.zeros(1, 4, 5, 16)
+    calls = (lambda: native.attention.output(shape, maps, folded, None),
+             lambda: native.attention.gradients(shape, maps, folded, gradient))
     with torch.no_grad():
-        for call in (lambda: fused.native_attention.output(shape, maps, folded, None),
-                     lambda: fused.native_attention.gradients(shape, maps, folded, torch.zeros(1, 4, 5, 16))):
-            with pytest.raises(ValueError, match=f'no such relation or mode: relation {relation}, mode 0'):
-                call()
-        with pytest.raises(ValueError, match='no such relation or mode: relation 0, mode 3'):
-            fused.native_attention._run_backward(shape._replace(relation=0), maps, folded, 3, torch.zeros(1, 4, 5, 16))
-        with pytest.raises(ValueError, match=f'relation must be one of 0, 1, 2, 3, 4, 5, 6, got {relation}'):
+        for form, code in ((0, relation), (1, relation), (2, 0), (-1, 0)):
+            monkeypatch.setattr(native.library, 'codes', lambda *_, form=form, code=code: (form, code))
+            for call in calls:
+                with pytest.raises(ValueError, match='have no such form, relation or mode: '
+                                                     f'form {form}, relation {code}, mode 0'):
+                    call()
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match='have no such form, relation or mode: form 0, relation 0, mode 3'):
+            native.attention._run_backward(shape, maps, folded, 3, gradient)
+        with pytest.raises(ValueError, match='no clique relation' if relation == 7 else
+                           rf'relation must be in \[0, 8\), got {relation}'):
             torch.ops.san_backbones.attend(layer.query(x), layer.key(x), layer.value(x), layer.place(x), *folded, None,
-                                           list(shape))
+                                           [relation, *shape[1:]])
+
+
+def test_the_table_and_the_loops_have_the_same_relations():
+    assert {(form, name) for number, form in enumerate(native.library.FORMS)
+            for name in native.library._loaded().san_relations(number).decode().split()} \
+        == {(relation.form, relation.name) for relation in relations.RELATIONS if 'native' in relation.backends}
+    assert native.library.codes('patchwise', 'clique') == (1, native.library.UNKNOWN_RELATION)
+
+
+@pytest.mark.parametrize('cls, relation', SUBJECT.relations())
+@pytest.mark.parametrize('size, kernel_size, dilation', [
+    ((5, 37), 3, 1), ((9, 16), 5, 1), ((6, 70), 3, 2), ((2, 21), 7, 1), ((11, 5), 3, 1)])
+def test_both_layouts_of_vectors(cls, relation, size, kernel_size, dilation, monkeypatch):
+    """Across the channels of a pixel, and across the pixels of a row, whichever is the quicker: against float64."""
+    torch.manual_seed(3)
+    layer = cls(48, rel_planes=6, out_planes=30, share_planes=6, kernel_size=kernel_size, dilation=dilation,
+                relation=relation).eval()
+    for norm in (module for module in layer.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.running_mean, -.5, .5)
+    x, shift = torch.randn(2, 48, *size), torch.randn(30)
+    query, key, value = SUBJECT.projected(layer, x)[:3]
+
+    def attend(dtype, backend):
+        exact = copy.deepcopy(layer).to(dtype)
+        maps = (x.to(dtype) for x in (query, key, value))
+        with torch.no_grad(), ops.use_backend(backend):
+            return ops.footprint_attention(*maps, exact.place(value.to(dtype)), exact.gamma(), exact.spec(),
+                                           shift.to(dtype))
+    expected = attend(torch.float64, 'reference')
+    taken = []
+    run = native.library.run
+    monkeypatch.setattr(native.library, 'run', lambda name, task: taken.append(task.planes) or run(name, task))
+    for narrow in (0, 64):
+        monkeypatch.setattr(native.attention, 'NARROW', dict(pairwise=narrow, patchwise=narrow))
+        found = attend(torch.float32, 'native')
+        assert (found.double() - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert taken == [0, int(size[1] >= native.library.width())]
+
+
+@pytest.mark.parametrize('cls, relation', SUBJECT.relations())
+@pytest.mark.parametrize('size, kernel_size, dilation, position', [
+    ((5, 37), 3, 1, 'relative'), ((19, 16), 5, 1, 'absolute'), ((6, 70), 3, 2, 'none'), ((2, 21), 7, 1, 'relative'),
+    ((11, 5), 3, 1, 'relative')])
+@pytest.mark.parametrize('training', [False, True])
+def test_gradients_in_both_layouts(cls, relation, size, kernel_size, dilation, position, training, monkeypatch):
+    """As above, of maps and parameters, with either kind of statistics."""
+    if training and (cls.pairwise, relation) not in statistics.SUPPORTED:
+        pytest.skip('no batch statistics of this relation')
+    torch.manual_seed(4)
+    options = dict(position=position) if cls.pairwise else {}
+    layer = cls(48, rel_planes=6, out_planes=30, share_planes=6, kernel_size=kernel_size, dilation=dilation,
+                relation=relation, **options).train(training)
+    for norm in (module for module in layer.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.running_mean, -.5, .5)
+        torch.nn.init.uniform_(norm.weight, .5, 1.5)
+        torch.nn.init.uniform_(norm.bias, -.2, .2)
+    maps, gradient = SUBJECT.projected(layer, torch.randn(2, 48, *size))[:3], torch.randn(2, 30, *size)
+
+    def gradients(dtype, backend):
+        exact = copy.deepcopy(layer).to(dtype)
+        leaves = [x.detach().to(dtype).requires_grad_() for x in maps]
+        leaves += [x for name, x in exact.named_parameters() if name.startswith(('weight_mlp', 'position'))]
+        with ops.use_backend(backend):
+            output = ops.footprint_attention(*leaves[:3], exact.place(leaves[2]), exact.gamma(), exact.spec())
+            return torch.autograd.grad(output, leaves, gradient.to(dtype))
+    expected = gradients(torch.float64, 'reference')
+    largest = max(exact.abs().max() for exact in expected)  # some gradients are zero, as sums of others
+    taken = []
+    run = native.library.run
+    monkeypatch.setattr(native.library, 'run', lambda name, task: taken.append(
+        task.task.planes if name == 'san_backward' else None) or run(name, task))
+    for narrow in (0, 64):
+        monkeypatch.setattr(native.attention, 'NARROW', dict(pairwise=narrow, patchwise=narrow))
+        monkeypatch.setattr(native.attention, 'NARROW_BACKWARD', dict(pairwise=narrow, patchwise=narrow))
+        for found, exact in zip(gradients(torch.float32, 'native'), expected):
+            assert (found.double() - exact).abs().max() <= 1e-5 * largest
+        backward = {planes for planes in taken if planes is not None}
+        assert backward == {int(narrow > 0 and size[1] >= native.library.width())}
+        taken.clear()
+
+
+@pytest.mark.parametrize('narrow', [0, 64])
+def test_large_logits_in_both_layouts(narrow, monkeypatch):
+    """The softmax is the same whatever is added to all of its logits, up to their rounding."""
+    monkeypatch.setattr(native.attention, 'NARROW', dict(pairwise=narrow, patchwise=narrow))
+    layer, x = PairwiseAttention(48, rel_planes=6, out_planes=30, share_planes=6).eval(), torch.randn(2, 48, 5, 37)
+    with torch.no_grad(), ops.use_backend('native'):
+        expected = layer(x)
+        layer.weight_mlp.fc2.bias -= 200
+        torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from san_backbones import SAN, ops
+from san_backbones import SAN, activations, norms, ops
 from san_backbones.ops import native, pointwise
 from san_backbones.san import Pool, Stem
 
@@ -274,6 +274,101 @@ def test_scale_shift_relu(limit):
             with ops.use_backend(backend), torch.no_grad():
                 _close(ops.scale_shift_relu(x, scale, shift, limit), expected, 1e-6)
                 assert ops.scale_shift_relu(x.bfloat16(), scale, shift, limit).dtype == torch.bfloat16
+
+
+def _norm_and_map(training, channels=48, mean=3.):
+    torch.manual_seed(5)
+    norm = nn.BatchNorm2d(channels).train(training)
+    for x in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(x, .5, 1.5)
+    x = mean + torch.randn(3, channels, 9, 7)
+    return norm, x.to(memory_format=torch.channels_last).requires_grad_()
+
+
+@needs_loops
+@pytest.mark.parametrize('training, limit, mean', [
+    (True, None, 3.), (True, .8, 3.), (True, None, 1e4), (False, None, 3.), (False, .8, 0.)])
+def test_norm_and_relu_in_one_operator(training, limit, mean, monkeypatch):
+    """Output, gradients and buffers against modules in float64."""
+    norm, x = _norm_and_map(training, mean=mean)
+    act, gradient = activations.BoundedReLU(limit), torch.randn(x.shape)
+    exact, wide = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
+    monkeypatch.setattr(norm, 'eps', 1e-3)
+    exact.eps = 1e-3
+    expected = act(exact(wide))
+    y = norms.norm_relu(norm, act, x)
+    assert type(y.grad_fn).__name__ == 'PermuteBackward0' and y.is_contiguous(memory_format=torch.channels_last)
+    tolerance = 1e-5 if mean < 10 else 2e-3
+    _close(y, expected, tolerance)
+    for found, right in zip(torch.autograd.grad(y, (x, norm.weight, norm.bias), gradient),
+                            torch.autograd.grad(expected, (wide, exact.weight, exact.bias), gradient.double())):
+        assert (found - right).abs().max() <= tolerance * right.abs().max()
+    for found, right in zip(norm.buffers(), exact.buffers()):
+        torch.testing.assert_close(found.double(), right.double(), rtol=1e-5, atol=1e-6)
+
+
+@needs_loops
+def test_norm_and_relu_on_any_number_of_threads():
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            norm, x = _norm_and_map(True)
+            y = norms.norm_relu(norm, activations.ReLU(), x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, norm.weight, norm.bias))])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@needs_loops
+@pytest.mark.parametrize('change', ['none', 'hook', 'no gradients', 'layout', 'channels', 'double', 'autocast',
+                                    'reference', 'one value', 'no affine', 'not a ReLU', 'no norm'])
+def test_other_norms_and_maps_run_as_modules(change, monkeypatch):
+    taken = []
+    plain = ops.norm_relu
+    monkeypatch.setattr(ops, 'norm_relu', lambda *arguments: taken.append(1) or plain(*arguments))
+    norm, x = _norm_and_map(False, 47 if change == 'channels' else 48)
+    act = nn.Tanh() if change == 'not a ReLU' else activations.make_act('relu')
+    if change == 'hook':
+        norm.register_forward_hook(lambda module, inputs, output: output + 1)
+    elif change == 'layout':
+        x = x.detach().contiguous().requires_grad_()
+    elif change == 'double':
+        norm, x = norm.double(), x.detach().double().requires_grad_()
+    elif change == 'one value':
+        x = x[:1, :, :1, :1]
+    elif change == 'no affine':
+        norm.register_parameter('weight', None)
+        norm.register_parameter('bias', None)
+    elif change == 'no norm':
+        norm = nn.Identity()
+    backend = 'reference' if change == 'reference' else 'auto'
+    before = x.detach().clone()
+    with torch.set_grad_enabled(change != 'no gradients'), ops.use_backend(backend), \
+            torch.autocast('cpu', enabled=change == 'autocast'):
+        y, expected = norms.norm_relu(norm, act, x), act(norm(x.clone()))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(x, before) and len(taken) == (change in ('none', 'no affine'))
+
+
+@needs_loops
+def test_bad_input_of_norm_and_relu():
+    norm, x = _norm_and_map(False)
+    described = norms.as_norm(norm, x[0, :, 0, 0])
+    for bad in (x.detach().contiguous(), x[:, :47], x.double()):
+        with pytest.raises(ValueError, match='expected a map .* in channels_last format'):
+            ops.norm_relu(bad, described)
+    with pytest.raises(ValueError, match='running_mean of the norm'):
+        ops.norm_relu(x, described._replace(running_mean=torch.zeros(47)))
+
+
+@needs_loops
+def test_norm_and_relu_have_no_second_derivative():
+    norm, x = _norm_and_map(True)
+    with pytest.raises(RuntimeError, match="use_backend\\('reference'\\)"):
+        torch.autograd.grad(norms.norm_relu(norm, activations.ReLU(), x).sum(), x, create_graph=True)
 
 
 def test_stem_of_a_network_pools_once():

@@ -1,7 +1,15 @@
 """The compiled loops for the CPU: optional at installation; without them `unavailable()` says why."""
-from ..folding import RELATIONS
-from .library import QUIET_VARIABLE, build, pool, unavailable, warn_if_unavailable
-from .pointwise import scale_shift_relu, stem
+from ..contract import FusedBackend
+from . import attention
+from .library import QUIET_VARIABLE, build, pool, unavailable, warn_if_unavailable, width
+from .linear import linear, pack, unpack
+from .pointwise import moments, scale_shift_relu, scale_shift_relu_gradient, scale_shift_relu_sums, stem
 
-__all__ = ['QUIET_VARIABLE', 'RELATIONS', 'build', 'pool', 'scale_shift_relu', 'stem', 'unavailable',
-           'warn_if_unavailable']
+__all__ = ['BACKEND', 'QUIET_VARIABLE', 'build', 'linear', 'moments', 'pack', 'pool', 'scale_shift_relu',
+           'scale_shift_relu_gradient', 'scale_shift_relu_sums', 'stem', 'unavailable', 'unpack', 'warn_if_unavailable',
+           'width']
+
+BACKEND = FusedBackend(
+    'native', 'the CPU', ('cpu',),
+    missing=lambda device: unavailable(), loops=lambda: attention, width=width, say_unavailable=warn_if_unavailable)
+"""Computes in float32 whatever the dtype of the maps. Nothing depends on the number of threads."""

@@ -10,12 +10,12 @@ from .. import geometry
 from ..folding import Shape, pad, round_up, row
 from . import library
 
-MAX_GRADIENT_NUMBERS = 1 << 22
-"""Bound on the partial sums of parameter gradients that a backward pass keeps (float32 numbers)."""
+MAX_GRADIENT_ELEMENTS = 1 << 22
+"""Bound on the partial sums of parameter gradients that a backward pass keeps (float32 elements)."""
 
 ATTENTION, STATISTICS, STATISTICS_BACKWARD = range(3)  # modes of struct backward
 
-_Tensors = Sequence[Any]  # tensors, and None in the place of one that there is none of
+_Tensors = Sequence[Any]  # tensors, and None for one that is absent
 
 
 _reflection_index = functools.lru_cache(maxsize=64)(geometry.reflection_index)
@@ -38,33 +38,69 @@ def _readable(x: Tensor | None) -> Tensor | None:
     """x, or a copy of it, with memory behind it, since the loops read whole vectors beyond its end."""
     if x is None or (x.dim() == 4 and x.shape[-1] % library.width() == 0):
         return x
+    last = x.storage_offset() + sum(stride * (size - 1) for size, stride in zip(x.shape, x.stride()))
+    if 4 * (last + library.width()) <= x.untyped_storage().nbytes():
+        return x
     memory = x.new_empty(x.numel() + library.width())
     return memory[:x.numel()].view(x.shape).copy_(x)
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _matrix(x: Tensor | None, row: int) -> library.Matrix:
+    """Rows of x that lie `row` elements apart."""
+    return library.Matrix(at=_address(x), row=row)
+
+
+def _map(x: Tensor | None) -> library.Matrix:
+    """A map, a row for each pixel."""
+    return _matrix(x, 0 if x is None else row(x))
+
+
+NARROW = {'pairwise': 32, 'patchwise': 16}
+"""Channels of phi up to which vectors lie across pixels: measured, with AVX2 and AVX-512."""
+NARROW_BACKWARD = {'pairwise': 16, 'patchwise': 8}
+"""The same where gradients are computed."""
+
+
+def _across_pixels(rel: int, width: int, narrow: int) -> bool:
+    """Whether planes.h computes it: narrow relations, on maps that fill a vector."""
+    return rel <= narrow and width >= library.width()
 
 
 class _Arguments:
     """struct task, and the tensors it points to."""
 
-    def __init__(self, shape: Shape, maps: _Tensors, folded: _Tensors, out: int):
+    def __init__(self, shape: Shape, maps: _Tensors, folded: _Tensors, out: int, narrow: dict[str, int]):
         floats: _Tensors = [None if x is None else _to_float(x) for x in maps]
-        query, key, value, place = floats
-        batch, height, width, rel = query.shape
+        batch, height, width, rel = floats[0].shape
         reach = geometry.padding(shape.kernel_size, shape.dilation)
-        scale1, shift1, *rest = folded
-        self.tensors = (  # outlive the task, which has their addresses
-            _readable(query), _readable(key), value, _readable(place), _readable(scale1), _readable(shift1), *rest,
-            _reflection_index(height, reach), _reflection_index(width, reach))
+        query, key, place = (_readable(floats[i]) for i in (0, 1, 3))
+        scale1, shift1 = (_readable(x) for x in folded[:2])
+        weight1, shift2, weight2, bias2 = folded[2:]
+        rows, columns = _reflection_index(height, reach), _reflection_index(width, reach)
+        self.tensors = (query, key, floats[2], place, scale1, shift1, *folded[2:], rows, columns)  # outlive the task
+        relation, hidden = shape.described, _padded(shape.hidden)
+        form, code = library.codes(relation.form, relation.name)
         self.task = library.Task(
-            shape.relation, shape.absolute, batch, height, width, rel, _padded(shape.hidden), shape.lanes, out,
-            shape.kernel_size, shape.dilation, *(0 if x is None else row(x) for x in self.tensors[:3]),
-            *(None if x is None else x.data_ptr() for x in self.tensors), None, None, shape.hidden, 0, 0, 0)
+            form=form, relation=code, absolute=shape.absolute, batch=batch, height=height, width=width,
+            kernel=shape.kernel_size, dilation=shape.dilation, rel=rel, centre=relation.centre_width(rel),
+            tap=relation.tap_width(rel, shape.area), hidden=hidden, hidden_used=shape.hidden, lanes=shape.lanes,
+            weight_channels=shape.channels, out=out, planes=_across_pixels(rel, width, narrow[relation.form]),
+            query=_map(query), key=_map(key), value=_map(floats[2]), place=_map(place),
+            scale1=_address(scale1), shift1=_address(shift1), shift2=_address(shift2), bias2=_address(bias2),
+            weight1=_matrix(weight1, hidden), weight2=_matrix(weight2, 0 if bias2 is None else bias2.numel()),
+            rows=_address(rows), columns=_address(columns))
 
 
 def _run_backward(shape: Shape, maps: _Tensors, folded: _Tensors,
                   mode: int, gradient: Tensor | None) -> list[Tensor]:
     """Gradients of the maps and of folded gamma; for STATISTICS, the sums of the hidden vectors and their squares."""
-    query, key, value, place = maps
-    arguments = _Arguments(shape, maps, folded, 0 if value is None else value.shape[3])
+    query, _, value, _ = maps
+    arguments = _Arguments(shape, maps, folded, 0 if value is None else value.shape[3],
+                           NARROW if mode == STATISTICS else NARROW_BACKWARD)
     task = arguments.task
     _, _, weight1, _, weight2, bias2 = folded
     inputs, padded, hidden = weight1.shape[0], _padded(weight1.shape[0]), task.hidden
@@ -72,21 +108,25 @@ def _run_backward(shape: Shape, maps: _Tensors, folded: _Tensors,
     sizes = [padded, padded, inputs * hidden, hidden, task.hidden_used * columns, columns]
     band = max(1, task.dilation * (task.kernel - 1))  # twice what a footprint reaches to either side
     units = task.batch * ((task.height + 2 * band - 1) // (2 * band))
-    slots = max(1, min(units, 64, max(4, MAX_GRADIENT_NUMBERS // sum(sizes))))
+    slots = max(1, min(units, 64, max(4, MAX_GRADIENT_ELEMENTS // sum(sizes))))
     outputs: list[Any] = [None] * 4
     parameters: Any = None
     sums: Any = None
     if mode == STATISTICS:
         sums = query.new_zeros(slots, 2, hidden, dtype=torch.float64)
     else:
-        outputs = [None if x is None else _zeros(x, task.batch, *x.shape[1:3], _padded(x.shape[3]) if i < 2 else
-                                                 x.shape[3]) for i, x in enumerate(maps)]
+        outputs = [None if x is None else _zeros(x, task.batch, *x.shape[1:3], _padded(x.shape[3]) if i < 2 and not
+                                                 task.planes else x.shape[3]) for i, x in enumerate(maps)]
         parameters = _zeros(query, slots, sum(sizes))
-    transposed = [pad(weight1[:, :task.hidden_used].t(), padded).contiguous(),
-                  None if weight2 is None else pad(weight2.flatten(1).t(), hidden).contiguous()]
+    weight1_t = pad(weight1[:, :task.hidden_used].t(), padded).contiguous()
+    weight2_t = None if weight2 is None else pad(weight2.flatten(1).t(), hidden).contiguous()
+    d_query, d_key, d_value, d_place = map(_map, outputs)
     backward = library.Backward(
-        task, mode, inputs, padded, _padded(query.shape[3]), slots, sum(sizes), band, 0,
-        *(None if x is None else x.data_ptr() for x in (gradient, *transposed, *outputs, parameters, sums)))
+        task=task, mode=mode, inputs=inputs, inputs_padded=padded, slots=slots, parameters=sum(sizes), band=band,
+        gradient=_matrix(gradient, task.out if mode == ATTENTION else hidden),
+        weight1_t=_matrix(weight1_t, padded), weight2_t=_matrix(weight2_t, hidden),
+        d_query=d_query, d_key=d_key, d_value=d_value, d_place=d_place,
+        d_parameters=_address(parameters), sums=_address(sums))
     library.run('san_backward', backward)
     if mode == STATISTICS:
         return [sums.sum(0)]
@@ -107,10 +147,10 @@ def output(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None)
         shift: (m,) or None.
     """
     value = maps[2]
-    arguments = _Arguments(shape, maps, folded, value.shape[3])
+    arguments = _Arguments(shape, maps, folded, value.shape[3], NARROW)
     result = value.new_empty(value.shape, dtype=torch.float32)
-    arguments.task.output = result.data_ptr()
-    arguments.task.shift = None if shift is None else shift.data_ptr()
+    arguments.task.output = _map(result)
+    arguments.task.shift = _address(shift)
     library.run('san', arguments.task)
     return result
 

@@ -5,6 +5,7 @@
  * are added where they belong, so threads must not meet: the rows of an image are cut into bands at least twice as high
  * as a footprint reaches, and the even bands are worked on before the odd ones. Gradients of parameters are summed in
  * `slots`, each with a fixed share of the bands. Nothing therefore depends on the number of threads or their timing.
+ * Layers whose channels fill no vector have loops of their own: planes_backward.h.
  */
 #include "footprint.h"
 
@@ -12,31 +13,72 @@ enum mode { ATTENTION, STATISTICS, STATISTICS_BACKWARD };
 
 struct backward {
     struct task task;
-    int64_t mode, inputs, inputs_padded, rel_padded, slots, parameters, band, odd;
-    const float *gradient;              /* of the output; STATISTICS_BACKWARD: d loss / d u = g[0][h] + g[1][h] u[h] */
-    const float *weight1_t, *weight2_t; /* [hidden][inputs_padded], [(k * k) lanes][hidden] */
-    float *d_query, *d_key, *d_value;   /* of d_query and d_key a pixel has rel_padded numbers */
-    float *d_place;                     /* one for each image */
-    float *d_parameters;                /* [slots][scale1, shift1, weight1, shift2, weight2, bias2] */
-    double *sums;                       /* STATISTICS: [slots][2][hidden], sums of u and of u * u */
+    int64_t mode, inputs, inputs_padded; /* inputs_padded: to whole vectors */
+    int64_t slots, parameters;           /* parameters: elements of a slot */
+    int64_t band, odd;                   /* rows of a band; whether the odd ones are worked on */
+    struct matrix gradient;              /* of the output, [pixels][out]; STATISTICS_BACKWARD: [2][hidden], where
+                                            d loss / d u = gradient[0] + gradient[1] * u */
+    struct matrix weight1_t, weight2_t;  /* [hidden_used][inputs_padded], [columns][hidden] */
+    struct matrix d_query, d_key;        /* [pixels][rel], rows padded to whole vectors unless task.planes */
+    struct matrix d_value;               /* [pixels][out] */
+    struct matrix d_place;               /* [pixels][2]: one for each image; or NULL */
+    float *d_parameters;                 /* [slots][parameters]: of scale1, shift1, weight1, shift2, weight2, bias2 */
+    double *sums;                        /* STATISTICS: [slots][2][hidden], sums of u and of u * u */
 };
 
-struct scratch {
-    float *related, *d_related, *middle, *d_middle, *weights, *d_weights, *factor, *zero;
-    int64_t *neighbours;
-    float *d_scale1, *d_shift1, *d_weight1, *d_shift2, *d_weight2, *d_bias2; /* of the slot */
+struct gradients { /* of the parameters, by a slot */
+    float *scale1, *shift1, *shift2, *bias2;
+    struct matrix weight1, weight2;
+};
+
+INLINE struct gradients gradients_of(const struct backward *b, int64_t slot) {
+    const struct task *t = &b->task;
+    struct gradients g;
+    g.scale1 = b->d_parameters + slot * b->parameters;
+    g.shift1 = g.scale1 + b->inputs_padded;
+    g.weight1 = (struct matrix){g.shift1 + b->inputs_padded, t->hidden};
+    g.shift2 = row_of(g.weight1, b->inputs);
+    g.weight2 = (struct matrix){g.shift2 + t->hidden, t->lanes * (t->form == PATCHWISE ? t->kernel * t->kernel : 1)};
+    g.bias2 = row_of(g.weight2, t->hidden_used);
+    return g;
+}
+
+struct band {
+    int64_t image, top, bottom; /* rows */
+};
+
+/* Bands of an image that are worked on now. */
+INLINE int64_t bands_now(const struct backward *b) {
+    return ((b->task.height + b->band - 1) / b->band + 1 - b->odd) / 2;
+}
+
+INLINE struct band band_of(const struct backward *b, int64_t unit) {
+    const int64_t bands = bands_now(b), top = (2 * (unit % bands) + b->odd) * b->band, bottom = top + b->band;
+    return (struct band){unit / bands, top, bottom < b->task.height ? bottom : b->task.height};
+}
+
+/* A slot that no thread has taken, or -1. */
+INLINE int64_t next_slot(struct backward *b) {
+    const int64_t slot = __atomic_fetch_add(&b->task.next, 1, __ATOMIC_RELAXED);
+    return slot < b->slots ? slot : -1;
+}
+
+#include "planes_backward.h"
+
+struct scratch { /* what is [lines] has a line for each tap of a pixel, patchwise for each of a few pixels */
+    struct matrix related, d_related, middle, d_middle; /* [lines][inputs], [lines][hidden] */
+    struct matrix weights, d_weights;                   /* [lines][columns] */
+    float *factor;                                      /* [lanes] */
+    float *zero;                                        /* as wide as any product */
+    int64_t *neighbours;                                /* [lines][taps], pairwise [taps]; numbers in the image */
+    struct gradients d;                                 /* of the slot */
     double *sums;
 };
 
-static void product(int64_t rows, const float *a, int64_t a_row, const float *w, int64_t w_row, int64_t inner,
-                    const float *zero, float *c, int64_t c_row, int64_t columns) {
-    multiply(rows, (struct left){a, a_row, 1}, w, w_row, inner, zero, 0, c, c_row, columns);
-}
-
-/* c[i][:] += sum_m a[m][i] b[m][:] */
-static void accumulate(int64_t rows, const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t inner,
-                       float *c, int64_t c_row, int64_t columns) {
-    multiply(rows, (struct left){a, 1, a_row}, b, b_row, inner, c, c_row, c, c_row, columns);
+/* c += a^T b: [rows][columns] from [inner][rows] and [inner][columns] */
+static void accumulate(int64_t rows, struct matrix a, struct matrix b, int64_t inner, struct matrix c,
+                       int64_t columns) {
+    multiply_transposed(rows, a, b, inner, c, c, columns, 0);
 }
 
 /* Gradients of the weights of one neighbour and of its value. */
@@ -61,12 +103,12 @@ INLINE void weighted_sum_backward(const float *restrict weight, const float *res
 }
 
 /* Sets to zero what the ReLU stopped, and adds the rest up: `sum` gets the gradient of what was added before it. */
-INLINE void relu_backward(int64_t rows, int64_t columns, const float *after, float *gradient, float *sum) {
+INLINE void relu_backward(int64_t rows, int64_t columns, struct matrix after, struct matrix gradient, float *sum) {
     for (int64_t c = 0; c < columns; c += WIDTH) {
-        vec total = *(vec *)(sum + c);
+        vec total = at(sum + c);
         for (int64_t m = 0; m < rows; m++) {
-            vec *g = (vec *)(gradient + m * columns + c);
-            *g = positive_backward(*(const vec *)(after + m * columns + c), *g);
+            vec *g = (vec *)(row_of(gradient, m) + c);
+            *g = positive_backward(at(row_of(after, m) + c), *g);
             total += *g;
         }
         *(vec *)(sum + c) = total;
@@ -76,15 +118,16 @@ INLINE void relu_backward(int64_t rows, int64_t columns, const float *after, flo
 /* Sums of the hidden vectors and their squares; or, given how the loss depends on those sums, on the vectors. */
 INLINE void statistics(const struct backward *b, int64_t rows, struct scratch *s) {
     const int64_t hidden = b->task.hidden;
+    const struct matrix middle = s->middle, d_middle = s->d_middle, gradient = b->gradient;
     for (int64_t h = 0; h < hidden; h += WIDTH) {
         /* of differences from one of the vectors: float32 has no digits for the variance beside a large mean */
-        const vec centre = *(vec *)(s->middle + h);
+        const vec centre = at(middle.at + h);
         vec sum = {0}, squares = {0};
         for (int64_t m = 0; m < rows; m++) {
-            const vec u = *(vec *)(s->middle + m * hidden + h), v = u - centre;
+            const vec u = at(row_of(middle, m) + h), v = u - centre;
             if (b->mode == STATISTICS) sum += v, squares += v * v;
-            else *(vec *)(s->d_middle + m * hidden + h) =
-                     *(const vec *)(b->gradient + h) + *(const vec *)(b->gradient + hidden + h) * u;
+            else *(vec *)(row_of(d_middle, m) + h) =
+                     at(row_of(gradient, 0) + h) + at(row_of(gradient, 1) + h) * u;
         }
         if (b->mode == STATISTICS)
             for (int64_t l = 0; l < WIDTH; l++) {
@@ -95,182 +138,110 @@ INLINE void statistics(const struct backward *b, int64_t rows, struct scratch *s
     }
 }
 
-/* One vector of channels of norm1 and its ReLU: gradient of the relation x, given its positive part d and the gradient
- * g of d. Of the vector `used` channels count, whatever is in the others. */
-INLINE vec norm_backward(vec x, int64_t used, const float *d, const float *g, const float *scale, float *d_scale,
-                         float *d_shift) {
-    ivec counts;
-    for (int l = 0; l < WIDTH; l++) counts[l] = -(l < used);
-    const vec e = choose(counts, positive_backward(at(d), at(g)), (vec){0});
-    *(vec *)d_scale += choose(counts, e * x, (vec){0});
-    *(vec *)d_shift += e;
-    return choose(counts, e * at(scale), (vec){0});
-}
-
-/* For every vector of the r channels that begin at channel `first` of the relation: e, the gradient of x. */
-#define CHANNELS_BACKWARD(first, x, update)                                                                        \
-    for (int64_t c = 0; c < r; c += WIDTH) {                                                                       \
-        const vec e = norm_backward(x, r - c, d + (first) + c, g + (first) + c, t->scale1 + (first) + c,           \
-                                    d_scale + (first) + c, d_shift + (first) + c);                                 \
-        update;                                                                                                    \
-    }
-#define ADD(to, x) *(vec *)((to) + c) += (x)
-
-/* One channel that is the dot product of q and k. */
-INLINE void dot_backward(const struct task *t, const float *restrict q, const float *restrict k, int64_t channel,
-                         float d, float g, float *restrict d_q, float *restrict d_k, float *d_scale, float *d_shift) {
-    float x = 0;
-    for (int64_t c = 0; c < t->rel; c++) x += q[c] * k[c];
-    g = d <= 0 ? 0 : g;
-    d_scale[channel] += g * x;
-    d_shift[channel] += g;
-    g *= t->scale1[channel];
-    for (int64_t c = 0; c < t->rel; c++) d_q[c] += g * k[c], d_k[c] += g * q[c];
-}
-
-/* d_q and d_k have room for whole vectors. */
-INLINE void relate_backward(const struct task *t, const float *restrict q, const float *restrict k, const float *p_i,
-                            const float *p_j, const float *restrict d, const float *restrict g,
-                            float *restrict d_q, float *restrict d_k, float *d_p_i, float *d_p_j,
-                            float *restrict d_scale, float *restrict d_shift) {
-    const int64_t r = t->rel;
-    int64_t width = r;
-    switch (t->relation) {
-        case SUBTRACTION: CHANNELS_BACKWARD(0, at(q + c) - at(k + c), ADD(d_q, e); ADD(d_k, -e)); break;
-        case SUMMATION: CHANNELS_BACKWARD(0, at(q + c) + at(k + c), ADD(d_q, e); ADD(d_k, e)); break;
-        case HADAMARD:
-            CHANNELS_BACKWARD(0, at(q + c) * at(k + c), ADD(d_q, e * at(k + c)); ADD(d_k, e * at(q + c)));
-            break;
-        case CONCATENATION:
-            CHANNELS_BACKWARD(0, at(q + c), ADD(d_q, e));
-            CHANNELS_BACKWARD(r, at(k + c), ADD(d_k, e));
-            width = 2 * r;
-            break;
-        case DOT:
-            dot_backward(t, q, k, 0, d[0], g[0], d_q, d_k, d_scale, d_shift);
-            width = 1;
-    }
-    if (p_j)
-        for (int64_t c = 0; c < 2; c++, width++) {
-            const float e = d[width] <= 0 ? 0 : g[width], e_p = e * t->scale1[width];
-            d_scale[width] += e * (t->absolute ? p_j[c] : p_i[c] - p_j[c]);
-            d_shift[width] += e;
-            if (t->absolute) d_p_j[c] += e_p;
-            else d_p_i[c] += e_p, d_p_j[c] -= e_p;
-        }
-}
-
-/* Pixel number `pixel` of an image. */
-static void pairwise_pixel(const struct backward *b, int64_t image, int64_t pixel, struct scratch *s) {
+/* Pixel number `spot` of an image that begins at pixel number `first` of the batch. */
+static void pairwise_pixel(const struct backward *b, int64_t first, int64_t spot, struct scratch *s) {
     const struct task *t = &b->task;
-    const int64_t area = t->kernel * t->kernel, first = image * t->height * t->width;
-    const int64_t y = pixel / t->width, x = pixel % t->width, here = first + pixel, lanes = t->lanes, hidden = t->hidden;
-    const float *q = t->query + here * t->query_row, *p_i = t->place ? t->place + 2 * pixel : NULL;
-    for (int64_t a = 0, o = 0; a < t->kernel; a++)
-        for (int64_t c = 0; c < t->kernel; c++, o++) {
-            const int64_t there = t->rows[y + a * t->dilation] * t->width + t->columns[x + c * t->dilation];
-            s->neighbours[o] = there;
-            relate(t, t->relation, q, t->key + (first + there) * t->key_row, p_i, t->place ? t->place + 2 * there : NULL,
-                   s->related + o * b->inputs_padded);
-        }
-    const struct left related = {s->related, b->inputs_padded, 1};
+    /* once: whatever is written to might be one of them */
+    const struct matrix related = s->related, d_related = s->d_related, middle = s->middle, d_middle = s->d_middle;
+    const struct matrix weights = s->weights, d_weights = s->d_weights, d_query = b->d_query, d_key = b->d_key;
+    const struct matrix query = t->query, key = t->key, value = t->value, d_value = b->d_value;
+    const struct matrix place = t->place, d_place = b->d_place;
+    const int64_t taps = t->kernel * t->kernel, here = first + spot, lanes = t->lanes, hidden = t->hidden;
+    const float *q = row_of(query, here), *p_i = place.at ? row_of(place, spot) : NULL;
+    find_neighbours(t, spot, s->neighbours);
+    for (int64_t o = 0; o < taps; o++) {
+        const int64_t there = s->neighbours[o];
+        relate(t, (enum pairwise_relation)t->relation, q, row_of(key, first + there), p_i,
+               p_i ? row_of(place, there) : NULL, row_of(related, o));
+    }
     if (b->mode == ATTENTION) {
-        multiply_relu(area, related, t->weight1, hidden, b->inputs, t->shift2, 0, s->middle, hidden, hidden);
-        multiply(area, (struct left){s->middle, hidden, 1}, t->weight2, lanes, t->hidden_used, t->bias2, 0, s->weights,
-                 lanes, lanes);
-        softmax(s->weights, area, lanes, s->factor);
-        const float *gradient = b->gradient + here * t->out;
-        for (int64_t o = 0; o < area; o++) {
-            for (int64_t l = 0; l < lanes; l += WIDTH)
-                *(vec *)(s->weights + o * lanes + l) *= *(const vec *)(s->factor + l);
+        multiply_relu(taps, related, t->weight1, b->inputs, one_row(t->shift2), middle, hidden);
+        multiply(taps, middle, t->weight2, t->hidden_used, one_row(t->bias2), weights, lanes);
+        softmax(weights, taps, lanes, s->factor);
+        for (int64_t o = 0; o < taps; o++) {
+            float *w = row_of(weights, o);
+            for (int64_t l = 0; l < lanes; l += WIDTH) *(vec *)(w + l) *= at(s->factor + l);
             const int64_t there = first + s->neighbours[o];
-            weighted_sum_backward(s->weights + o * lanes, gradient, t->value + there * t->value_row, lanes, t->out,
-                                  s->d_weights + o * lanes, b->d_value + there * t->out);
+            weighted_sum_backward(w, row_of(b->gradient, here), row_of(value, there), lanes, t->out,
+                                  row_of(d_weights, o), row_of(d_value, there));
         }
         for (int64_t l = 0; l < lanes; l += WIDTH) { /* through the softmax: dl = w (dw - sum w dw) */
-            vec dot = {0}, total = *(vec *)(s->d_bias2 + l);
-            for (int64_t o = 0; o < area; o++)
-                dot += *(vec *)(s->weights + o * lanes + l) * *(vec *)(s->d_weights + o * lanes + l);
-            for (int64_t o = 0; o < area; o++) {
-                vec *g = (vec *)(s->d_weights + o * lanes + l);
-                *g = *(vec *)(s->weights + o * lanes + l) * (*g - dot);
+            vec dot = {0}, total = at(s->d.bias2 + l);
+            for (int64_t o = 0; o < taps; o++) dot += at(row_of(weights, o) + l) * at(row_of(d_weights, o) + l);
+            for (int64_t o = 0; o < taps; o++) {
+                vec *g = (vec *)(row_of(d_weights, o) + l);
+                *g = at(row_of(weights, o) + l) * (*g - dot);
                 total += *g;
             }
-            *(vec *)(s->d_bias2 + l) = total;
+            *(vec *)(s->d.bias2 + l) = total;
         }
-        accumulate(t->hidden_used, s->middle, hidden, s->d_weights, lanes, area, s->d_weight2, lanes, lanes);
-        product(area, s->d_weights, lanes, b->weight2_t, hidden, lanes, s->zero, s->d_middle, hidden, hidden);
-        relu_backward(area, hidden, s->middle, s->d_middle, s->d_shift2);
+        accumulate(t->hidden_used, middle, d_weights, taps, s->d.weight2, lanes);
+        multiply(taps, d_weights, b->weight2_t, lanes, one_row(s->zero), d_middle, hidden);
+        relu_backward(taps, hidden, middle, d_middle, s->d.shift2);
     } else {
-        multiply(area, related, t->weight1, hidden, b->inputs, s->zero, 0, s->middle, hidden, hidden);
-        statistics(b, area, s);
+        multiply(taps, related, t->weight1, b->inputs, one_row(s->zero), middle, hidden);
+        statistics(b, taps, s);
         if (b->mode == STATISTICS) return;
     }
-    accumulate(b->inputs, s->related, b->inputs_padded, s->d_middle, hidden, area, s->d_weight1, hidden, hidden);
-    product(area, s->d_middle, hidden, b->weight1_t, b->inputs_padded, t->hidden_used, s->zero, s->d_related,
-            b->inputs_padded, b->inputs_padded);
-    for (int64_t o = 0; o < area; o++) {
+    accumulate(b->inputs, related, d_middle, taps, s->d.weight1, hidden);
+    multiply(taps, d_middle, b->weight1_t, t->hidden_used, one_row(s->zero), d_related, b->inputs_padded);
+    for (int64_t o = 0; o < taps; o++) {
         const int64_t there = s->neighbours[o];
-        relate_backward(t, q, t->key + (first + there) * t->key_row, p_i, t->place ? t->place + 2 * there : NULL,
-                        s->related + o * b->inputs_padded, s->d_related + o * b->inputs_padded, b->d_query + here * b->rel_padded,
-                        b->d_key + (first + there) * b->rel_padded, t->place ? b->d_place + 2 * here : NULL,
-                        t->place ? b->d_place + 2 * (first + there) : NULL, s->d_scale1, s->d_shift1);
+        relate_backward(t, q, row_of(key, first + there), p_i, p_i ? row_of(place, there) : NULL,
+                        row_of(related, o), row_of(d_related, o), row_of(d_query, here),
+                        row_of(d_key, first + there), p_i ? row_of(d_place, here) : NULL,
+                        p_i ? row_of(d_place, first + there) : NULL, s->d.scale1, s->d.shift1);
     }
 }
 
-/* `count` pixels of an image from number `pixel`. */
-static void patchwise_pixels(const struct backward *b, int64_t image, int64_t pixel, int64_t count, struct scratch *s) {
+/* `count` pixels from number `spot` of an image that begins at pixel number `first` of the batch. */
+static void patchwise_pixels(const struct backward *b, int64_t first, int64_t spot, int64_t count, struct scratch *s) {
     const struct task *t = &b->task;
-    const int64_t area = t->kernel * t->kernel, first = image * t->height * t->width, r = t->rel;
-    const int64_t here = first + pixel, lanes = t->lanes, columns = area * lanes, hidden = t->hidden;
-    const int64_t star = t->relation == PATCH_STAR, row = b->inputs_padded;
+    /* once: whatever is written to might be one of them */
+    const struct matrix related = s->related, d_related = s->d_related, middle = s->middle, d_middle = s->d_middle;
+    const struct matrix weights = s->weights, d_weights = s->d_weights, d_query = b->d_query, d_key = b->d_key;
+    const struct matrix query = t->query, key = t->key, value = t->value, d_value = b->d_value;
+    const int64_t taps = t->kernel * t->kernel, here = first + spot;
+    const int64_t lanes = t->lanes, columns = taps * lanes, hidden = t->hidden;
     for (int64_t m = 0; m < count; m++) {
-        const float *q = t->query + (here + m) * t->query_row;
-        const int64_t y = (pixel + m) / t->width, x = (pixel + m) % t->width;
-        float *d = s->related + m * row;
-        d += relate_centre(t, q, d);
-        for (int64_t a = 0, o = 0; a < t->kernel; a++)
-            for (int64_t i = 0; i < t->kernel; i++, o++) {
-                const int64_t there = first + t->rows[y + a * t->dilation] * t->width
-                                      + t->columns[x + i * t->dilation];
-                s->neighbours[m * area + o] = there;
-                d += relate_neighbour(t, q, t->key + there * t->key_row, o, d);
-            }
+        const float *q = row_of(query, here + m);
+        int64_t *there = s->neighbours + m * taps;
+        float *d = row_of(related, m);
+        find_neighbours(t, spot + m, there);
+        relate_centre(t, q, d);
+        d += t->centre;
+        for (int64_t o = 0; o < taps; o++, d += t->tap) relate_tap(t, q, row_of(key, first + there[o]), o, d);
     }
-    const struct left related = {s->related, row, 1};
     if (b->mode == ATTENTION) {
-        multiply_relu(count, related, t->weight1, hidden, b->inputs, t->shift2, 0, s->middle, hidden, hidden);
-        multiply(count, (struct left){s->middle, hidden, 1}, t->weight2, columns, t->hidden_used, t->bias2, 0,
-                 s->weights, columns, columns);
+        multiply_relu(count, related, t->weight1, b->inputs, one_row(t->shift2), middle, hidden);
+        multiply(count, middle, t->weight2, t->hidden_used, one_row(t->bias2), weights, columns);
         for (int64_t m = 0; m < count; m++)
-            for (int64_t o = 0; o < area; o++) {
-                const int64_t there = s->neighbours[m * area + o];
-                weighted_sum_backward(s->weights + m * columns + o * lanes, b->gradient + (here + m) * t->out,
-                                      t->value + there * t->value_row, lanes, t->out,
-                                      s->d_weights + m * columns + o * lanes, b->d_value + there * t->out);
+            for (int64_t o = 0; o < taps; o++) {
+                const int64_t there = first + s->neighbours[m * taps + o];
+                weighted_sum_backward(row_of(weights, m) + o * lanes, row_of(b->gradient, here + m),
+                                      row_of(value, there), lanes, t->out, row_of(d_weights, m) + o * lanes,
+                                      row_of(d_value, there));
             }
         for (int64_t j = 0; j < columns; j += WIDTH)
-            for (int64_t m = 0; m < count; m++) *(vec *)(s->d_bias2 + j) += *(vec *)(s->d_weights + m * columns + j);
-        accumulate(t->hidden_used, s->middle, hidden, s->d_weights, columns, count, s->d_weight2, columns, columns);
-        product(count, s->d_weights, columns, b->weight2_t, hidden, columns, s->zero, s->d_middle, hidden, hidden);
-        relu_backward(count, hidden, s->middle, s->d_middle, s->d_shift2);
+            for (int64_t m = 0; m < count; m++) *(vec *)(s->d.bias2 + j) += at(row_of(d_weights, m) + j);
+        accumulate(t->hidden_used, middle, d_weights, count, s->d.weight2, columns);
+        multiply(count, d_weights, b->weight2_t, columns, one_row(s->zero), d_middle, hidden);
+        relu_backward(count, hidden, middle, d_middle, s->d.shift2);
     } else {
-        multiply(count, related, t->weight1, hidden, b->inputs, s->zero, 0, s->middle, hidden, hidden);
+        multiply(count, related, t->weight1, b->inputs, one_row(s->zero), middle, hidden);
         statistics(b, count, s);
         if (b->mode == STATISTICS) return;
     }
-    accumulate(b->inputs, s->related, row, s->d_middle, hidden, count, s->d_weight1, hidden, hidden);
-    product(count, s->d_middle, hidden, b->weight1_t, row, t->hidden_used, s->zero, s->d_related, row, row);
-    float *d_scale = s->d_scale1, *d_shift = s->d_shift1;
+    accumulate(b->inputs, related, d_middle, count, s->d.weight1, hidden);
+    multiply(count, d_middle, b->weight1_t, t->hidden_used, one_row(s->zero), d_related, b->inputs_padded);
     for (int64_t m = 0; m < count; m++) {
-        const float *q = t->query + (here + m) * t->query_row, *d = s->related + m * row, *g = s->d_related + m * row;
-        float *d_q = b->d_query + (here + m) * b->rel_padded;
-        if (!star) CHANNELS_BACKWARD(0, at(q + c), ADD(d_q, e));
-        for (int64_t o = 0; o < area; o++) {
-            const float *k = t->key + s->neighbours[m * area + o] * t->key_row;
-            float *d_k = b->d_key + s->neighbours[m * area + o] * b->rel_padded;
-            if (star) dot_backward(t, q, k, o, d[o], g[o], d_q, d_k, d_scale, d_shift);
-            else CHANNELS_BACKWARD((o + 1) * r, at(k + c), ADD(d_k, e));
+        const float *q = row_of(query, here + m), *d = row_of(related, m), *g = row_of(d_related, m);
+        float *d_q = row_of(d_query, here + m);
+        relate_centre_backward(t, q, d, g, d_q, s->d.scale1, s->d.shift1);
+        for (int64_t o = 0; o < taps; o++) {
+            const int64_t there = first + s->neighbours[m * taps + o];
+            relate_tap_backward(t, q, row_of(key, there), o, d, g, d_q, row_of(d_key, there), s->d.scale1,
+                                s->d.shift1);
         }
     }
 }
@@ -279,10 +250,11 @@ static void patchwise_pixels(const struct backward *b, int64_t image, int64_t pi
 static void work_backward(void *argument) {
     struct backward *b = argument;
     struct task *t = &b->task;
-    const int64_t area = t->kernel * t->kernel, patchwise = form_of(t->relation) == PATCHWISE;
-    const int64_t together = patchwise ? 4 * ROWS : 1, lines = patchwise ? together : area; /* rows of the products */
+    const int64_t taps = t->kernel * t->kernel, patchwise = t->form == PATCHWISE;
+    const int64_t together = patchwise ? 4 * ROWS : 1, lines = patchwise ? together : taps; /* of the products */
+    const int64_t columns = patchwise ? taps * t->lanes : t->lanes;
     const size_t related = 4 * (lines * b->inputs_padded + 2 * WIDTH), middle = 4 * lines * t->hidden;
-    const size_t weights = 4 * together * area * t->lanes, neighbours = 8 * together * area;
+    const size_t weights = 4 * lines * columns, neighbours = 8 * together * taps;
     size_t zero = t->hidden > b->inputs_padded ? t->hidden : b->inputs_padded;
     zero = 4 * (zero > (size_t)t->lanes ? zero : (size_t)t->lanes);
     const size_t all = 2 * (related + middle + weights) + 4 * t->lanes + zero + neighbours + 10 * 64;
@@ -293,35 +265,24 @@ static void work_backward(void *argument) {
     }
     from += 64 - (uintptr_t)from % 64;
     struct scratch s = {0};
-    s.related = take(&from, related);
-    s.d_related = take(&from, related);
-    s.middle = take(&from, middle);
-    s.d_middle = take(&from, middle);
-    s.weights = take(&from, weights);
-    s.d_weights = take(&from, weights);
+    s.related = take_matrix(&from, related, b->inputs_padded);
+    s.d_related = take_matrix(&from, related, b->inputs_padded);
+    s.middle = take_matrix(&from, middle, t->hidden);
+    s.d_middle = take_matrix(&from, middle, t->hidden);
+    s.weights = take_matrix(&from, weights, columns);
+    s.d_weights = take_matrix(&from, weights, columns);
     s.factor = take(&from, 4 * t->lanes);
     s.zero = take(&from, zero);
     s.neighbours = take(&from, neighbours);
-    const int64_t bands = (t->height + b->band - 1) / b->band, mine = (bands + 1 - b->odd) / 2;
-    for (;;) {
-        const int64_t slot = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
-        if (slot >= b->slots) break;
-        if (b->mode == STATISTICS) {
-            s.sums = b->sums + 2 * slot * t->hidden;
-        } else {
-            s.d_scale1 = b->d_parameters + slot * b->parameters;
-            s.d_shift1 = s.d_scale1 + b->inputs_padded;
-            s.d_weight1 = s.d_shift1 + b->inputs_padded;
-            s.d_shift2 = s.d_weight1 + b->inputs * t->hidden;
-            s.d_weight2 = s.d_shift2 + t->hidden;
-            s.d_bias2 = s.d_weight2 + t->hidden_used * (patchwise ? area : 1) * t->lanes;
-        }
-        for (int64_t unit = slot; unit < t->batch * mine; unit += b->slots) {
-            const int64_t image = unit / mine, top = (2 * (unit % mine) + b->odd) * b->band;
-            const int64_t bottom = top + b->band < t->height ? top + b->band : t->height, end = bottom * t->width;
-            for (int64_t pixel = top * t->width; pixel < end; pixel += together)
-                if (patchwise) patchwise_pixels(b, image, pixel, end - pixel < together ? end - pixel : together, &s);
-                else pairwise_pixel(b, image, pixel, &s);
+    for (int64_t slot; (slot = next_slot(b)) >= 0;) {
+        if (b->mode == STATISTICS) s.sums = b->sums + 2 * slot * t->hidden;
+        else s.d = gradients_of(b, slot);
+        for (int64_t unit = slot; unit < t->batch * bands_now(b); unit += b->slots) {
+            const struct band band = band_of(b, unit);
+            const int64_t first = band.image * t->height * t->width, end = band.bottom * t->width;
+            for (int64_t spot = band.top * t->width; spot < end; spot += together)
+                if (patchwise) patchwise_pixels(b, first, spot, end - spot < together ? end - spot : together, &s);
+                else pairwise_pixel(b, first, spot, &s);
         }
     }
     free(memory);
@@ -329,13 +290,13 @@ static void work_backward(void *argument) {
 
 /* The even bands, then the odd ones; on `threads` threads. */
 void san_backward_run(struct backward *b, parallel_function parallel, unsigned threads) {
-    if (form_of(b->task.relation) == UNKNOWN || b->mode < ATTENTION || b->mode > STATISTICS_BACKWARD) {
+    if (!is_known(&b->task) || b->mode < ATTENTION || b->mode > STATISTICS_BACKWARD) {
         b->task.failed = UNKNOWN_CODE;
         return;
     }
     for (b->odd = 0; b->odd < 2; b->odd++) {
         b->task.next = 0;
-        run(work_backward, b, parallel, threads);
+        run(b->task.planes ? work_planes_backward : work_backward, b, parallel, threads);
     }
 }
 

@@ -1,12 +1,24 @@
-/* What the forward and the backward loops share: the task, products of small matrices, softmax, delta.
+/* What the forward and the backward loops share: the task, products of small matrices, softmax, neighbours.
  *
  * Plain C with the vector extensions of GCC and Clang: no Python, torch or OpenMP headers. Built once for each
- * instruction set; loaded with ctypes by __init__.py, which fills struct task. Maps are float32, channels last.
+ * instruction set; loaded with ctypes by library.py, which describes the structs. Maps are float32, channels last.
  *
  * Both forms are: relate (delta, norm, ReLU) -> product with weight1 -> ReLU -> product with weight2 -> (pairwise:
  * softmax over the footprint) -> weighted sum of the values. The pairwise products run over the neighbours of one
  * pixel, the patchwise ones over a few pixels of a row, so that a block of accumulators stays in registers. Nothing of
  * size k x k is in memory beyond that.
+ *
+ * Sizes, by the names that they have in the structs and in the shapes of comments, [rows][columns]:
+ *   pixels        of a batch: batch * height * width
+ *   taps          of a footprint: kernel * kernel
+ *   rel           channels of phi and psi
+ *   inputs        channels of the relation: centre + tap (+ 2 for positions); patchwise centre + taps * tap
+ *   hidden        width of the middle of gamma, padded to whole vectors; hidden_used without the padding
+ *   lanes         attention weights of one tap, repeated to whole vectors, so that channels that share a weight meet it
+ *                 without shuffling
+ *   columns       of weight2: lanes; patchwise taps * lanes, those of a tap together
+ *   weight channels  attention weights of one tap
+ *   out           channels of the value and of the output
  */
 #ifndef SAN_FOOTPRINT_H
 #define SAN_FOOTPRINT_H
@@ -18,8 +30,8 @@
 #include <immintrin.h>
 #endif
 
-/* WIDTH: numbers in a vector register; a compiler keeps wider vectors in memory. ROWS x BLOCKS vectors of sums make a
- * register block: with BLOCKS vectors of the right factor and one number of the left they fill the 16 or (AVX-512,
+/* WIDTH: elements of a vector register; a compiler keeps wider vectors in memory. ROWS x BLOCKS vectors of sums make a
+ * register block: with BLOCKS vectors of the right factor and one element of the left they fill the 16 or (AVX-512,
  * AArch64) 32 registers. */
 #if defined(__AVX512F__)
 #define WIDTH 16
@@ -73,81 +85,99 @@ INLINE vec positive(vec x) { return larger(x, (vec){0}); } /* ReLU; NaN stays Na
 /* The gradient of a ReLU's input, given its input or output and its output's gradient; torch's passes where NaN is. */
 INLINE vec positive_backward(vec x, vec gradient) { return choose(x <= (vec){0}, (vec){0}, gradient); }
 
-enum relation { SUBTRACTION, SUMMATION, HADAMARD, CONCATENATION, DOT, PATCH_CONCATENATION, PATCH_STAR };
-enum form { PAIRWISE, PATCHWISE, UNKNOWN };
+INLINE vec at(const float *p) { return *(const vec *)p; }
+
+INLINE float relu(float x) { return x > 0 ? x : x != x ? x : 0; }
+
+enum form { PAIRWISE, PATCHWISE };
 enum failure { NO_MEMORY = 1, UNKNOWN_CODE };
 
-INLINE enum form form_of(int64_t relation) {
-    switch (relation) {
-        case SUBTRACTION: case SUMMATION: case HADAMARD: case CONCATENATION: case DOT: return PAIRWISE;
-        case PATCH_CONCATENATION: case PATCH_STAR: return PATCHWISE;
-        default: return UNKNOWN;
-    }
-}
+/* Row m begins at at + m * row; with row 0, one row serves all. */
+struct matrix {
+    float *at;
+    int64_t row;
+};
 
 struct task {
-    int64_t relation, absolute, batch, height, width, rel, hidden, lanes, out, kernel, dilation;
-    int64_t query_row, key_row, value_row; /* from one pixel to the next, in numbers */
-    /* hidden: width of the middle of gamma, padded to WIDTH. lanes: attention weights of one neighbour, repeated to a
-     * multiple of WIDTH, so that the channels that share a weight meet it without shuffling. Of query, key, place,
-     * scale1 and shift1 whole vectors are read, beyond their ends too. */
-    const float *query, *key, *value, *place;
-    const float *scale1, *shift1;   /* norm1, in the order in which relate writes its channels */
-    const float *weight1, *shift2;  /* [inputs][hidden], norm2 folded in */
-    const float *weight2, *bias2;   /* [hidden][lanes]; patchwise: [hidden][k * k][lanes] */
-    const int64_t *rows, *columns;  /* source index of every row and column of the padded map */
-    const float *shift;             /* NULL, or [out]: the output is relu(y + shift) */
-    float *output;
-    int64_t hidden_used;            /* rows of weight2 */
-    int64_t together;               /* pixels that a thread takes */
-    int64_t next;                   /* the next pixel of the batch that no thread has taken */
-    int64_t failed;                 /* an enum failure, or 0 */
+    int64_t form, relation;           /* an enum form; an enum pairwise_relation or patchwise_relation */
+    int64_t absolute;                 /* positions p_j instead of p_i - p_j */
+    int64_t batch, height, width, kernel, dilation;
+    int64_t rel, centre, tap, hidden, hidden_used, lanes, weight_channels, out;
+    int64_t planes;                   /* whether vectors lie across pixels (planes.h) */
+    struct matrix query, key;         /* [pixels][rel] */
+    struct matrix value;              /* [pixels][out] */
+    struct matrix place;              /* [height * width][2], or NULL. Of place, query, key, scale1 and shift1 whole
+                                         vectors are read, beyond their ends too */
+    const float *scale1, *shift1;     /* norm1: [inputs] */
+    float *shift2, *bias2;            /* [hidden], [columns] */
+    struct matrix weight1;            /* [inputs][hidden], norm2 folded in */
+    struct matrix weight2;            /* [hidden_used][columns] */
+    const int64_t *rows, *columns;    /* source index of every row and column of the padded map */
+    const float *shift;               /* NULL, or [out]: the output is relu(y + shift) */
+    struct matrix output;             /* [pixels][out] */
+    int64_t together;                 /* pixels that a thread takes */
+    int64_t next;                     /* the next pixel of the batch that no thread has taken */
+    int64_t failed;                   /* an enum failure, or 0 */
 };
+
+/* ---- neighbours ---- */
+
+/* there[o]: the number, within the image, of what pixel number `spot` of the image sees at tap o. */
+INLINE void find_neighbours(const struct task *t, int64_t spot, int64_t *there) {
+    const int64_t kernel = t->kernel, dilation = t->dilation, width = t->width; /* once: `there` might be one of them */
+    const int64_t *rows = t->rows + spot / width, *columns = t->columns + spot % width;
+    for (int64_t a = 0, o = 0; a < kernel; a++) {
+        const int64_t line = rows[a * dilation] * width;
+        for (int64_t b = 0; b < kernel; b++, o++) there[o] = line + columns[b * dilation];
+    }
+}
 
 /* ---- matrix products ---- */
 
-/* A matrix in memory: element (m, i) of the left factor is at a[m * row + i * inner]. */
-struct left {
-    const float *a;
-    int64_t row, inner;
-};
+INLINE float *row_of(struct matrix a, int64_t m) { return a.at + m * a.row; }
 
-INLINE void multiply_block(const int rows, const int blocks, struct left l, const float *w, int64_t w_row,
-                           int64_t inner, const float *start, int64_t start_row, float *c, int64_t c_row,
-                           const int relu) {
+INLINE struct matrix one_row(float *x) { return (struct matrix){x, 0}; }
+
+INLINE struct matrix rows_from(struct matrix a, int64_t m) { return (struct matrix){a.at + m * a.row, a.row}; }
+
+INLINE struct matrix columns_from(struct matrix a, int64_t j) { return (struct matrix){a.at + j, a.row}; }
+
+INLINE void multiply_block(const int rows, const int blocks, struct matrix a, const int transposed, struct matrix w,
+                           int64_t inner, struct matrix start, struct matrix c, const int relu) {
+    const int64_t row = transposed ? 1 : a.row, step = transposed ? a.row : 1;
     vec sum[ROWS][BLOCKS];
     for (int m = 0; m < rows; m++)
-        for (int b = 0; b < blocks; b++) sum[m][b] = *(const vec *)(start + m * start_row + b * WIDTH);
+        for (int b = 0; b < blocks; b++) sum[m][b] = at(start.at + m * start.row + b * WIDTH);
     for (int64_t i = 0; i < inner; i++) {
         vec line[BLOCKS];
-        for (int b = 0; b < blocks; b++) line[b] = *(const vec *)(w + i * w_row + b * WIDTH);
+        for (int b = 0; b < blocks; b++) line[b] = at(w.at + i * w.row + b * WIDTH);
         for (int m = 0; m < rows; m++)
-            for (int b = 0; b < blocks; b++) sum[m][b] += l.a[m * l.row + i * l.inner] * line[b];
+            for (int b = 0; b < blocks; b++) sum[m][b] += a.at[m * row + i * step] * line[b];
     }
     for (int m = 0; m < rows; m++)
         for (int b = 0; b < blocks; b++)
-            *(vec *)(c + m * c_row + b * WIDTH) = relu ? positive(sum[m][b]) : sum[m][b];
+            *(vec *)(c.at + m * c.row + b * WIDTH) = relu ? positive(sum[m][b]) : sum[m][b];
 }
 
-INLINE void multiply_rows(const int rows, struct left l, const float *w, int64_t w_row, int64_t inner,
-                          const float *start, int64_t start_row, float *c, int64_t c_row, int64_t columns,
-                          const int relu) {
+INLINE void multiply_rows(const int rows, struct matrix a, const int transposed, struct matrix w, int64_t inner,
+                          struct matrix start, struct matrix c, int64_t columns, const int relu) {
+#define COLUMNS(blocks)                                                                               \
+    multiply_block(rows, blocks, a, transposed, columns_from(w, j), inner, columns_from(start, j),     \
+                   columns_from(c, j), relu)
     int64_t j = 0;
 #if BLOCKS >= 4
-    for (; j + 4 * WIDTH <= columns; j += 4 * WIDTH)
-        multiply_block(rows, 4, l, w + j, w_row, inner, start + j, start_row, c + j, c_row, relu);
+    for (; j + 4 * WIDTH <= columns; j += 4 * WIDTH) COLUMNS(4);
 #endif
-    for (; j + 2 * WIDTH <= columns; j += 2 * WIDTH)
-        multiply_block(rows, 2, l, w + j, w_row, inner, start + j, start_row, c + j, c_row, relu);
-    for (; j < columns; j += WIDTH)
-        multiply_block(rows, 1, l, w + j, w_row, inner, start + j, start_row, c + j, c_row, relu);
+    for (; j + 2 * WIDTH <= columns; j += 2 * WIDTH) COLUMNS(2);
+    for (; j < columns; j += WIDTH) COLUMNS(1);
+#undef COLUMNS
 }
 
-/* c[m][:] = start[m][:] + l[m][:inner] w, with ReLU if asked. `columns` is a multiple of WIDTH; start_row is 0 for one
- * row that serves all; start may be c itself. */
-INLINE void multiply_any(int64_t rows, struct left l, const float *w, int64_t w_row, int64_t inner, const float *start,
-                         int64_t start_row, float *c, int64_t c_row, int64_t columns, const int relu) {
-#define CASE(n) case n: multiply_rows(n, l, w, w_row, inner, start, start_row, c, c_row, columns, relu); break;
+/* c = start + a w, with ReLU if asked: c and start are [rows][columns], a is [rows][inner] or, transposed,
+ * [inner][rows], w [inner][columns]. `columns` is a multiple of WIDTH; start may be c itself. */
+INLINE void multiply_any(int64_t rows, struct matrix a, const int transposed, struct matrix w, int64_t inner,
+                         struct matrix start, struct matrix c, int64_t columns, const int relu) {
+#define CASE(n) case n: multiply_rows(n, a, transposed, w, inner, start, c, columns, relu); break;
     /* register blocks of about the same number of rows: few sums would wait for one another */
     for (int64_t blocks = (rows + ROWS - 1) / ROWS, some; blocks > 0; blocks--, rows -= some) {
         some = (rows + blocks - 1) / blocks;
@@ -157,19 +187,40 @@ INLINE void multiply_any(int64_t rows, struct left l, const float *w, int64_t w_
             CASE(7)
 #endif
         }
-        l.a += some * l.row, c += some * c_row, start += some * start_row;
+        a.at += transposed ? some : some * a.row, c = rows_from(c, some), start = rows_from(start, some);
     }
 #undef CASE
 }
 
-UNUSED static void multiply(int64_t rows, struct left l, const float *w, int64_t w_row, int64_t inner,
-                            const float *start, int64_t start_row, float *c, int64_t c_row, int64_t columns) {
-    multiply_any(rows, l, w, w_row, inner, start, start_row, c, c_row, columns, 0);
+UNUSED static void multiply(int64_t rows, struct matrix a, struct matrix w, int64_t inner, struct matrix start,
+                            struct matrix c, int64_t columns) {
+    multiply_any(rows, a, 0, w, inner, start, c, columns, 0);
 }
 
-UNUSED static void multiply_relu(int64_t rows, struct left l, const float *w, int64_t w_row, int64_t inner,
-                                 const float *start, int64_t start_row, float *c, int64_t c_row, int64_t columns) {
-    multiply_any(rows, l, w, w_row, inner, start, start_row, c, c_row, columns, 1);
+UNUSED static void multiply_relu(int64_t rows, struct matrix a, struct matrix w, int64_t inner, struct matrix start,
+                                 struct matrix c, int64_t columns) {
+    multiply_any(rows, a, 0, w, inner, start, c, columns, 1);
+}
+
+/* The left factor transposed, [inner][rows]: c = start + a^T w. */
+UNUSED static void multiply_transposed(int64_t rows, struct matrix a, struct matrix w, int64_t inner,
+                                       struct matrix start, struct matrix c, int64_t columns, const int relu) {
+    if (relu) multiply_any(rows, a, 1, w, inner, start, c, columns, 1);
+    else multiply_any(rows, a, 1, w, inner, start, c, columns, 0);
+}
+
+/* ---- norm and ReLU of a pixel ---- */
+
+/* y[c] = min(relu(scale[c] x[c] + shift[c]), limit) of `count` channels. */
+UNUSED static inline void scale_shift_relu(const float *x, const float *scale, const float *shift, float limit,
+                                           int64_t count, float *y) {
+    int64_t c = 0;
+    for (; c + WIDTH <= count; c += WIDTH)
+        *(vec *)(y + c) = smaller(positive(at(x + c) * at(scale + c) + at(shift + c)), (vec){0} + limit);
+    for (; c < count; c++) {
+        const float z = relu(x[c] * scale[c] + shift[c]);
+        y[c] = z > limit ? limit : z;
+    }
 }
 
 /* ---- softmax ---- */
@@ -191,15 +242,15 @@ INLINE vec exponential(vec x) {
     return choose(tiny, (vec){0}, p * (vec)bits);
 }
 
-/* logits[o][c] become weights, unnormalised; `factor` receives 1 / their sum over o. */
-INLINE void softmax(float *logits, int64_t area, int64_t lanes, float *factor) {
+/* Logits, [taps][lanes], become weights, unnormalised; `factor` receives 1 / their sum over the taps. */
+INLINE void softmax(struct matrix logits, int64_t taps, int64_t lanes, float *factor) {
     for (int64_t c = 0; c < lanes; c += WIDTH) {
-        vec top = *(vec *)(logits + c), sum = {0};
-        for (int64_t o = 1; o < area; o++) {
-            top = larger(top, *(vec *)(logits + o * lanes + c));
+        vec top = at(logits.at + c), sum = {0};
+        for (int64_t o = 1; o < taps; o++) {
+            top = larger(top, at(row_of(logits, o) + c));
         }
-        for (int64_t o = 0; o < area; o++) {
-            vec *x = (vec *)(logits + o * lanes + c);
+        for (int64_t o = 0; o < taps; o++) {
+            vec *x = (vec *)(row_of(logits, o) + c);
             *x = exponential(*x - top);
             sum += *x;
         }
@@ -207,70 +258,9 @@ INLINE void softmax(float *logits, int64_t area, int64_t lanes, float *factor) {
     }
 }
 
-/* ---- pairwise ---- */
+enum { SPAN = BLOCKS * WIDTH }; /* pixels that planes.h works on together, at most */
 
-INLINE vec at(const float *p) { return *(const vec *)p; }
-
-INLINE float relu(float x) { return x > 0 ? x : x != x ? x : 0; }
-
-/* r channels of x from channel `first` of the relation, normalised, positive part, to d. Whole vectors are written, up
- * to WIDTH - 1 numbers beyond the last channel: d is filled in increasing order. */
-#define CHANNELS(d, first, x) \
-    for (int64_t c = 0; c < r; c += WIDTH) \
-        *(vec *)((d) + c) = positive((x) * at(t->scale1 + (first) + c) + at(t->shift1 + (first) + c))
-
-/* delta and norm1 of one pair, positive part. Returns the number of channels. */
-INLINE int64_t relate(const struct task *t, const int relation, const float *restrict q, const float *restrict k,
-                      const float *restrict p_i, const float *restrict p_j, float *restrict d) {
-    const int64_t r = t->rel;
-    int64_t width = r;
-    switch (relation) {
-        case SUBTRACTION: CHANNELS(d, 0, at(q + c) - at(k + c)); break;
-        case SUMMATION: CHANNELS(d, 0, at(q + c) + at(k + c)); break;
-        case HADAMARD: CHANNELS(d, 0, at(q + c) * at(k + c)); break;
-        case CONCATENATION:
-            CHANNELS(d, 0, at(q + c));
-            CHANNELS(d + r, r, at(k + c));
-            width = 2 * r;
-            break;
-        case DOT: {
-            float product = 0;
-            for (int64_t c = 0; c < r; c++) product += q[c] * k[c];
-            d[0] = relu(product * t->scale1[0] + t->shift1[0]);
-            width = 1;
-        }
-    }
-    if (p_j) {
-        vec p = at(p_j);
-        if (!t->absolute) p = at(p_i) - p;
-        *(vec *)(d + width) = positive(p * at(t->scale1 + width) + at(t->shift1 + width));
-        width += 2;
-    }
-    return width;
-}
-
-/* ---- patchwise ---- */
-
-/* The query's channels of the relation of one pixel, positive part; none in the star-product. Returns their number. */
-INLINE int64_t relate_centre(const struct task *t, const float *restrict q, float *restrict d) {
-    const int64_t r = t->relation == PATCH_STAR ? 0 : t->rel;
-    CHANNELS(d, 0, at(q + c));
-    return r;
-}
-
-/* The channels of neighbour o. Returns their number. */
-INLINE int64_t relate_neighbour(const struct task *t, const float *restrict q, const float *restrict k, int64_t o,
-                                float *restrict d) {
-    const int64_t r = t->rel;
-    if (t->relation == PATCH_STAR) {
-        float product = 0;
-        for (int64_t c = 0; c < r; c++) product += q[c] * k[c];
-        *d = relu(product * t->scale1[o] + t->shift1[o]);
-        return 1;
-    }
-    CHANNELS(d, (o + 1) * r, at(k + c));
-    return r;
-}
+#include "relations.h"
 
 /* ---- threads ---- */
 
@@ -278,6 +268,11 @@ static inline void *take(char **from, size_t bytes) {
     void *here = *from;
     *from += (bytes + 63) / 64 * 64;
     return here;
+}
+
+/* `bytes` for a matrix whose rows are `row` elements apart. */
+UNUSED static struct matrix take_matrix(char **from, size_t bytes, int64_t row) {
+    return (struct matrix){take(from, bytes), row};
 }
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);

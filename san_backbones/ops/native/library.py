@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import warnings
+from typing import Any
 
 import torch
 
@@ -12,13 +13,19 @@ from . import threads
 __all__ = [
     'QUIET_VARIABLE',
     'Backward',
+    'Linear',
+    'Matrix',
+    'Normed',
     'Scaled',
     'Stem',
     'Task',
     'build',
+    'codes',
+    'panel',
     'pool',
     'run',
     'unavailable',
+    'unchanged',
     'warn_if_unavailable',
     'width',
 ]
@@ -32,56 +39,85 @@ BUILDS: dict[str, tuple[str, ...]] = {'AVX512': ('avx512', 'avx2', 'baseline'), 
 
 UNKNOWN_CODE = 2
 """Of enum failure of footprint.h."""
+UNKNOWN_RELATION = -1
+"""In the place of the number of a relation that the loops have not."""
+FORMS = ('pairwise', 'patchwise')
+"""By their numbers in enum form of footprint.h."""
+
+
+def _int64(names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_int64) for name in names.split()]
+
+
+def _pointers(names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_void_p) for name in names.split()]
+
+
+class Matrix(ctypes.Structure):
+    """struct matrix of footprint.h."""
+    _fields_ = [*_pointers('at'), *_int64('row')]
+
+
+def _matrices(names: str) -> list[tuple[str, Any]]:
+    return [(name, Matrix) for name in names.split()]
 
 
 class Task(ctypes.Structure):
-    """struct task of footprint.c."""
+    """struct task of footprint.h."""
     _fields_ = [
-        *((name, ctypes.c_int64) for name in (
-            'relation', 'absolute', 'batch', 'height', 'width', 'rel', 'hidden', 'lanes', 'out', 'kernel', 'dilation',
-            'query_row', 'key_row', 'value_row')),
-        *((name, ctypes.c_void_p) for name in (
-            'query', 'key', 'value', 'place', 'scale1', 'shift1', 'weight1', 'shift2', 'weight2', 'bias2', 'rows',
-            'columns', 'shift', 'output')),
-        *((name, ctypes.c_int64) for name in ('hidden_used', 'together', 'next', 'failed')),
+        *_int64('form relation absolute batch height width kernel dilation'),
+        *_int64('rel centre tap hidden hidden_used lanes weight_channels out planes'),
+        *_matrices('query key value place'), *_pointers('scale1 shift1 shift2 bias2'),
+        *_matrices('weight1 weight2'),
+        *_pointers('rows columns shift'), *_matrices('output'), *_int64('together next failed'),
     ]
 
 
 class Backward(ctypes.Structure):
     """struct backward of backward.c."""
     _fields_ = [
-        ('task', Task),
-        *((name, ctypes.c_int64) for name in (
-            'mode', 'inputs', 'inputs_padded', 'rel_padded', 'slots', 'parameters', 'band', 'odd')),
-        *((name, ctypes.c_void_p) for name in (
-            'gradient', 'weight1_t', 'weight2_t', 'd_query', 'd_key', 'd_value', 'd_place', 'd_parameters', 'sums')),
+        ('task', Task), *_int64('mode inputs inputs_padded slots parameters band odd'),
+        *_matrices('gradient weight1_t weight2_t d_query d_key d_value d_place'), *_pointers('d_parameters sums'),
+    ]
+
+
+class Linear(ctypes.Structure):
+    """struct linear of linear.c."""
+    _fields_ = [
+        *_int64('pixels inner columns'), *_matrices('input'), *_pointers('scale shift weight bias'),
+        *_matrices('output'), *_int64('add'), *_pointers('out_scale out_shift'), ('limit', ctypes.c_float),
+        *_int64('tile chunk next failed'),
     ]
 
 
 class Stem(ctypes.Structure):
     """struct stem of pointwise.c."""
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ('batch', 'height', 'width', 'inputs', 'out', 'out_padded')),
-        ('strides', ctypes.c_int64 * 4),
-        *((name, ctypes.c_int64) for name in ('slots', 'parameters')),
-        *((name, ctypes.c_void_p) for name in (
-            'image', 'weight', 'bias', 'output', 'gradient', 'd_image', 'd_parameters')),
-        *((name, ctypes.c_int64) for name in ('next', 'failed')),
+        *_int64('batch height width inputs out out_padded'), ('strides', ctypes.c_int64 * 4),
+        *_int64('slots parameters'), *_pointers('image weight bias output gradient d_image d_parameters'),
+        *_int64('next failed'),
     ]
 
 
 class Scaled(ctypes.Structure):
     """struct scaled of pointwise.c."""
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ('pixels', 'channels')),
-        *((name, ctypes.c_void_p) for name in ('x', 'scale', 'shift', 'output')),
-        ('limit', ctypes.c_float),
-        *((name, ctypes.c_int64) for name in ('next', 'failed')),
+        *_int64('pixels channels'), *_pointers('x scale shift output'), ('limit', ctypes.c_float),
+        *_int64('next failed'),
+    ]
+
+
+class Normed(ctypes.Structure):
+    """struct normed of pointwise.c."""
+    _fields_ = [
+        *_int64('mode pixels channels'), *_pointers('x gradient mean scale shift by_x by_one d_x sums'),
+        *_int64('slots'), ('limit', ctypes.c_float), *_int64('next failed'),
     ]
 
 
 _STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    'san': Task, 'san_backward': Backward, 'san_stem': Stem, 'san_scaled': Scaled}
+    'san': Task, 'san_backward': Backward, 'san_linear': Linear, 'san_stem': Stem, 'san_scaled': Scaled,
+    'san_normed': Normed}
 
 
 @functools.cache
@@ -104,6 +140,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
                 function = getattr(library, f'{name}_run')
                 function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
                 function.restype = None
+            library.san_unchanged.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+            library.san_unchanged.restype = ctypes.c_int64
+            library.san_relations.argtypes = [ctypes.c_int64]
+            library.san_relations.restype = ctypes.c_char_p
             return library, build
     return None, f'the compiled loops are not installed (looked for {", ".join(builds)} in {folder})'
 
@@ -146,8 +186,26 @@ def _loaded() -> ctypes.CDLL:
 
 @torch.compiler.assume_constant_result
 def width() -> int:
-    """Numbers in a vector of the build that serves this processor."""
+    """Elements of a vector of the build that serves this processor."""
     return _loaded().san_width()
+
+
+def unchanged(where: int, expected: int, count: int) -> bool:
+    """Whether all elements at the addresses that begin at `where` have the bits of those that begin at `expected`."""
+    return _loaded().san_unchanged(where, expected, count) == count
+
+
+def panel() -> int:
+    """Columns of a panel of a linear map's weights."""
+    return _loaded().san_panel()
+
+
+@functools.cache
+def codes(form: str, relation: str) -> tuple[int, int]:
+    """The numbers that the loops have for a form and a relation of it: `UNKNOWN_RELATION` for one they have not."""
+    number = FORMS.index(form)
+    names = _loaded().san_relations(number).decode().split()
+    return number, names.index(relation) if relation in names else UNKNOWN_RELATION
 
 
 def run(name: str, task: ctypes.Structure) -> None:
@@ -155,14 +213,14 @@ def run(name: str, task: ctypes.Structure) -> None:
 
     Raises:
         MemoryError: A thread had no memory for its working space.
-        ValueError: The loops do not know the relation or the mode of the task.
+        ValueError: The loops have no such form, relation or mode as the task has.
     """
     library = _loaded()
     runtime = threads.runtime(library)
     getattr(library, f'{name}_run')(ctypes.addressof(task), runtime.parallel, threads.number(runtime))
-    failed = getattr(task, 'task', task).failed
-    if failed == UNKNOWN_CODE:
-        raise ValueError(f'the native loops ({name}) know no such relation or mode: relation '
-                         f'{getattr(task, "task", task).relation}, mode {getattr(task, "mode", 0)}')
-    if failed:
+    common = getattr(task, 'task', task)  # of the backward loops, what they share with the forward ones
+    if common.failed == UNKNOWN_CODE:
+        raise ValueError(f'the native loops ({name}) have no such form, relation or mode: form {common.form}, relation '
+                         f'{common.relation}, mode {getattr(task, "mode", 0)}')
+    if common.failed:
         raise MemoryError(f'no memory for the working space of a thread of the native loops ({name})')

@@ -1,5 +1,5 @@
 /* What surrounds the attention: the stem, relu(max_pool_2x2(W x + b)), forwards and backwards, and
- * min(relu(s x + t), limit).
+ * min(relu(s x + t), limit), with what the gradients of a batch norm before it need.
  *
  * The stem's maps at full resolution are the largest of the network; here they are never in memory.
  */
@@ -7,7 +7,7 @@
 
 struct stem {
     int64_t batch, height, width, inputs, out, out_padded;
-    int64_t strides[4];                 /* of the image: batch, channels, rows, columns, in numbers */
+    int64_t strides[4];                 /* of the image: batch, channels, rows, columns, in elements */
     int64_t slots, parameters;
     const float *image, *weight, *bias; /* weight: [inputs][out_padded]; bias: [out_padded] */
     float *output;                      /* [batch][height / 2][width / 2][out] */
@@ -118,22 +118,13 @@ struct scaled {
 static void work_scaled(void *argument) {
     struct scaled *t = argument;
     const int64_t some = 64;
-    const vec limit = (vec){0} + t->limit;
     for (;;) {
         const int64_t first = __atomic_fetch_add(&t->next, some, __ATOMIC_RELAXED);
         if (first >= t->pixels) break;
         const int64_t last = first + some < t->pixels ? first + some : t->pixels;
-        for (int64_t p = first; p < last; p++) {
-            const float *x = t->x + p * t->channels;
-            float *output = t->output + p * t->channels;
-            int64_t c = 0;
-            for (; c + WIDTH <= t->channels; c += WIDTH)
-                *(vec *)(output + c) = smaller(positive(at(x + c) * at(t->scale + c) + at(t->shift + c)), limit);
-            for (; c < t->channels; c++) {
-                const float y = relu(x[c] * t->scale[c] + t->shift[c]);
-                output[c] = y > t->limit ? t->limit : y;
-            }
-        }
+        for (int64_t p = first; p < last; p++)
+            scale_shift_relu(t->x + p * t->channels, t->scale, t->shift, t->limit, t->channels,
+                             t->output + p * t->channels);
     }
 }
 
@@ -142,3 +133,96 @@ void san_scaled_run(struct scaled *t, parallel_function parallel, unsigned threa
 }
 
 int64_t san_scaled_bytes(void) { return sizeof(struct scaled); }
+
+/* ---- min(relu(norm(x)), limit) in training ---- */
+
+enum normed_mode { MOMENTS, GRADIENT_SUMS, GRADIENT };
+enum { GROUP = 64 }; /* pixels whose sums are float32 */
+
+struct normed {
+    int64_t mode, pixels, channels;      /* channels: a multiple of WIDTH */
+    const float *x, *gradient;           /* of the output; both [pixels][channels] */
+    const float *mean, *scale, *shift;   /* the norm is scale x + shift; each [channels], as the two below */
+    const float *by_x, *by_one;          /* GRADIENT: d_x = scale e + by_x (x - mean) + by_one, e being what of the
+                                            gradient passes the ReLU */
+    float *d_x;
+    double *sums;                        /* [slots][2][channels]: of x and x * x, or of e and e (x - mean) */
+    int64_t slots;
+    float limit;                         /* infinite where there is none */
+    int64_t next, failed;
+};
+
+/* What passes the ReLU of a vector of gradients, given the norm's input. */
+INLINE vec passes(const struct normed *t, vec x, vec gradient, int64_t c) {
+    const vec z = x * at(t->scale + c) + at(t->shift + c);
+    return choose((z <= (vec){0}) | (z >= (vec){0} + t->limit), (vec){0}, gradient);
+}
+
+/* Sums over the pixels of a group, added to `sums`: of x, as differences from the first pixel, or of e. */
+INLINE void sum_group(const struct normed *t, const enum normed_mode mode, int64_t begin, int64_t end, float *group,
+                      double *restrict sums) {
+    const struct normed n = *t; /* once: whatever is written to might be it */
+    const int64_t channels = n.channels;
+    const float *first = n.x + begin * channels;
+    memset(group, 0, 8 * channels);
+    for (int64_t p = begin; p < end; p++)
+        for (int64_t c = 0, i = p * channels; c < channels; c += WIDTH, i += WIDTH) {
+            vec *a = (vec *)(group + c), *b = (vec *)(group + channels + c);
+            if (mode == MOMENTS) {
+                const vec v = at(n.x + i) - at(first + c);
+                *a += v, *b += v * v;
+            } else {
+                const vec e = passes(&n, at(n.x + i), at(n.gradient + i), c);
+                *a += e, *b += e * (at(n.x + i) - at(n.mean + c));
+            }
+        }
+    for (int64_t c = 0; c < channels; c++) {
+        const double centre = mode == MOMENTS ? first[c] : 0, a = group[c], b = group[channels + c];
+        sums[c] += a + (end - begin) * centre;
+        sums[channels + c] += b + 2 * centre * a + (end - begin) * centre * centre;
+    }
+}
+
+INLINE void normed_gradient(const struct normed *t, int64_t begin, int64_t end) {
+    const struct normed n = *t;
+    for (int64_t p = begin; p < end; p++)
+        for (int64_t c = 0, i = p * n.channels; c < n.channels; c += WIDTH, i += WIDTH)
+            *(vec *)(n.d_x + i) = at(n.scale + c) * passes(&n, at(n.x + i), at(n.gradient + i), c) +
+                                  at(n.by_x + c) * (at(n.x + i) - at(n.mean + c)) + at(n.by_one + c);
+}
+
+/* Works on slots, each a fixed share of the pixels, until none is left. */
+static void work_normed(void *argument) {
+    struct normed *t = argument;
+    float *group = malloc(8 * t->channels);
+    if (!group) {
+        t->failed = NO_MEMORY;
+        return;
+    }
+    for (;;) {
+        const int64_t slot = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
+        if (slot >= t->slots) break;
+        const int64_t begin = t->pixels * slot / t->slots, end = t->pixels * (slot + 1) / t->slots;
+        double *sums = t->sums + 2 * slot * t->channels;
+        if (t->mode == GRADIENT) normed_gradient(t, begin, end);
+        for (int64_t p = begin, last; t->mode != GRADIENT && p < end; p = last) {
+            last = p + GROUP < end ? p + GROUP : end;
+            if (t->mode == MOMENTS) sum_group(t, MOMENTS, p, last, group, sums);
+            else sum_group(t, GRADIENT_SUMS, p, last, group, sums);
+        }
+    }
+    free(group);
+}
+
+void san_normed_run(struct normed *t, parallel_function parallel, unsigned threads) {
+    run(work_normed, t, parallel, threads);
+}
+
+int64_t san_normed_bytes(void) { return sizeof(struct normed); }
+
+/* How many of the elements at these addresses have the bits that are expected, in order, before one has not. */
+int64_t san_unchanged(const int32_t *const *where, const int32_t *expected, int64_t count) {
+    int64_t i = 0;
+    while (i < count && *where[i] == expected[i]) i++;
+    return i;
+}

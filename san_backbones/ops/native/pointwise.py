@@ -1,4 +1,4 @@
-"""The stem and relu(s x + t) by the compiled loops of pointwise.c."""
+"""The stem, relu(s x + t), and a batch norm's gradients through it, by the compiled loops of pointwise.c."""
 import ctypes
 import math
 import typing
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_shape, need
-from ..folding import FUSED_DTYPES
+from ..contract import FUSED_DTYPES
 from ..gamma import refuse_other_backward
 from . import library
 
@@ -40,8 +40,10 @@ def _task(image: Tensor, weight: Tensor, bias: Tensor):
     tensors = [image, torch.nn.functional.pad(weight.t(), (0, padded - out)).contiguous(),
                torch.nn.functional.pad(bias, (0, padded - out)).contiguous()]
     batch, _, height, width = image.shape
-    task = library.Stem(batch, height, width, inputs, out, padded, (ctypes.c_int64 * 4)(*image.stride()),
-                        SLOTS, (inputs + 1) * padded, *(x.data_ptr() for x in tensors))
+    addresses = dict(zip(('image', 'weight', 'bias'), (x.data_ptr() for x in tensors)))
+    task = library.Stem(batch=batch, height=height, width=width, inputs=inputs, out=out, out_padded=padded,
+                        strides=(ctypes.c_int64 * 4)(*image.stride()), slots=SLOTS, parameters=(inputs + 1) * padded,
+                        **addresses)
     return task, tensors
 
 
@@ -146,12 +148,79 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor, limit: _Number = N
         check_shape(name, vector, (x.shape[-1],), x, torch.float32)
     x, scale, shift = x.contiguous(), scale.contiguous(), shift.contiguous()
     output = torch.empty_like(x)
-    task = library.Scaled(x.numel() // x.shape[-1], x.shape[-1], *(t.data_ptr() for t in (x, scale, shift, output)),
-                          math.inf if limit is None else limit)
+    task = library.Scaled(pixels=x.numel() // x.shape[-1], channels=x.shape[-1], x=x.data_ptr(), scale=scale.data_ptr(),
+                          shift=shift.data_ptr(), output=output.data_ptr(), limit=math.inf if limit is None else limit)
     library.run('san_scaled', task)
     return output
 
 
 @scale_shift_relu.register_fake
 def _(x, scale, shift, limit=None):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+MOMENTS, GRADIENT_SUMS, GRADIENT = range(3)  # modes of struct normed
+
+
+def _normed(mode: int, x: Tensor, limit: float | None, **tensors: Tensor) -> Tensor:
+    """Runs san_normed on x (N, H, W, C), with a gradient of its shape and vectors (C,): the sums, or the gradient."""
+    need(x=x, **tensors)
+    if x.dim() != 4 or x.shape[3] == 0 or x.shape[3] % library.width():
+        raise ValueError(f'x must be (N, H, W, C) with C a multiple of {library.width()}, got {list(x.shape)}')
+    check_shape('x', x, tuple(x.shape), x, torch.float32)
+    for name, y in tensors.items():
+        check_shape(name, y, tuple(x.shape) if name == 'gradient' else (x.shape[3],), x, torch.float32)
+    kept = {name: y.contiguous() for name, y in dict(tensors, x=x).items()}
+    output = torch.empty_like(kept['x']) if mode == GRADIENT else x.new_zeros(SLOTS, 2, x.shape[3], dtype=torch.float64)
+    kept['d_x' if mode == GRADIENT else 'sums'] = output
+    library.run('san_normed', library.Normed(
+        mode=mode, pixels=x.numel() // x.shape[3], channels=x.shape[3], slots=SLOTS,
+        limit=math.inf if limit is None else limit, **{name: y.data_ptr() for name, y in kept.items()}))
+    return output if mode == GRADIENT else output.sum(0)
+
+
+@torch.library.custom_op('san_backbones::moments', mutates_args=(), device_types='cpu')
+def moments(x: Tensor) -> Tensor:
+    """Sums of x and of x * x over the pixels; no gradients.
+
+    Args:
+        x: (N, H, W, C), float32, C a multiple of the width of a vector.
+
+    Returns:
+        (2, C) in float64.
+
+    Raises:
+        ValueError: x is another tensor.
+    """
+    return _normed(MOMENTS, x, None)
+
+
+@torch.library.custom_op('san_backbones::scale_shift_relu_sums', mutates_args=(), device_types='cpu')
+def scale_shift_relu_sums(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor,
+                          limit: _Number) -> Tensor:
+    """Sums of e and of e (x - mean), e being what of the gradient of min(relu(scale x + shift), limit) passes the ReLU:
+    as `moments`. The vectors are (C,), float32.
+    """
+    return _normed(GRADIENT_SUMS, x, limit, gradient=gradient, mean=mean, scale=scale, shift=shift)
+
+
+@torch.library.custom_op('san_backbones::scale_shift_relu_gradient', mutates_args=(), device_types='cpu')
+def scale_shift_relu_gradient(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, by_x: Tensor,
+                              by_one: Tensor, limit: _Number) -> Tensor:
+    """scale e + by_x (x - mean) + by_one, with e as above: (N, H, W, C)."""
+    return _normed(GRADIENT, x, limit, gradient=gradient, mean=mean, scale=scale, shift=shift, by_x=by_x, by_one=by_one)
+
+
+@moments.register_fake
+def _(x):
+    return torch.empty((2, x.shape[3]), dtype=torch.float64, device=x.device)
+
+
+@scale_shift_relu_sums.register_fake
+def _(gradient, x, *rest):
+    return torch.empty((2, x.shape[3]), dtype=torch.float64, device=x.device)
+
+
+@scale_shift_relu_gradient.register_fake
+def _(gradient, x, *rest):
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,11 +1,14 @@
 """Footprint attention by Triton kernels, for CUDA; where there is none, `unavailable()` says why."""
 import functools
+import importlib
 import importlib.util
 import os
 
 import torch
 
-__all__ = ['TUNE_VARIABLE', 'installed', 'too_wide', 'unavailable']
+from ..contract import FusedBackend, Request
+
+__all__ = ['BACKEND', 'TUNE_VARIABLE', 'installed', 'too_wide', 'unavailable']
 
 TUNE_VARIABLE = 'SAN_BACKBONES_TRITON_TUNE'
 
@@ -57,15 +60,30 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def too_wide(device: torch.device, numbers: int, needs_grad: bool) -> str | None:
-    """Why matrices of `numbers` numbers do not stay in the shared memory of `device`; None if they do.
+def too_wide(device: torch.device, elements: int, needs_grad: bool) -> str | None:
+    """Why matrices of so many elements do not stay in the shared memory of `device`; None if they do.
 
-    Bytes for a number are what float32 kernels of the pairwise form were seen to take, rounded up.
+    Bytes for an element are what float32 kernels of the pairwise form were seen to take, rounded up.
     """
-    need = numbers * 5 if needs_grad else numbers * 7 // 2
+    need = elements * 5 if needs_grad else elements * 7 // 2
     if device.type != 'cuda' or need <= 48 << 10:  # which every GPU has
         return None
     there = getattr(torch.cuda.get_device_properties(device), 'shared_memory_per_block_optin', 0)
     if need <= there:
         return None
     return f'its programs would need about {need >> 10} KiB of shared memory, {device} has {there >> 10} KiB'
+
+
+def _limit(request: Request) -> str | None:
+    if request.needs_grad and request.device.type == 'cuda' and torch.are_deterministic_algorithms_enabled():
+        return 'it sums gradients in an order that varies, and torch.use_deterministic_algorithms(True) was called'
+    return too_wide(request.device, request.matrices, request.needs_grad)
+
+
+BACKEND = FusedBackend(
+    'triton', 'NVIDIA GPUs', ('cuda', 'cpu'),  # on the CPU in Triton's interpreter
+    missing=lambda device: unavailable(device),
+    loops=lambda: importlib.import_module('.launch', __name__), limit=_limit)
+"""Factors of matrix products have the dtype of the maps (float32: as `torch.backends.cuda.matmul.allow_tf32` says), all
+else is float32. Gradients of maps are sums by atomic additions, whose order differs from run to run.
+"""

@@ -1,25 +1,18 @@
 """Triton kernels of footprint attention, forwards and backwards.
 
 A program works on a block of M pixels, numbered through the batch, and loops over the taps of their footprints. Maps
-are channels last, a pixel `ROW` numbers from the next; gamma is folded, as `fused` describes it. Numbers are float32,
+are channels last, a pixel `ROW` elements from the next; gamma is folded, as `fused` describes it. All is float32,
 except that factors of a matrix product have the dtype of the maps (with float32 maps, PRECISION says how they are
 multiplied). Sizes of channels are constants of a compiled kernel, sizes of images are not.
 
 Names: q, k, v are phi(x_i), psi(x_j), beta(x_j); x the relation and e its positive part after norm1; u the hidden
-vector before the second ReLU and h behind it; w the weights; g the gradient of the output. Blocks of channels are R
-(a relation's), T (a tap's: R, or 1 for a dot product), H (hidden), C (weight channels), S (shares) and B (shares at a
-time), all powers of 2.
+vector before the second ReLU and h behind it; w the weights; g the gradient of the output. FORM and RELATION are names
+of the table `relations.RELATIONS`; a relation has CENTRE channels of phi(x_i) alone, then TAP of each tap. Blocks of
+channels are R (of phi and psi), T (TAP), H (hidden), C (weight channels), S (shares) and B (shares at a time), all
+powers of 2. A new relation is a case in `_relate` and one in `_relate_backward`.
 """
 import triton
 import triton.language as tl
-
-SUBTRACTION = tl.constexpr(0)
-SUMMATION = tl.constexpr(1)
-HADAMARD = tl.constexpr(2)
-PAIR_CONCATENATION = tl.constexpr(3)
-DOT = tl.constexpr(4)
-PATCH_CONCATENATION = tl.constexpr(5)
-STAR = tl.constexpr(6)
 
 NO_POSITION = tl.constexpr(0)
 RELATIVE = tl.constexpr(1)
@@ -148,36 +141,37 @@ def _again(base, tap, K: tl.constexpr):
 
 
 @triton.jit
-def _relate(q, k, RELATION: tl.constexpr):
+def _relate(q, k, FORM: tl.constexpr, RELATION: tl.constexpr):
     """The channels that one tap adds to the relation: (M, T)."""
-    if RELATION == SUBTRACTION:
+    if FORM == 'pairwise' and RELATION == 'subtraction':
         x = q - k
-    elif RELATION == SUMMATION:
+    elif FORM == 'pairwise' and RELATION == 'summation':
         x = q + k
-    elif RELATION == HADAMARD:
+    elif FORM == 'pairwise' and RELATION == 'hadamard':
         x = q * k
-    elif RELATION == DOT or RELATION == STAR:  # noqa: SIM109
+    elif FORM == 'pairwise' and RELATION == 'dot' or FORM == 'patchwise' and RELATION == 'star':
         x = tl.sum(q * k, 1)[:, None]
     else:
-        tl.static_assert(RELATION == PAIR_CONCATENATION or RELATION == PATCH_CONCATENATION,  # noqa: SIM109
-                         'unknown relation')
+        tl.static_assert(RELATION == 'concatenation', 'the Triton kernels have no such relation')
         x = k
     return x
 
 
 @triton.jit
-def _relate_backward(d_x, q, k, d_q, RELATION: tl.constexpr):
+def _relate_backward(d_x, q, k, d_q, FORM: tl.constexpr, RELATION: tl.constexpr):
     """Adds to the gradient of q; that of k."""
-    if RELATION == SUBTRACTION:
+    if FORM == 'pairwise' and RELATION == 'subtraction':
         d_q += d_x
         d_k = -d_x
-    elif RELATION == SUMMATION:
+    elif FORM == 'pairwise' and RELATION == 'summation':
         d_q += d_x
         d_k = d_x
-    elif RELATION == HADAMARD or RELATION == DOT or RELATION == STAR:  # noqa: SIM109
+    elif FORM == 'pairwise' and (RELATION == 'hadamard' or RELATION == 'dot') \
+            or FORM == 'patchwise' and RELATION == 'star':
         d_q += d_x * k
         d_k = d_x * q
     else:
+        tl.static_assert(RELATION == 'concatenation', 'the Triton kernels have no such relation')
         d_k = d_x
     return d_q, d_k
 
@@ -204,10 +198,10 @@ def _add_positions(u, place, spot, there, scale, shift, weight, HIDDEN: tl.const
 
 @triton.jit
 def _add_centre(u, q, scale, shift, weight, REL: tl.constexpr, HIDDEN: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
-                RELATION: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds what phi(x_i) contributes to the hidden vectors of concatenations, and its positive part."""
+                CENTRE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds what the channels of phi(x_i) alone contribute to the hidden vectors; their positive part."""
     e = q
-    if RELATION == PAIR_CONCATENATION or RELATION == PATCH_CONCATENATION:  # noqa: SIM109
+    if CENTRE:
         e = _relu(q * _read_vector(scale, REL, R)[None, :] + _read_vector(shift, REL, R)[None, :])
         u += _product(e, _read_matrix(weight, HIDDEN, REL, HIDDEN, R, H), KIND, PRECISION)
     return u, e
@@ -217,40 +211,38 @@ def _add_centre(u, q, scale, shift, weight, REL: tl.constexpr, HIDDEN: tl.conste
 def attend_pairwise(
         query, key, value, place, scale1, shift1, weight1, shift2, weight2, bias2, shift, gradient, output, lse, slope,
         pixels, height, width,
-        RELATION: tl.constexpr, POSITION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr,
-        HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, SHARES: tl.constexpr, QUERY_ROW: tl.constexpr,
-        KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-        H: tl.constexpr, C: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
-        WIDE: tl.constexpr):
+        FORM: tl.constexpr, RELATION: tl.constexpr, POSITION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
+        REL: tl.constexpr, CENTRE: tl.constexpr, TAP: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
+        SHARES: tl.constexpr, QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
+        PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+        M: tl.constexpr, WIDE: tl.constexpr):
     """The output, relu(output + shift) where shift is given; or, given the output's gradient, what
     `attend_pairwise_backward` needs of every pixel: log sum exp of the logits, and sum_o w_o dw_o, which is the sum
     over shares of y dy.
     """
     KIND: tl.constexpr = key.dtype.element_ty
-    TAP: tl.constexpr = 1 if RELATION == DOT else REL
-    FIRST: tl.constexpr = REL if RELATION == PAIR_CONCATENATION else 0  # channels ahead of a tap's
-    LAST: tl.constexpr = FIRST + TAP
+    LAST: tl.constexpr = CENTRE + TAP
     pixel, live, row, column = _pixel_block(tl.program_id(0), pixels, height, width, M)
     image = pixel // (height * width) * (height * width)
     spot = pixel - image
     q = _read(query, pixel, QUERY_ROW, REL, R)
-    s1 = _read_vector(scale1 + FIRST, TAP, T)
-    t1 = _read_vector(shift1 + FIRST, TAP, T)
+    s1 = _read_vector(scale1 + CENTRE, TAP, T)
+    t1 = _read_vector(shift1 + CENTRE, TAP, T)
     if not WIDE:
-        w1 = _read_matrix(weight1 + FIRST * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
+        w1 = _read_matrix(weight1 + CENTRE * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
         w2 = _read_matrix(weight2, CHANNELS, HIDDEN, CHANNELS, H, C)
     b2 = _read_vector(bias2, CHANNELS, C)
     common = tl.zeros((M, H), tl.float32) + _read_vector(shift2, HIDDEN, H)[None, :]
-    common, _ = _add_centre(common, q, scale1, shift1, weight1, REL, HIDDEN, R, H, RELATION, KIND, PRECISION)
+    common, _ = _add_centre(common, q, scale1, shift1, weight1, REL, HIDDEN, R, H, CENTRE, KIND, PRECISION)
     top = tl.full((M, C), float('-inf'), tl.float32)
     total = tl.zeros((M, C), tl.float32)
     y = tl.zeros((M, S, C), tl.float32)
     for tap in range(K * K):
         there = _neighbour(tap, row, column, height, width, K, DILATION)
         k = _read(key, image + there, KEY_ROW, REL, R)
-        e = _relu(_relate(q, k, RELATION) * s1[None, :] + t1[None, :])
+        e = _relu(_relate(q, k, FORM, RELATION) * s1[None, :] + t1[None, :])
         if WIDE:
-            w1 = _read_matrix(_again(weight1 + FIRST * HIDDEN, tap, K), HIDDEN, TAP, HIDDEN, T, H)
+            w1 = _read_matrix(_again(weight1 + CENTRE * HIDDEN, tap, K), HIDDEN, TAP, HIDDEN, T, H)
         u = common + _product(e, w1, KIND, PRECISION)
         u = _add_positions(u, place, spot, there, scale1 + LAST, shift1 + LAST, weight1 + LAST * HIDDEN, HIDDEN, H,
                            POSITION)
@@ -297,17 +289,16 @@ def _add_sums(total, squares, u, live, M: tl.constexpr):
 @triton.jit(do_not_specialize=IMAGE_SIZES)
 def pairwise_sums(
         query, key, place, scale1, shift1, weight1, sums, pixels, height, width,
-        RELATION: tl.constexpr, POSITION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr,
-        HIDDEN: tl.constexpr, QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr,
-        T: tl.constexpr, H: tl.constexpr, M: tl.constexpr):
+        FORM: tl.constexpr, RELATION: tl.constexpr, POSITION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
+        REL: tl.constexpr, CENTRE: tl.constexpr, TAP: tl.constexpr, HIDDEN: tl.constexpr, QUERY_ROW: tl.constexpr,
+        KEY_ROW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
+        M: tl.constexpr):
     """Sums of u and of u * u over the blocks of a program: sums[program] is (2, HIDDEN) in float64."""
     KIND: tl.constexpr = key.dtype.element_ty
-    TAP: tl.constexpr = 1 if RELATION == DOT else REL
-    FIRST: tl.constexpr = REL if RELATION == PAIR_CONCATENATION else 0
-    LAST: tl.constexpr = FIRST + TAP
-    s1 = _read_vector(scale1 + FIRST, TAP, T)
-    t1 = _read_vector(shift1 + FIRST, TAP, T)
-    w1 = _read_matrix(weight1 + FIRST * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
+    LAST: tl.constexpr = CENTRE + TAP
+    s1 = _read_vector(scale1 + CENTRE, TAP, T)
+    t1 = _read_vector(shift1 + CENTRE, TAP, T)
+    w1 = _read_matrix(weight1 + CENTRE * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
     total = tl.zeros((H,), tl.float64)
     squares = tl.zeros((H,), tl.float64)
     for block in range(tl.program_id(0), tl.cdiv(pixels, M), tl.num_programs(0)):
@@ -316,11 +307,11 @@ def pairwise_sums(
         spot = pixel - image
         q = _read(query, pixel, QUERY_ROW, REL, R)
         common = tl.zeros((M, H), tl.float32)
-        common, _ = _add_centre(common, q, scale1, shift1, weight1, REL, HIDDEN, R, H, RELATION, KIND, PRECISION)
+        common, _ = _add_centre(common, q, scale1, shift1, weight1, REL, HIDDEN, R, H, CENTRE, KIND, PRECISION)
         for tap in range(K * K):
             there = _neighbour(tap, row, column, height, width, K, DILATION)
             k = _read(key, image + there, KEY_ROW, REL, R)
-            e = _relu(_relate(q, k, RELATION) * s1[None, :] + t1[None, :])
+            e = _relu(_relate(q, k, FORM, RELATION) * s1[None, :] + t1[None, :])
             u = common + _product(e, w1, KIND, PRECISION)
             u = _add_positions(u, place, spot, there, scale1 + LAST, shift1 + LAST, weight1 + LAST * HIDDEN, HIDDEN, H,
                                POSITION)
@@ -361,22 +352,20 @@ def _scatter(d_map, d, pixel, live, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 def attend_pairwise_backward(
         query, key, value, place, scale1, shift1, weight1, shift2, weight2, bias2, gradient, lse, slope, slopes,
         d_query, d_key, d_value, d_place, parameters, pixels, height, width,
-        RELATION: tl.constexpr, POSITION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr,
-        HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, SHARES: tl.constexpr, QUERY_ROW: tl.constexpr,
-        KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, INPUTS: tl.constexpr, TOTAL: tl.constexpr,
-        PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
-        M: tl.constexpr):
+        FORM: tl.constexpr, RELATION: tl.constexpr, POSITION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
+        REL: tl.constexpr, CENTRE: tl.constexpr, TAP: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
+        SHARES: tl.constexpr, QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
+        INPUTS: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+        H: tl.constexpr, C: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
     """Gradients of the maps, and of gamma in parameters[program]: scale1, shift1, weight1, shift2, weight2 (TOTAL
     numbers). What goes to neighbours is added atomically. With `slopes` instead of `value`: the gradients of
     `pairwise_sums`, d loss / d u being slopes[0] + slopes[1] * u.
     """
     KIND: tl.constexpr = key.dtype.element_ty
-    TAP: tl.constexpr = 1 if RELATION == DOT else REL
-    FIRST: tl.constexpr = REL if RELATION == PAIR_CONCATENATION else 0
-    LAST: tl.constexpr = FIRST + TAP
-    s1 = _read_vector(scale1 + FIRST, TAP, T)
-    t1 = _read_vector(shift1 + FIRST, TAP, T)
-    w1 = _read_matrix(weight1 + FIRST * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
+    LAST: tl.constexpr = CENTRE + TAP
+    s1 = _read_vector(scale1 + CENTRE, TAP, T)
+    t1 = _read_vector(shift1 + CENTRE, TAP, T)
+    w1 = _read_matrix(weight1 + CENTRE * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
     base = tl.zeros((H,), tl.float32)
     if value is not None:
         w2 = _read_matrix(weight2, CHANNELS, HIDDEN, CHANNELS, H, C)
@@ -390,7 +379,7 @@ def attend_pairwise_backward(
     d_s1 = tl.zeros((T,), tl.float32)
     d_t1 = tl.zeros((T,), tl.float32)
     d_t2 = tl.zeros((H,), tl.float32)
-    if RELATION == PAIR_CONCATENATION:
+    if CENTRE:
         d_wq = tl.zeros((R, H), tl.float32)
         d_sq = tl.zeros((R,), tl.float32)
         d_tq = tl.zeros((R,), tl.float32)
@@ -409,7 +398,7 @@ def attend_pairwise_backward(
         spot = pixel - image
         q = _read(query, pixel, QUERY_ROW, REL, R)
         common = tl.zeros((M, H), tl.float32) + base[None, :]
-        common, e_q = _add_centre(common, q, scale1, shift1, weight1, REL, HIDDEN, R, H, RELATION, KIND, PRECISION)
+        common, e_q = _add_centre(common, q, scale1, shift1, weight1, REL, HIDDEN, R, H, CENTRE, KIND, PRECISION)
         if value is not None:
             log_sum = _read(lse, pixel, CHANNELS, CHANNELS, C)
             dot = tl.where(live[:, None], _read(slope, pixel, CHANNELS, CHANNELS, C), 0.)
@@ -425,7 +414,7 @@ def attend_pairwise_backward(
         for tap in range(K * K):
             there = _neighbour(tap, row, column, height, width, K, DILATION)
             k = _read(key, image + there, KEY_ROW, REL, R)
-            x = _relate(q, k, RELATION)
+            x = _relate(q, k, FORM, RELATION)
             e = _relu(x * s1[None, :] + t1[None, :])
             u = common + _product(e, w1, KIND, PRECISION)
             u = _add_positions(u, place, spot, there, scale1 + LAST, shift1 + LAST, weight1 + LAST * HIDDEN, HIDDEN, H,
@@ -445,7 +434,7 @@ def attend_pairwise_backward(
             d_a = tl.where(e <= 0, 0., _product(d_u, tl.trans(w1), KIND, PRECISION))
             sum_a += d_a
             sum_ax += d_a * x
-            d_q, d_k = _relate_backward(d_a * s1[None, :], q, k, d_q, RELATION)
+            d_q, d_k = _relate_backward(d_a * s1[None, :], q, k, d_q, FORM, RELATION)
             _scatter(d_key, d_k, image + there, live, REL, R)
             if POSITION != NO_POSITION:
                 px = _offset(place, spot, there, 0, POSITION)
@@ -471,7 +460,7 @@ def attend_pairwise_backward(
         d_t2 += tl.sum(sum_u, 0)
         d_s1 += tl.sum(sum_ax, 0)
         d_t1 += tl.sum(sum_a, 0)
-        if RELATION == PAIR_CONCATENATION:
+        if CENTRE:
             w_q = _read_matrix(weight1, HIDDEN, REL, HIDDEN, R, H)
             d_wq += _product(tl.trans(e_q), sum_u, KIND, PRECISION)
             d_a = tl.where(e_q <= 0, 0., _product(sum_u, tl.trans(w_q), KIND, PRECISION))
@@ -489,15 +478,15 @@ def attend_pairwise_backward(
                 tl.atomic_add(at + 1, d_py, mask=live, sem='relaxed')
     out = parameters + tl.program_id(0).to(tl.int64) * TOTAL
     taps, middle = tl.arange(0, T), tl.arange(0, H)
-    tl.store(out + FIRST + taps, d_s1, mask=taps < TAP)
-    tl.store(out + INPUTS + FIRST + taps, d_t1, mask=taps < TAP)
-    at, mask = _matrix(out + 2 * INPUTS + FIRST * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
+    tl.store(out + CENTRE + taps, d_s1, mask=taps < TAP)
+    tl.store(out + INPUTS + CENTRE + taps, d_t1, mask=taps < TAP)
+    at, mask = _matrix(out + 2 * INPUTS + CENTRE * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
     tl.store(at, d_w1, mask=mask)
     tl.store(out + (2 + HIDDEN) * INPUTS + middle, d_t2, mask=middle < HIDDEN)
     if value is not None:
         at, mask = _matrix(out + (2 + HIDDEN) * INPUTS + HIDDEN, CHANNELS, HIDDEN, CHANNELS, H, C)
         tl.store(at, d_w2, mask=mask)
-    if RELATION == PAIR_CONCATENATION:
+    if CENTRE:
         centre = tl.arange(0, R)
         tl.store(out + centre, d_sq, mask=centre < REL)
         tl.store(out + INPUTS + centre, d_tq, mask=centre < REL)
@@ -515,21 +504,19 @@ def attend_pairwise_backward(
 def _patch_hidden(
         query, key, scale1, shift1, weight1, shift2, pixel, image, row, column, height, width, K: tl.constexpr,
         DILATION: tl.constexpr, REL: tl.constexpr, HIDDEN: tl.constexpr, QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
-        RELATION: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
-        M: tl.constexpr):
+        FORM: tl.constexpr, RELATION: tl.constexpr, CENTRE: tl.constexpr, TAP: tl.constexpr, PRECISION: tl.constexpr,
+        R: tl.constexpr, T: tl.constexpr, H: tl.constexpr, M: tl.constexpr):
     """The hidden vector u of a patch (with shift2 where it is given): (M, H)."""
     KIND: tl.constexpr = key.dtype.element_ty
-    TAP: tl.constexpr = 1 if RELATION == STAR else REL
-    FIRST: tl.constexpr = 0 if RELATION == STAR else REL
     q = _read(query, pixel, QUERY_ROW, REL, R)
     u = tl.zeros((M, H), tl.float32)
     if shift2 is not None:
         u += _read_vector(shift2, HIDDEN, H)[None, :]
-    u, _ = _add_centre(u, q, scale1, shift1, weight1, REL, HIDDEN, R, H, RELATION, KIND, PRECISION)
+    u, _ = _add_centre(u, q, scale1, shift1, weight1, REL, HIDDEN, R, H, CENTRE, KIND, PRECISION)
     for tap in range(K * K):
-        first = FIRST + tap * TAP
+        first = CENTRE + tap * TAP
         there = _neighbour(tap, row, column, height, width, K, DILATION)
-        x = _relate(q, _read(key, image + there, KEY_ROW, REL, R), RELATION)
+        x = _relate(q, _read(key, image + there, KEY_ROW, REL, R), FORM, RELATION)
         e = _relu(x * _read_vector(scale1 + first, TAP, T)[None, :] + _read_vector(shift1 + first, TAP, T)[None, :])
         u += _product(e, _read_matrix(weight1 + first * HIDDEN, HIDDEN, TAP, HIDDEN, T, H), KIND, PRECISION)
     return u
@@ -538,17 +525,18 @@ def _patch_hidden(
 @triton.jit(do_not_specialize=IMAGE_SIZES)
 def attend_patchwise(
         query, key, value, scale1, shift1, weight1, shift2, weight2, bias2, shift, output, pixels, height, width,
-        RELATION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr, HIDDEN: tl.constexpr,
-        CHANNELS: tl.constexpr, SHARES: tl.constexpr, QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
-        VALUE_ROW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
-        C: tl.constexpr, S: tl.constexpr, M: tl.constexpr):
+        FORM: tl.constexpr, RELATION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr,
+        CENTRE: tl.constexpr, TAP: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, SHARES: tl.constexpr,
+        QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, PRECISION: tl.constexpr,
+        R: tl.constexpr, T: tl.constexpr, H: tl.constexpr, C: tl.constexpr, S: tl.constexpr, M: tl.constexpr):
     """The output; relu(output + shift) where shift is given."""
     KIND: tl.constexpr = key.dtype.element_ty
     AREA: tl.constexpr = K * K
     pixel, live, row, column = _pixel_block(tl.program_id(0), pixels, height, width, M)
     image = pixel // (height * width) * (height * width)
     h = _relu(_patch_hidden(query, key, scale1, shift1, weight1, shift2, pixel, image, row, column, height, width, K,
-                            DILATION, REL, HIDDEN, QUERY_ROW, KEY_ROW, RELATION, PRECISION, R, T, H, M))
+                            DILATION, REL, HIDDEN, QUERY_ROW, KEY_ROW, FORM, RELATION, CENTRE, TAP, PRECISION, R, T, H,
+                            M))
     y = tl.zeros((M, S, C), tl.float32)
     for tap in range(AREA):
         there = _neighbour(tap, row, column, height, width, K, DILATION)
@@ -566,9 +554,9 @@ def attend_patchwise(
 @triton.jit(do_not_specialize=IMAGE_SIZES)
 def patchwise_sums(
         query, key, scale1, shift1, weight1, sums, pixels, height, width,
-        RELATION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr, HIDDEN: tl.constexpr,
-        QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-        H: tl.constexpr, M: tl.constexpr):
+        FORM: tl.constexpr, RELATION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr,
+        CENTRE: tl.constexpr, TAP: tl.constexpr, HIDDEN: tl.constexpr, QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
+        PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr, M: tl.constexpr):
     """As `pairwise_sums`."""
     total = tl.zeros((H,), tl.float64)
     squares = tl.zeros((H,), tl.float64)
@@ -576,7 +564,7 @@ def patchwise_sums(
         pixel, live, row, column = _pixel_block(block, pixels, height, width, M)
         image = pixel // (height * width) * (height * width)
         u = _patch_hidden(query, key, scale1, shift1, weight1, None, pixel, image, row, column, height, width, K,
-                          DILATION, REL, HIDDEN, QUERY_ROW, KEY_ROW, RELATION, PRECISION, R, T, H, M)
+                          DILATION, REL, HIDDEN, QUERY_ROW, KEY_ROW, FORM, RELATION, CENTRE, TAP, PRECISION, R, T, H, M)
         total, squares = _add_sums(total, squares, u, live, M)
     at = sums + tl.program_id(0) * 2 * HIDDEN + tl.arange(0, H)
     tl.store(at, total, mask=tl.arange(0, H) < HIDDEN)
@@ -587,17 +575,17 @@ def patchwise_sums(
 def patchwise_hidden_backward(
         query, key, value, scale1, shift1, weight1, shift2, weight2, gradient, slopes, hidden, d_hidden, pixels,
         height, width,
-        RELATION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr, HIDDEN: tl.constexpr,
-        CHANNELS: tl.constexpr, SHARES: tl.constexpr, QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
-        VALUE_ROW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
-        C: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
+        FORM: tl.constexpr, RELATION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr,
+        CENTRE: tl.constexpr, TAP: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, SHARES: tl.constexpr,
+        QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, PRECISION: tl.constexpr,
+        R: tl.constexpr, T: tl.constexpr, H: tl.constexpr, C: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
     """h and the gradient of u of every pixel; with `slopes` only the latter, as in `attend_pairwise_backward`."""
     KIND: tl.constexpr = key.dtype.element_ty
     AREA: tl.constexpr = K * K
     pixel, live, row, column = _pixel_block(tl.program_id(0), pixels, height, width, M)
     image = pixel // (height * width) * (height * width)
     u = _patch_hidden(query, key, scale1, shift1, weight1, shift2, pixel, image, row, column, height, width, K,
-                      DILATION, REL, HIDDEN, QUERY_ROW, KEY_ROW, RELATION, PRECISION, R, T, H, M)
+                      DILATION, REL, HIDDEN, QUERY_ROW, KEY_ROW, FORM, RELATION, CENTRE, TAP, PRECISION, R, T, H, M)
     mask = live[:, None] & (tl.arange(0, H)[None, :] < HIDDEN)
     if value is not None:
         d_h = tl.zeros((M, H), tl.float32)
@@ -619,24 +607,23 @@ def patchwise_hidden_backward(
 def attend_patchwise_backward(
         query, key, value, scale1, shift1, weight1, weight2, bias2, gradient, hidden, d_hidden, d_query, d_key, d_value,
         parameters, pixels, height, width,
-        RELATION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr, HIDDEN: tl.constexpr,
-        CHANNELS: tl.constexpr, SHARES: tl.constexpr, QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
-        VALUE_ROW: tl.constexpr, INPUTS: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr,
-        T: tl.constexpr, H: tl.constexpr, C: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
+        FORM: tl.constexpr, RELATION: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, REL: tl.constexpr,
+        CENTRE: tl.constexpr, TAP: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, SHARES: tl.constexpr,
+        QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, INPUTS: tl.constexpr,
+        TOTAL: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
+        C: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
     """Gradients of the maps, and of gamma in parameters[slot]: scale1, shift1, weight1, weight2, bias2.
 
-    A program has one tap (program 0 of the first axis; the last of a concatenation is phi(x_i)) and every n-th block,
-    from `slot`, its number on the second axis. Gradients of maps are added atomically. `value` None: those of
-    `patchwise_sums`.
+    A program has one tap (its number on the first axis; where there are CENTRE channels, the last is phi(x_i)) and
+    every n-th block, from `slot`, its number on the second axis. Gradients of maps are added atomically. `value` None:
+    those of `patchwise_sums`.
     """
     KIND: tl.constexpr = key.dtype.element_ty
     AREA: tl.constexpr = K * K
-    TAP: tl.constexpr = 1 if RELATION == STAR else REL
-    FIRST: tl.constexpr = 0 if RELATION == STAR else REL
     tap = tl.program_id(0)
     slot = tl.program_id(1)
     is_centre = tap == AREA
-    first = tl.where(is_centre, 0, FIRST + tap * TAP)
+    first = tl.where(is_centre, 0, CENTRE + tap * TAP)
     s1 = _read_vector(scale1 + first, TAP, T)
     t1 = _read_vector(shift1 + first, TAP, T)
     w1 = _read_matrix(weight1 + first * HIDDEN, HIDDEN, TAP, HIDDEN, T, H)
@@ -659,14 +646,14 @@ def attend_patchwise_backward(
             k = q
         else:
             k = _read(key, there, KEY_ROW, REL, R)
-        x = _relate(q, k, RELATION)
+        x = _relate(q, k, FORM, RELATION)
         e = _relu(x * s1[None, :] + t1[None, :])
         d_w1 += _product(tl.trans(e), d_u, KIND, PRECISION)
         d_a = tl.where(e <= 0, 0., _product(d_u, tl.trans(w1), KIND, PRECISION))
         d_s1 += tl.sum(d_a * x, 0)
         d_t1 += tl.sum(d_a, 0)
-        d_q, d_k = _relate_backward(d_a * s1[None, :], q, k, tl.zeros((M, R), tl.float32), RELATION)
-        if RELATION == STAR:
+        d_q, d_k = _relate_backward(d_a * s1[None, :], q, k, tl.zeros((M, R), tl.float32), FORM, RELATION)
+        if not CENTRE:
             _scatter(d_query, d_q, pixel, live, REL, R)
         if is_centre:
             _scatter(d_query, d_k, pixel, live, REL, R)

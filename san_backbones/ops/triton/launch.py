@@ -15,15 +15,15 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from ..folding import RELATIONS, Shape, power_of_2, row
+from ..folding import Shape, power_of_2, row
 from . import TUNE_VARIABLE, kernels
 
 __all__ = ['Configuration', 'configurations', 'constants', 'gradients', 'output', 'sums', 'sums_gradients']
 
 _logger = logging.getLogger(__name__)
 
-MAX_GRADIENT_NUMBERS = 1 << 23
-"""Bound on the partial sums of parameter gradients that a backward pass keeps (float32 numbers)."""
+MAX_GRADIENT_ELEMENTS = 1 << 23
+"""Bound on the partial sums of parameter gradients that a backward pass keeps (float32 elements)."""
 MAX_PROGRAMS = 512
 """Programs among which a backward pass shares the pixels: several for each multiprocessor of the largest GPU."""
 
@@ -31,12 +31,9 @@ SHARED_AT_A_TIME = 64
 """Channels of the value that a backward pass holds of a neighbour."""
 
 WIDEST_KEPT = 1 << 13
-"""Numbers of weight1 that `attend_pairwise` keeps while it goes through the taps; wider ones are read for every tap."""
+"""Elements of weight1 that `attend_pairwise` keeps while it goes through the taps; more are read for every tap."""
 
-_PAIR_CONCATENATION, _DOT = RELATIONS[True, 'concatenation'], RELATIONS[True, 'dot']
-_PATCH_CONCATENATION, _STAR = RELATIONS[False, 'concatenation'], RELATIONS[False, 'star']
-
-_Tensors = Sequence[Any]  # tensors, and None in the place of one that there is none of
+_Tensors = Sequence[Any]  # tensors, and None for one that is absent
 
 
 class Configuration(NamedTuple):
@@ -53,11 +50,11 @@ class Configuration(NamedTuple):
 CONFIGURATIONS = {
     32: (Configuration(64, 4, 2), Configuration(32, 4, 2)),  # more programs, for maps that do not fill a GPU
     128: (Configuration(16, 4, 2), Configuration(32, 4, 2)),  # gamma's matrices are read once for twice the pixels
-    256: (Configuration(16, 8, 2), Configuration(16, 4, 1)),  # two programs in the place of one hide each other's waits
-    1 << 30: (Configuration(16, 8, 1), Configuration(16, 16, 1)),  # half the numbers for a thread
+    256: (Configuration(16, 8, 2), Configuration(16, 4, 1)),  # two programs instead of one hide each other's waits
+    1 << 30: (Configuration(16, 8, 1), Configuration(16, 16, 1)),  # half the elements for a thread
 }
 BACKWARD_CONFIGURATIONS = {
-    32: (Configuration(32, 4, 1), Configuration(16, 4, 1)),  # half the numbers for a thread
+    32: (Configuration(32, 4, 1), Configuration(16, 4, 1)),  # half the elements for a thread
     64: (Configuration(16, 4, 1), Configuration(16, 8, 1)),  # the same
     1 << 30: (Configuration(16, 8, 1), Configuration(16, 16, 1)),  # the same
 }
@@ -115,35 +112,26 @@ def _tunes(device: torch.device) -> bool:
         and not torch.are_deterministic_algorithms_enabled()
 
 
-def _is_pairwise(shape: Shape) -> bool:
-    return shape.form[0]
-
-
 def constants(shape: Shape, maps: _Tensors) -> dict[str, Any]:
     """The constants of every kernel for this attention; each takes those that it names."""
     query, key, value, place = maps
-    rel = query.shape[3]
-    dot = shape.relation in (_DOT, _STAR)
+    relation, area, rel = shape.described, shape.kernel_size ** 2, query.shape[3]
+    tap = relation.tap_width(rel, area)
+    inputs = relation.width(rel, area, place is not None)
     channels = shape.lanes if value is not None else 1
     shares = value.shape[3] // channels if value is not None else 1
-    tap = 1 if dot else rel
-    area = shape.kernel_size ** 2
-    inputs = tap * (1 if _is_pairwise(shape) else area)
-    if shape.relation in (_PAIR_CONCATENATION, _PATCH_CONCATENATION):
-        inputs += rel
-    if place is not None:
-        inputs += 2
-    columns = channels * (1 if _is_pairwise(shape) else area)
+    columns = channels * (1 if relation.is_pairwise else area)
     total = inputs * (2 + shape.hidden)
-    if _is_pairwise(shape):
+    if relation.is_pairwise:
         total += shape.hidden * (1 + columns)
     else:
         total += columns * (shape.hidden + 1)
     return dict(
-        RELATION=shape.relation, POSITION=0 if place is None else 2 if shape.absolute else 1, K=shape.kernel_size,
-        DILATION=shape.dilation, REL=rel, HIDDEN=shape.hidden, CHANNELS=channels, SHARES=shares,
-        QUERY_ROW=row(query), KEY_ROW=row(key), VALUE_ROW=1 if value is None else row(value), INPUTS=inputs,
-        TOTAL=total, PRECISION='tf32' if _allows_tf32() else 'ieee', R=power_of_2(rel), T=power_of_2(tap),
+        FORM=relation.form, RELATION=relation.name, POSITION=0 if place is None else 2 if shape.absolute else 1,
+        K=shape.kernel_size, DILATION=shape.dilation, REL=rel, CENTRE=relation.centre_width(rel), TAP=tap,
+        HIDDEN=shape.hidden, CHANNELS=channels, SHARES=shares, QUERY_ROW=row(query), KEY_ROW=row(key),
+        VALUE_ROW=1 if value is None else row(value), INPUTS=inputs, TOTAL=total,
+        PRECISION='tf32' if _allows_tf32() else 'ieee', R=power_of_2(rel), T=power_of_2(tap),
         H=power_of_2(shape.hidden), C=power_of_2(channels), S=power_of_2(shares),
         B=min(power_of_2(shares), max(1, SHARED_AT_A_TIME // power_of_2(channels))),
         WIDE=power_of_2(tap) * power_of_2(shape.hidden) > WIDEST_KEPT)
@@ -219,7 +207,7 @@ def output(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None)
     launcher = _Launcher(shape, maps)
     value = maps[2]
     result = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    if _is_pairwise(shape):
+    if shape.described.is_pairwise:
         launcher.run(kernels.attend_pairwise, (), *maps, *folded, shift, None, result, None, None)
     else:
         launcher.run(kernels.attend_patchwise, (), *maps[:3], *folded, shift, result)
@@ -230,7 +218,7 @@ def sums(shape: Shape, maps: _Tensors, folded: _Tensors) -> Tensor:
     """As `native.attention.sums`."""
     launcher = _Launcher(shape, maps)
     query, key, _, place = maps
-    kernel, given = (kernels.pairwise_sums, (query, key, place)) if _is_pairwise(shape) \
+    kernel, given = (kernels.pairwise_sums, (query, key, place)) if shape.described.is_pairwise \
         else (kernels.patchwise_sums, (query, key))
     slots = max(1, min(launcher.blocks(kernel), MAX_PROGRAMS))
     parts = torch.zeros((slots, 2, shape.hidden), dtype=torch.float64, device=query.device)
@@ -264,9 +252,9 @@ def _gradients(shape: Shape, maps: _Tensors, folded: _Tensors, gradient: Tensor 
     inputs, hidden = weight1.shape
     firsts = [inputs, inputs, inputs * hidden]
     d_shift2 = d_bias2 = None
-    if _is_pairwise(shape):
+    if shape.described.is_pairwise:
         slots = max(1, min(launcher.blocks(kernels.attend_pairwise_backward), MAX_PROGRAMS,
-                           MAX_GRADIENT_NUMBERS // total))
+                           MAX_GRADIENT_ELEMENTS // total))
         parameters = zeros(slots, total)
         lse = slope = None
         if value is not None:
@@ -279,9 +267,9 @@ def _gradients(shape: Shape, maps: _Tensors, folded: _Tensors, gradient: Tensor 
         if value is not None:
             d_bias2 = torch.zeros_like(bias2)  # what all neighbours share does not change a softmax
     else:
-        taps = shape.kernel_size ** 2 + (shape.relation == _PATCH_CONCATENATION)
+        taps = shape.kernel_size ** 2 + bool(launcher.constants['CENTRE'])
         slots = max(1, min(launcher.blocks(kernels.attend_patchwise_backward), triton.cdiv(8 * MAX_PROGRAMS, taps),
-                           MAX_GRADIENT_NUMBERS // total))
+                           MAX_GRADIENT_ELEMENTS // total))
         parameters = zeros(slots, total)
         h, d_hidden = (None if value is None else zeros(pixels, hidden)), zeros(pixels, hidden)
         launcher.run(kernels.patchwise_hidden_backward, (), *maps[:3], scale1, shift1, weight1, shift2,

@@ -1,0 +1,89 @@
+"""Linear maps over the channels of a map, for inference, with what folding leaves around them."""
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import native
+from .backends import serves
+from .pointwise import scale_shift_relu
+
+__all__ = ['Linear', 'ScaleShiftReLU']
+
+
+class ScaleShiftReLU(NamedTuple):
+    """f(x) = min(relu(scale x + shift), limit) of every channel: scale and shift are (C,), float32; limit None for any.
+    """
+    scale: Tensor
+    shift: Tensor
+    limit: float | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., C) to the same."""
+        return scale_shift_relu(x, *self)
+
+
+class Linear:
+    """y = W f(x) + b, or x + W y + b, for inference: f is a `ScaleShiftReLU` before the product, and one may follow.
+
+    Weights in float32 on the CPU are kept as the compiled loops read them, which then compute all of it in one pass.
+
+    Args:
+        weight: (D, C), copied.
+        bias: (D,) or None.
+
+    Raises:
+        ValueError: When called with a map of other channels, or an `output` of another size.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.columns: int
+        self.inner: int
+        self.columns, self.inner = weight.shape
+        self.bias = None if bias is None else bias.clone()
+        self.packed = weight.dtype == torch.float32 and native.BACKEND.unavailable(weight.device) is None
+        self._weight = native.pack(weight) if self.packed else weight.clone()
+
+    @property
+    def weight(self) -> Tensor:
+        """(D, C)."""
+        return native.unpack(self._weight, self.columns, self.inner) if self.packed else self._weight
+
+    def __call__(self, x: Tensor, before: ScaleShiftReLU | None = None, output: Tensor | None = None) -> Tensor:
+        """W f(x) + b of x (N, H, W, C), f being `before`: (N, H, W, D), contiguous; written to `output` if given."""
+        self._check(x, output)
+        if self.runs_packed(x):
+            output = x.new_empty(*x.shape[:3], self.columns) if output is None else output
+            self._run(x, before, output, False, None)
+            return output
+        y = F.linear(x if before is None else before(x.contiguous()), self.weight, self.bias)
+        return y if output is None else output.copy_(y)
+
+    def add_to(self, output: Tensor, x: Tensor, after: ScaleShiftReLU | None = None) -> Tensor:
+        """output + W x + b of x (N, H, W, C), followed by `after`: (N, H, W, D). Writes over `output`, contiguous."""
+        self._check(x, output)
+        if self.runs_packed(x):
+            self._run(x, None, output, True, after)
+            return output
+        output.view(-1, self.columns).addmm_(x.reshape(-1, self.inner), self.weight.t())
+        if self.bias is not None:
+            output += self.bias
+        return output if after is None else after(output)
+
+    def _check(self, x: Tensor, output: Tensor | None) -> None:
+        if x.dim() != 4 or x.shape[3] != self.inner:
+            raise ValueError(f'expected a map with {self.inner} channels (N, H, W, {self.inner}), got {list(x.shape)}')
+        if output is not None and (output.shape != (*x.shape[:3], self.columns) or output.dtype != x.dtype
+                                   or not output.is_contiguous()):
+            raise ValueError(f'expected an output {[*x.shape[:3], self.columns]}, {x.dtype}, contiguous, got '
+                             f'{list(output.shape)}, {output.dtype}, strides {list(output.stride())}')
+
+    def runs_packed(self, x: Tensor) -> bool:
+        """Whether the compiled loops compute it for x."""
+        return self.packed and x.dtype == torch.float32 and serves(x)
+
+    def _run(self, x: Tensor, before: ScaleShiftReLU | None, output: Tensor, add: bool,
+             after: ScaleShiftReLU | None) -> None:
+        vectors: Any = [None if f is None else (f.scale.float(), f.shift.float()) for f in (before, after)]
+        native.linear(x, self._weight, self.bias, vectors[0], before and before.limit, output, add, vectors[1])
