@@ -1,5 +1,5 @@
-"""`python -m san_backbones`: the command line, where its script `san-backbones` is not on the PATH."""
-from .cli import main
+"""Runs the command line as `python -m san_backbones`, for when the script `san-backbones` is not on the PATH."""
+from san_backbones_cli import main
 
 if __name__ == '__main__':
     main()

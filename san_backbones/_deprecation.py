@@ -1,4 +1,4 @@
-"""Names that were given up keep working until a release that is said beforehand (docs: *Promises*)."""
+"""Keeps old names working, with a warning, until an announced release (docs: *Promises*)."""
 import functools
 import sys
 import warnings
@@ -15,12 +15,12 @@ def _warn(old: str, new: str, until: str) -> None:
 
 
 def renamed(module: str, until: str, **names: str) -> Callable[[str], Any]:
-    """A module's `__getattr__` for old names of what is in it.
+    """Returns a module's `__getattr__` that resolves old names.
 
     Args:
-        module: Its `__name__`.
-        until: The version without the old names.
-        names: New names by old ones.
+        module: The module's `__name__`.
+        until: The version that drops the old names.
+        names: The new name for each old one.
 
     Example:
         >>> __getattr__ = renamed(__name__, '0.4', fuse='fuse_for_inference')
@@ -34,11 +34,11 @@ def renamed(module: str, until: str, **names: str) -> Callable[[str], Any]:
 
 
 def renamed_arguments(until: str, **names: str) -> Callable[[Function], Function]:
-    """A decorator for a function whose keyword arguments have new names.
+    """Returns a decorator for a function whose keyword arguments have new names.
 
     Args:
-        until: The version without the old names.
-        names: New names by old ones.
+        until: The version that drops the old names.
+        names: The new name for each old one.
 
     Raises:
         TypeError: In the call, if both names are given.

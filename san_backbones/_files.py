@@ -1,18 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Writes files so that they appear complete or not at all."""
 import contextlib
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
 
-__all__ = ['written_whole']
+__all__ = ['atomic_write']
 
 
 @contextlib.contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A path to write to, of the same name beside `path`; moved there at the end of the block, unless that fails.
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields a temporary path with the same file name, and moves it to `path` when the block succeeds.
 
-    Until then, and where the process is killed, what lay at `path` stays.
+    If the block fails or the process is killed, an existing file at `path` stays as it was.
     """
     path = pathlib.Path(path).absolute()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:

@@ -1,20 +1,21 @@
-"""How much a SAN computes: parameters and multiply-adds, counted by formula from the layers.
+"""Counts parameters and multiply-adds of a SAN, by formula from its layers.
 
-Two counts exist. Ours is the common one, one for each multiply-add of a linear map or of the aggregation. The paper's
-table also counts norms (2 per element), ReLUs, pooling inputs, biases and subtractions (1 per element).
+There are two ways to count. Ours is the common one: one per multiply-add of a linear map or of the aggregation. The
+paper's table also counts norms (2 per element), ReLUs, pooling inputs, biases and subtractions (1 per element).
 """
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from .attention import PairwiseAttention, _FootprintAttention
+from . import ops
+from .attention import FootprintAttention, PairwiseAttention
 from .san import SAN
 
 __all__ = ['count_multiply_adds', 'count_parameters', 'multiply_adds_by_part']
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Learned numbers of the model."""
+    """Counts the elements of the model's parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -26,22 +27,20 @@ def _norm_relu(channels: int, pixels: int, paper: bool) -> int:
     return 3 * channels * pixels if paper else 0
 
 
-def _attention(layer: _FootprintAttention, pixels: int, paper: bool) -> int:
+def _attention(layer: FootprintAttention, pixels: int, paper: bool) -> int:
     area = layer.kernel_size ** 2
     mlp: Any = layer.weight_mlp
     total = sum(_linear(conv, pixels, paper) for conv in (layer.query, layer.key, layer.value))
     inputs = pixels * (area if isinstance(layer, PairwiseAttention) else 1)  # vectors that gamma maps
     total += sum(_linear(conv, inputs, paper) for conv in (mlp.fc1, mlp.fc2))
     total += _norm_relu(mlp.fc1.in_channels, inputs, paper) + _norm_relu(mlp.fc2.in_channels, inputs, paper)
-    products = {'dot': layer.rel_planes * area, 'hadamard': layer.rel_planes * area,
-                'star': layer.rel_planes * area, 'clique': layer.rel_planes * area ** 2}
-    total += pixels * products.get(layer.relation, 0)
+    relation = ops.relations.find(layer.pairwise, layer.relation)
+    if relation.operation == 'multiply' or paper:
+        total += pixels * relation.operations(layer.rel_planes, area)
     if layer.position is not None:
         total += _linear(layer.position, pixels, paper)
         if paper and layer.position_mode == 'relative':
             total += 2 * area * pixels
-    if paper and layer.relation in ('subtraction', 'summation'):
-        total += layer.rel_planes * area * pixels
     return total + layer.out_planes * area * pixels
 
 
@@ -50,27 +49,26 @@ def multiply_adds_by_part(
         image_size: int | tuple[int, int] = 224,
         paper: bool = False,
 ) -> dict[str, int]:
-    """Multiply-adds of one image through each part of the model: 'stem', 'stages.0', ..., 'head'.
+    """Counts the multiply-adds of one image in each part of the model: 'stem', 'stages.0', ..., 'head'.
 
     Args:
-        model: A SAN, pruned or not; the head is counted where it has a classifier.
+        model: A SAN, pruned or not; the head is counted if it has a classifier.
         image_size: Side of the image in pixels, or (height, width).
         paper: Count as the table of Zhao et al. (CVPR 2020) does, see above.
 
     Returns:
-        Counts by the parts' names in the model, in the order of computation.
+        Counts by the names of the parts, in the order of computation.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    pixels = height * width
-    parts = {'stem': _linear(model.stem.conv, pixels, paper) + _norm_relu(model.stem.conv.out_channels, pixels, paper)}
-    stages: Any = model.stages
-    pools = [model.stem.pool, *(stage.pool for stage in stages[1:])]
-    for i, (stage, pool) in enumerate(zip(stages, pools)):
-        total = 0
-        if isinstance(pool, nn.MaxPool2d):
-            total += stage.conv.in_channels * pixels if paper else 0
-            height, width = height // 2, width // 2
-            pixels = height * width
+    conv, stages, parts = model.stem.conv, cast(Any, model.stages), {}
+    height, width = (max(side // conv.stride[0], 1) for side in (height, width))
+    parts['stem'] = _linear(conv, height * width, paper) + _norm_relu(conv.out_channels, height * width, paper)
+    # the paper's table counts the stem's pooling with the first stage
+    strides = [model.stem.stride // conv.stride[0], *(stage.stride for stage in stages[1:])]
+    for i, (stage, stride) in enumerate(zip(stages, strides)):
+        total = stage.conv.in_channels * height * width if paper and stride > 1 else 0
+        height, width = (max(side // stride, 1) for side in (height, width))
+        pixels = height * width
         total += _linear(stage.conv, pixels, paper)
         for block in stage.blocks:
             total += _norm_relu(stage.conv.out_channels, pixels, paper)
@@ -84,7 +82,7 @@ def multiply_adds_by_part(
 
 
 def count_multiply_adds(model: SAN, image_size: int | tuple[int, int] = 224, paper: bool = False) -> int:
-    """Multiply-adds of one image through the model: the sum of `multiply_adds_by_part`, which see.
+    """Counts the multiply-adds of one image in the model: the sum of `multiply_adds_by_part`.
 
     Returns:
         The count; divide by 1e9 for the usual unit.

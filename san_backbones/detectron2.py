@@ -25,11 +25,11 @@ __all__ = ['SANBackbone']
 
 
 class SANBackbone(Backbone):
-    """Feature maps of a SAN by the names that Detectron2 gives those of a ResNet.
+    """Feature maps of a SAN under Detectron2's ResNet names.
 
     Args:
         model: A timm model of this package, for instance 'san15_patchwise'.
-        out_features: Maps to return, in this order: of 'res1' to 'res5', which have strides 2 to 32.
+        out_features: Maps to return, in increasing order, from 'res1' (stride 2) to 'res5' (stride 32).
         **kwargs: For `timm.create_model`, for instance pretrained=True, in_chans=1, output_stride=16,
             position_ref_size=224.
 
@@ -53,10 +53,10 @@ class SANBackbone(Backbone):
         self._out_feature_strides: dict[str, int] = dict(zip(out_features, info.reduction(), strict=True))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images (N, in_chans, H, W) to maps (N, channels, H / stride, W / stride), rounded down, by name."""
+        """Images (N, in_chans, H, W) to feature maps (N, channels, H // stride, W // stride), by name."""
         return dict(zip(self._out_features, self.net(x), strict=True))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each map, by name."""
+        """Returns channels and stride of each map, by name."""
         return {name: ShapeSpec(channels=self._out_feature_channels[name], stride=self._out_feature_strides[name])
                 for name in self._out_features}

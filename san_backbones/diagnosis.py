@@ -1,4 +1,4 @@
-"""Which layer of a network first leaves the range that its batch norms know, and what to do about it."""
+"""Finds the first layer of a network that leaves the range its batch norms saw in training, and says what to do."""
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +15,16 @@ class LayerRange(NamedTuple):
     """How far the input of a batch norm lies from what training saw."""
     name: str
     deviations: float
-    """Largest distance from the running mean, in running standard deviations; infinite or NaN where a value is."""
+    """Largest distance from the running mean, in running standard deviations; infinite or NaN if a value is."""
     channel: int
-    """Where it is."""
+    """Where that value is; `image` counts in the batch."""
     image: int
 
 
 class Diagnosis(NamedTuple):
-    """What `diagnose` found; its string says it in words."""
+    """The result of `diagnose`; `str()` gives the message."""
     layer: str | None
-    """The first layer out of range, or the first parameter or buffer that is not finite; None if all is in order."""
+    """The first layer out of range, or the first parameter or buffer that is not finite; None if there is none."""
     finite: bool
     """Whether every output of the model, parameter and buffer is finite."""
     message: str
@@ -36,7 +36,7 @@ class Diagnosis(NamedTuple):
 
 
 def _range(name: str, norm: Any, x: Tensor) -> LayerRange:
-    wide = torch.float32 if x.device.type == 'mps' else torch.float64  # which Apple's GPUs lack
+    wide = torch.float32 if x.device.type == 'mps' else torch.float64  # Apple's GPUs have no float64
     x = x.detach().to(wide)
     x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, values)
     mean, var = (t.detach().to(wide)[:, None] for t in (norm.running_mean, norm.running_var))
@@ -55,7 +55,7 @@ def _tensors(output: Any) -> list[Tensor]:
 def _advice(model: nn.Module, layer: str) -> str:
     blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Block)]
     if not any(layer.startswith(f'{name}.') for name, _ in blocks) and layer.rpartition('.')[0].endswith('stem'):
-        return 'The images are not like those of the training: check that they are normalised in the same way.'
+        return 'The images are unlike those of the training: check that they are normalised in the same way.'
     unbounded = any(isinstance(block.attn, PatchwiseAttention) and isinstance(block.act1, BoundedReLU)
                     and block.act1.limit is None for _, block in blocks)
     bound = ('Give the network a bound, with the same weights: create it with relu_bound=6. and load them. '
@@ -68,12 +68,12 @@ def _advice(model: nn.Module, layer: str) -> str:
 def diagnose(model: nn.Module, images: Tensor, threshold: float = 300.) -> Diagnosis:
     """Finds the first layer whose values leave the range that training saw.
 
-    Runs the model once, in eval mode as it is used, and compares the input of every batch norm with its running mean
-    and variance: in a network that is in order values lie within a few tens of standard deviations.
+    Runs the model once, in eval mode, and compares the input of every batch norm with its running mean and variance.
+    In a healthy network values lie within a few tens of standard deviations.
 
     Args:
-        model: A SAN, a SANBackbone, a feature extractor, or anything else that holds batch norms and takes images.
-        images: (N, C, H, W), as the model takes them; those whose outputs are not finite, for instance.
+        model: A SAN, a SANBackbone, a feature extractor, or any other module that holds batch norms and takes images.
+        images: (N, C, H, W), preprocessed; for instance those whose outputs are not finite.
         threshold: Standard deviations that still count as in range.
 
     Returns:
@@ -82,14 +82,14 @@ def diagnose(model: nn.Module, images: Tensor, threshold: float = 300.) -> Diagn
     Raises:
         ValueError: The model is in training mode, where batch statistics hide what evaluation does.
     """
-    model = getattr(model, '_orig_mod', model)  # compiled: hooks are not seen there
+    model = getattr(model, '_orig_mod', model)  # compiled models do not run hooks
     if model.training:
         raise ValueError('expected a model in eval mode, where running statistics are used; call model.eval()')
     state = [*model.named_parameters(), *model.named_buffers()]
     broken = next((name for name, tensor in state if not tensor.isfinite().all()), None)
     if broken is not None:
         return Diagnosis(broken, False, f'{broken} holds values that are not finite: the training went wrong before '
-                         'this. Go back to a checkpoint before it, with a lower learning rate and the norm of the '
+                         'this. Go back to an earlier checkpoint, with a lower learning rate and the norm of the '
                          'gradient clipped at 1.', ())
     found: list[LayerRange] = []
     handles = [norm.register_forward_pre_hook(lambda norm, args, name=name: found.append(_range(name, norm, args[0])))

@@ -1,8 +1,8 @@
-"""How fast something runs on this machine and how much memory it takes: used by the command line and by benchmarks/.
+"""Measures time and memory on this machine, for the command line and benchmarks/.
 
-Times are medians over rounds in which every case runs once, one after the other, so that all of them see the same
-machine. Peak memory is that of a process of its own for each case: on the CPU the highest resident size above that of
-the process when everything is imported and nothing is built, on CUDA torch's own peak, weights included.
+Times are medians over rounds in which every case runs once, in turns, so that load on the machine affects all cases
+alike. Peak memory is measured in a separate process per case: on the CPU the highest resident size above that after the
+imports, on CUDA torch's peak, weights included.
 """
 import json
 import math
@@ -26,7 +26,7 @@ _STATUS = '/proc/self/status'  # Linux only
 
 
 def processor() -> str:
-    """The processor's name, as the operating system has it."""
+    """Returns the processor's name as the operating system reports it."""
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as info:
             for line in info:
@@ -36,7 +36,7 @@ def processor() -> str:
 
 
 def machine(device: torch.device) -> str:
-    """The device and what drives it, in words."""
+    """Describes the device, and for a CPU its threads and instructions, with torch's version."""
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
     else:
@@ -50,7 +50,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Time of one call, work that it left on the device included."""
+    """Times one call, including the work that it queued on the device."""
     _synchronise(device)
     start = time.perf_counter()
     function()
@@ -69,14 +69,14 @@ def alternate(
         patience: float = 20.,
         report: Callable[[str], Any] = _say,
 ) -> dict[str, float]:
-    """Median seconds of each case, measured in turns after one call to warm up.
+    """Measures the median seconds of each case, in turns, after one warm-up call.
 
     Args:
-        cases: What runs, by name.
-        rounds: Times that every case runs.
-        device: Where it runs.
-        patience: A case whose calls have taken more seconds than this sits out the rest of the rounds.
-        report: Called with a line of text about a case that fails.
+        cases: Functions to run, by name.
+        rounds: How often every case runs.
+        device: Where they run.
+        patience: A case that has taken more seconds than this in total skips the remaining rounds.
+        report: Called with a line of text for a case that fails.
 
     Returns:
         Seconds by name; NaN for a case that failed.
@@ -102,10 +102,10 @@ def _resident(field: str) -> int:
 
 
 def measure_peak(make: Callable[[], Callable[[], Any]], device: torch.device, calls: int = 2) -> int:
-    """Bytes at the peak of building `make()` and calling its result. For a process of its own.
+    """Returns the peak bytes of calling `make()` and then its result. Run it in a separate process.
 
     Raises:
-        RuntimeError: The device is a CPU and the system does not say how much memory a process has (it is not Linux).
+        RuntimeError: The device is a CPU, and the system is not Linux.
     """
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
@@ -123,15 +123,15 @@ def measure_peak(make: Callable[[], Callable[[], Any]], device: torch.device, ca
 
 
 def peak_memory(command: Sequence[str], name: str, report: Callable[[str], Any] = _say) -> int | None:
-    """Runs `command`, whose last word of output is bytes, in a process of its own.
+    """Runs `command` in a separate process and reads the bytes from the last word of its output.
 
     Args:
         command: The program and its arguments.
         name: What it measures, for messages.
-        report: Called with a line of text where it fails.
+        report: Called with a line of text if it fails.
 
     Returns:
-        The bytes; None where it failed.
+        The bytes; None if it failed.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -148,14 +148,14 @@ def make(
         training: bool = False,
         fused: bool = False,
 ) -> Callable[[], Any]:
-    """A function that runs a timm model of random weights once, in float32 and channels_last.
+    """Returns a function that runs a timm model with random weights once, in float32 and channels_last.
 
     Args:
-        name: The model.
-        batch_size: Images in a call.
+        name: Name of the model.
+        batch_size: Images per call.
         image_size: (height, width) in pixels.
         device: Where it runs.
-        training: Forward and backward of the classifier instead of its inference.
+        training: Run forward and backward instead of inference.
         fused: Fold for inference first (`fuse_for_inference`).
     """
     torch.manual_seed(0)
@@ -177,7 +177,7 @@ def make(
 
 
 def _main() -> None:
-    """In a process of its own: prints the peak of `make` with the arguments given as JSON."""
+    """Prints the peak memory of `make` with arguments given as JSON; runs in a separate process."""
     arguments = json.loads(sys.argv[1])
     threads, device = arguments.pop('threads'), torch.device(arguments.pop('device'))
     if threads:

@@ -1,4 +1,4 @@
-"""Structured pruning of a whole SAN by Torch-Pruning (https://github.com/VainF/Torch-Pruning): attention layers too."""
+"""Structured pruning of a SAN, attention layers included, by Torch-Pruning (https://github.com/VainF/Torch-Pruning)."""
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +13,7 @@ __all__ = ['prunable', 'prune_inputs', 'prune_outputs']
 Attention = PairwiseAttention | PatchwiseAttention
 
 
-def _without(conv: Any, indices: Sequence[int], dim: int) -> None:
+def _remove_channels(conv: Any, indices: Sequence[int], dim: int) -> None:
     """Removes output channels (dim 0) or input channels (dim 1) of a convolution."""
     size = conv.weight.shape[dim]
     gone = set(indices)
@@ -35,28 +35,28 @@ def prune_inputs(layer: Attention, indices: Sequence[int]) -> Attention:
 
     Args:
         layer: Changed in place.
-        indices: Channels of the input, of 0 to `layer.dim` - 1.
+        indices: Input channels, from 0 to `layer.dim` - 1.
 
     Returns:
         The layer.
     """
     for conv in (layer.query, layer.key, layer.value):
-        _without(conv, indices, 1)
+        _remove_channels(conv, indices, 1)
     return layer
 
 
 def prune_outputs(layer: Attention, indices: Sequence[int]) -> Attention:
-    """Removes output channels of an attention layer, and the weight channels that they alone share.
+    """Removes output channels of an attention layer, and their weight channels.
 
     Args:
         layer: Changed in place.
-        indices: Channels of the output, of 0 to `layer.out_planes` - 1; of a weight, all that share it.
+        indices: Output channels, from 0 to `layer.out_planes` - 1. Channels that share a weight go together.
 
     Returns:
         The layer.
 
     Raises:
-        ValueError: Some channels that share a weight would stay.
+        ValueError: Only some of the channels that share a weight are given.
     """
     planes = layer.out_planes // layer.share_planes
     weights = sorted({i % planes for i in indices})
@@ -65,13 +65,13 @@ def prune_outputs(layer: Attention, indices: Sequence[int]) -> Attention:
                          f'together; got {sorted(indices)} of {layer.out_planes}')
     fc2: Any = layer.weight_mlp.fc2
     area = fc2.out_channels // planes  # the footprint of the patchwise form, 1 for the pairwise one
-    _without(layer.value, indices, 0)
-    _without(fc2, [w * area + o for w in weights for o in range(area)], 0)
+    _remove_channels(layer.value, indices, 0)
+    _remove_channels(fc2, [w * area + o for w in weights for o in range(area)], 0)
     return layer
 
 
 class _AttentionPruner:
-    """Torch-Pruning's contract for a layer that it does not know."""
+    """Tells Torch-Pruning how to prune an attention layer."""
 
     def prune_out_channels(self, layer: Attention, idxs: Sequence[int]) -> Attention:
         return prune_outputs(layer, idxs)
@@ -86,21 +86,21 @@ class _AttentionPruner:
         return layer.dim
 
     def get_out_channel_groups(self, layer: Attention) -> int:
-        return layer.share_planes  # the same place in each group is pruned: the channels that share a weight
+        return layer.share_planes  # prunes the same index in each group: the channels that share a weight
 
 
 @contextmanager
 def prunable(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """A context in which Torch-Pruning is given a model with SAN attention layers.
+    """Context in which Torch-Pruning can trace and prune a model with SAN attention layers.
 
-    Torch-Pruning follows the operations of a forward pass. In the context each attention layer computes its values
-    alone, so that it is one operation from all its inputs to all its outputs, as Torch-Pruning treats it.
+    Torch-Pruning follows the operations of a forward pass. Inside the context each attention layer computes only its
+    values, so that Torch-Pruning sees a single operation from all inputs to all outputs.
 
     Args:
-        model: A SAN, or what holds one.
+        model: A SAN, or a module that holds one.
 
-    Returns:
-        Arguments of Torch-Pruning's pruners: `customized_pruners` and `root_module_types`.
+    Yields:
+        Arguments for Torch-Pruning's pruners: `customized_pruners` and `root_module_types`.
 
     Raises:
         ImportError: Torch-Pruning is not installed.

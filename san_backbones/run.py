@@ -1,10 +1,10 @@
-"""Runs a program that does not know SAN, with the models in timm: `python -m san_backbones.run SCRIPT [ARGS]`.
+"""Runs a program with the SAN models registered in timm: `python -m san_backbones.run SCRIPT [ARGS]`.
 
-`python -m san_backbones.run -m MODULE [ARGS]` runs a module, as `python -m MODULE` would. So timm's own train.py,
-validate.py, inference.py, benchmark.py and onnx_export.py take a SAN by its name, unmodified; under torchrun too
-(`torchrun --nproc-per-node=2 -m san_backbones.run train.py ...`). Workers that are spawned have the models as well.
+`python -m san_backbones.run -m MODULE [ARGS]` runs a module, as `python -m MODULE` would. With it, timm's unmodified
+train.py, validate.py, inference.py, benchmark.py and onnx_export.py take SAN models by name, also under torchrun
+(`torchrun --nproc-per-node=2 -m san_backbones.run train.py ...`). Spawned workers have the models as well.
 
-For MMDetection's and MMSegmentation's tools there is `san_backbones.mm.run`, which takes the same arguments.
+For the tools of MMDetection and MMSegmentation use `san_backbones.mm.run`, which takes the same arguments.
 """
 import atexit
 import importlib.util
@@ -21,11 +21,11 @@ import torch.distributed as dist
 
 __all__ = ['start', 'without_gpus']
 
-_PROGRAM = '_SAN_BACKBONES_RUN'  # in the environment, tells workers that are spawned what the main module is
+_PROGRAM = '_SAN_BACKBONES_RUN'  # environment variable that tells spawned workers which program is the main module
 
 
 class _Spec(ModuleSpec):
-    """By its name multiprocessing starts workers with the runner; its parent is the program's own package."""
+    """Spec of the main module: named as this runner, so that workers start with it, in the package of the program."""
 
     package = ''
 
@@ -35,12 +35,12 @@ class _Spec(ModuleSpec):
 
 
 def without_gpus() -> bool:
-    """Whether torchrun started this process where there is no GPU: processes then talk over gloo."""
+    """Whether torchrun started this process on a machine without a GPU, where processes communicate over gloo."""
     return dist.is_available() and dist.is_torchelastic_launched() and not torch.cuda.is_available()
 
 
 def _end() -> None:
-    """Ends the process as Python does, but for what is in C++, where a thread of gloo aborts it now and then."""
+    """Ends the process as Python does, but skips C++ destructors, in which a thread of gloo sometimes aborts."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -51,7 +51,7 @@ def _end() -> None:
 
 
 def _find(program: str) -> tuple[CodeType, str, str] | None:
-    """The code, file and package of a script (a path) or of a module ('-m NAME'); None if there is none."""
+    """Returns code, file and package of a script (a path) or module ('-m NAME'); None if it does not exist."""
     if not program.startswith('-m '):
         if not os.path.isfile(program):
             return None
@@ -61,7 +61,7 @@ def _find(program: str) -> tuple[CodeType, str, str] | None:
         spec = importlib.util.find_spec(program[3:])
         if spec is not None and spec.submodule_search_locations is not None:  # a package
             spec = importlib.util.find_spec(f'{spec.name}.__main__')
-    except (ImportError, ValueError):  # of a package that it should lie in
+    except (ImportError, ValueError):  # raised for its parent package
         return None
     loader: Any = spec and spec.loader
     if spec is None or not hasattr(loader, 'get_code'):
@@ -71,19 +71,19 @@ def _find(program: str) -> tuple[CodeType, str, str] | None:
 
 
 def start(namespace: dict[str, Any], prepare: Callable[[], None] | None = None) -> None:
-    """Runs the program that `sys.argv` names in the main module, in the place of what is there.
+    """Runs the program that `sys.argv` names as the main module.
 
     Args:
-        namespace: Globals of the main module.
+        namespace: Globals of the main module, which are replaced.
         prepare: Called first, but not in workers.
 
     Raises:
-        SystemExit: There is no such program; or the program's own.
+        SystemExit: There is no such program, or the program exits.
     """
     usage, name, is_worker = namespace['__doc__'], namespace['__spec__'].name, namespace['__name__'] != '__main__'
     given = sys.argv[1:]
     is_module = given[:1] == ['-m']
-    if is_worker:  # imports what the program imports and defines, as every spawned worker does
+    if is_worker:  # runs the program's imports and definitions, as in every spawned worker
         program = os.environ[_PROGRAM]
     else:
         program = ' '.join(given[:2]) if is_module else os.path.abspath(given[0]) if given else ''
@@ -117,5 +117,5 @@ def start(namespace: dict[str, Any], prepare: Callable[[], None] | None = None) 
 
 
 if __name__ in ('__main__', '__mp_main__'):
-    from san_backbones.run import start as _start  # not from this module, which the program takes the place of
+    from san_backbones.run import start as _start  # from a second copy: the program replaces this one's globals
     _start(globals())

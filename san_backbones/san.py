@@ -5,16 +5,15 @@ Paper: `Exploring Self-attention for Image Recognition` - https://arxiv.org/abs/
 
 A convolution aggregates features over a footprint and transforms them. SAN keeps the transformation (1x1 convolutions
 and nonlinearities) and aggregates by self-attention over the footprint, with vector weights: one weight per group of
-channels, not one scalar per position. The pairwise form weighs a neighbour by the pair of pixels, the patchwise form
-produces the weights of a footprint from the whole footprint.
+channels instead of one scalar per position. The pairwise form computes the weight of a neighbour from a pair of pixels,
+the patchwise form computes all weights of a footprint from the whole footprint.
 """
 import math
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -33,25 +32,16 @@ from timm.models._features import FeatureListNet, feature_take_indices
 from torch.utils.checkpoint import checkpoint
 
 from . import fuse, hub, ops
-from .activations import PLAIN_RELUS, BoundedReLU, ReLU, is_setting, may_write_over, resolve_bound
+from .activations import BoundedReLU, ReLU, is_setting, make_act, may_write_over, resolve_bound
 from .attention import PairwiseAttention, PatchwiseAttention
-from .norms import (
-    as_norm,
-    check_dtype,
-    has_bias,
-    has_process_wide_hooks,
-    is_batch_norm,
-    is_integer,
-    is_plain,
-    is_pointwise,
-    make_act,
-    norm_constructor,
-)
+from .checks import check_dtype, check_image, is_integer, one_of, per_stage
+from .layers import BOUNDED_RELU, DROP_PATH, POINTWISE, RELU, Kind, has_bias, is_plain, obstacle
+from .norms import BATCH_NORM, as_norm, norm_constructor, norm_relu
 from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS, pointwise
 
 __all__ = ['SAN']
 
-# an attention layer stays one node of a traced feature extractor, so that it keeps its mode and its fast paths there
+# an attention layer stays one node of a traced feature extractor, and so keeps its mode and its backends
 register_notrace_module(PairwiseAttention)
 register_notrace_module(PatchwiseAttention)
 register_notrace_module(BoundedReLU)
@@ -62,7 +52,7 @@ RELATIONS: dict[str, tuple[str, ...]] = {'pairwise': PAIRWISE_RELATIONS, 'patchw
 
 
 class Pool(nn.MaxPool2d):
-    """2x2 max pooling of stride 2. A side of one pixel stays one pixel, so that there is no least size of an image."""
+    """2x2 max pooling of stride 2. A side of one pixel stays one pixel, so that images may have any size."""
 
     def __init__(self):
         super().__init__(2, 2)
@@ -76,16 +66,19 @@ class Pool(nn.MaxPool2d):
             return_indices=self.return_indices)
 
     def is_by_twos(self) -> bool:
-        """Whether nobody has changed it since."""
+        """Whether its attributes are still those of 2x2 pooling."""
         return not self.ceil_mode and not self.return_indices and self.kernel_size == 2 and self.stride == 2 \
             and self.padding == 0 and self.dilation == 1
 
 
 register_notrace_module(Pool)
+_POOL = Kind('2x2 max pool', lambda module: is_plain(module, (Pool.forward,)) and module.is_by_twos())
 
 
 class Stem(nn.Module):
-    """1x1 convolution, norm, ReLU and 2x2 max pooling."""
+    """The paper's stem: 1x1 convolution, norm, ReLU and 2x2 max pooling."""
+
+    stride: int = 2
 
     def __init__(
             self,
@@ -108,18 +101,17 @@ class Stem(nn.Module):
         conv, norm = self.conv, self.norm
         if isinstance(x, torch.Tensor):
             check_dtype(x, conv)
-        if isinstance(x, torch.fx.Proxy) or not is_pointwise(conv) or not is_batch_norm(norm) \
-                or not is_plain(self.act, PLAIN_RELUS) or not is_plain(self.pool, (Pool.forward,)) \
-                or not self.pool.is_by_twos() \
+        if isinstance(x, torch.fx.Proxy) \
+                or obstacle(self, dict(conv=POINTWISE, norm=BATCH_NORM, act=RELU, pool=_POOL)) is not None \
                 or (has_bias(conv) and not isinstance(norm, nn.Identity)) or not ops.serves(x):
             return None
         if 1 in x.shape[2:]:
             return None
-        weight = conv.weight.flatten(1)  # once: a parametrisation computes it
+        weight = conv.weight.flatten(1)  # read once: a parametrisation computes it on each access
         return ops.stem(x, weight, as_norm(norm, weight[:, 0], conv.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, H, W) to (N, width, H // 2, W // 2), at least a pixel; on the CPU in channels_last format."""
+        """(N, in_chans, H, W) to (N, width, H // 2, W // 2), at least 1 x 1; on the CPU in channels_last format."""
         if not torch.jit.is_scripting():
             pooled = self._forward_operator(x)
             if pooled is not None:
@@ -127,10 +119,56 @@ class Stem(nn.Module):
         return self.pool(self.act(self.norm(self.conv(x))))
 
 
-class _SpareBuffers:
-    """Lets the module work on copies of its buffers, so that computing it again counts no batch a second time.
+def _whole_patches(x: torch.Tensor, side: int, ceil_mode: bool) -> torch.Tensor:
+    """Pads x with zeros below and on the right: to at least one patch of that side, or to whole patches (ceil_mode)."""
+    height, width = x.shape[-2], x.shape[-1]
+    if ceil_mode:
+        return F.pad(x, [0, -width % side, 0, -height % side])
+    if min(height, width) < side:
+        return F.pad(x, [0, max(side - width, 0), 0, max(side - height, 0)])
+    return x
 
-    Entered once for each recomputation, of which each backward pass makes one.
+
+register_notrace_function(_whole_patches)
+torch.fx.wrap('_whole_patches')
+
+
+class PatchStem(nn.Module):
+    """ConvNeXt's stem: a convolution over patches of 4x4 pixels, norm and ReLU."""
+
+    stride: int = 4
+
+    def __init__(
+            self,
+            in_chans: int,
+            width: int,
+            norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
+            act_layer: type[nn.Module] | str = nn.ReLU,
+            device: Any = None,
+            dtype: Any = None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.ceil_mode = False
+        self.conv: nn.Conv2d = nn.Conv2d(in_chans, width, 4, stride=4, bias=False, **dd)
+        self.norm: nn.Module = norm_constructor(norm_layer)(width, **dd)
+        self.act: nn.Module = make_act(act_layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) to (N, width, H // 4, W // 4), at least 1 x 1; rounded up with `ceil_mode`."""
+        if not torch.jit.is_scripting():
+            if isinstance(x, torch.Tensor):
+                check_dtype(x, self.conv)
+        return self.act(self.norm(self.conv(_whole_patches(x, 4, self.ceil_mode))))
+
+
+STEMS: dict[str, type[Stem] | type[PatchStem]] = {'point': Stem, 'patch': PatchStem}
+
+
+class SpareBuffers:
+    """Context in which a module works on copies of its buffers, so that recomputation does not count a batch twice.
+
+    Each backward pass recomputes once, and enters the context once.
     """
 
     def __init__(self, module: nn.Module):
@@ -178,16 +216,41 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to the same."""
         residual = x
-        x = self.norm1(x)
-        if not torch.jit.is_scripting():
-            if x is residual:  # no norm: what follows may write over it
-                x = x.clone()
-        x = self.act1(x)
-        x = self.attn(x)
-        x = self.act2(self.norm2(x))
+        if torch.jit.is_scripting():
+            x = self.act1(self.norm1(x))
+            x = self.act2(self.norm2(self.attn(x)))
+        else:
+            x = norm_relu(self.norm1, self.act1, x)
+            x = norm_relu(self.norm2, self.act2, self.attn(x))
         x = self.drop_path(self.conv(x))
-        # in place: one map less to find memory for
+        # in place: saves the memory of one feature map
         return x.add_(residual) if may_write_over() else x + residual
+
+    @torch.jit.ignore
+    def obstacle(self, name: str) -> str | None:
+        """Says why this block, called `name` in messages, cannot be folded; None if it can."""
+        if not is_plain(self, (Block.forward,)):
+            return f'{name} is a {type(self).__name__} and not a block of SAN without hooks'
+        layers = dict(drop_path=DROP_PATH, norm1=BATCH_NORM, act1=BOUNDED_RELU, norm2=BATCH_NORM, act2=RELU,
+                      conv=POINTWISE)
+        found = obstacle(self, layers, f'{name}.')
+        if found is None and not hasattr(type(self.attn), 'obstacle'):
+            found = f'{name}.attn is a {type(self.attn).__name__} and not a SAN attention without hooks'
+        return self.attn.obstacle(f'{name}.attn') if found is None else found
+
+    @torch.jit.ignore
+    def fold(self, offset: torch.Tensor) -> tuple[fuse.FoldedBlock, torch.Tensor]:
+        """Returns the folded block for x + offset (a vector of its channels), and the offset of its output."""
+        attention, conv = self.attn, self.conv
+        scale, shift = fuse.scale_and_shift(self.norm1, attention.query.weight[0, :, 0, 0], offset)
+        out_weight, out_bias = fuse.linear_of(conv)
+        out_scale, out_shift = fuse.scale_and_shift(self.norm2, conv.weight[0, :, 0, 0])
+        weight, bias = (part.to(conv.weight.dtype) for part in attention.projections(out_scale))
+        limit = getattr(self.act1, 'limit', None)  # torch's own ReLU has none
+        return fuse.FoldedBlock(
+            ops.ScaleShiftReLU(scale, shift, limit), ops.Linear(weight, bias), attention,
+            attention.gamma()._replace(cache={}), out_shift, ops.Linear(out_weight.to(conv.weight.dtype)),
+            {}), offset + out_bias
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if isinstance(self.act1, BoundedReLU) and any(name.startswith(f'{prefix}conv.') for name in state_dict):
@@ -195,10 +258,8 @@ class Block(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class Stage(nn.Module):
-    """Max pool (unless the stem pooled, or dilated instead), 1x1 conv to the stage width, blocks, norm, ReLU."""
-
-    block_type: type[Block] = Block
+class Stage(fuse.FoldableStage):
+    """Max pool (without `downsample`: none), 1x1 convolution to the stage's width, blocks, norm, ReLU."""
 
     def __init__(
             self,
@@ -217,10 +278,9 @@ class Stage(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing: bool = False
-        self._folding = False
-        self._folded: list[fuse.FoldedStage | None] = [None]
-        # norm and act come last in forward; registered here, tools that fuse a norm into the convolution registered
-        # before it (mmcv's fuse_conv_bn) leave them alone
+        self.stride: int = 2 if downsample else 1
+        # norm and act run last, but are registered first: tools that fuse a norm into the convolution registered before
+        # it (mmcv's fuse_conv_bn) then leave them alone
         self.norm: nn.Module = norm_constructor(norm_layer)(dim, **dd)
         self.act: nn.Module = make_act(act_layer)
         self.pool: nn.Module = Pool() if downsample else nn.Identity()
@@ -231,88 +291,36 @@ class Stage(nn.Module):
             for i in range(depth)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), at least a pixel, or to (N, dim, H, W)."""
-        x = self.conv(self.pool(x))
+        """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), at least 1 x 1, or without `downsample` to (N, dim, H, W)."""
+        x = self.pool(x)
         if not torch.jit.is_scripting():
-            if ops.is_exporting():
-                # the residual reads the convolution as well as the first norm, which PyTorch 2 Export Quantization
-                # would fold into it
-                x = x.clone()
             if self._folding:
-                folded = self._inference_form(x)
+                folded = self.inference_form(x)
                 if folded is not None:
                     return folded(x)
+        x = self.conv(x)
+        if not torch.jit.is_scripting():
+            if ops.is_exporting():
+                # the residual and the first norm both read the convolution; without the copy PyTorch 2 Export
+                # Quantization would fold the norm into it
+                x = x.clone()
             if self.grad_checkpointing:
                 for block in self.blocks:
                     x = self._checkpointed(block, x)
-                return self.act(self.norm(x))
+                return norm_relu(self.norm, self.act, x)
+            return norm_relu(self.norm, self.act, self.blocks(x))
         return self.act(self.norm(self.blocks(x)))
 
     @torch.jit.ignore
     def _checkpointed(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """block(x), computed again in the backward pass, where it leaves its running statistics alone."""
-        if ops.is_compiling(x):  # which traces the block once, and takes no context
+        """Computes block(x), and recomputes it in the backward pass without changing running statistics."""
+        if ops.is_compiling(x):  # the compiler traces the block once, and takes no context
             return checkpoint(block, x, use_reentrant=False)
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _SpareBuffers(block)))
-
-    @torch.jit.ignore
-    def set_folding(self, enable: bool = True) -> None:
-        """Runs folded for inference (`fuse_for_inference`); folds anew in the next call."""
-        self._folding = enable
-        self._folded = [None]
-
-    @torch.jit.ignore
-    def _inference_form(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """The folded stage, if x calls for it."""
-        if isinstance(x, torch.fx.Proxy) or ops.is_compiling(x):
-            return None
-        if self.training or torch.is_grad_enabled():
-            self._folded = [None]  # trained: on a GPU not every write is seen
-        if self.training or torch.is_autocast_enabled(x.device.type) or ops.symbolic_caller(x) is not None:
-            return None
-        if has_process_wide_hooks():
-            return None
-        if not ops.is_plain_tensor(x):
-            return None  # what such tensors and modes make of a fold is of use to nobody else
-        if torch.is_grad_enabled():
-            warnings.warn('a model fused for inference was called where gradients are enabled, and runs unfused; call '
-                      'it under torch.inference_mode() or torch.no_grad()', stacklevel=2)
-            return None
-        kept = self._folded  # a list that is replaced where folds become invalid: what is being folded then is not kept
-        kept[0] = folded = fuse.folded(self, kept[0])
-        return folded
-
-    def _apply(self, fn, recurse=True):
-        self._folded = [None]  # moved or converted
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_folded': [None]}
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), SpareBuffers(block)))
 
 
-def _check_image(x: torch.Tensor, in_chans: int) -> None:
-    if not torch.jit.is_scripting():
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f'expected a tensor of images of shape (N, {in_chans}, H, W), got a {type(x).__name__}: '
-                            'convert it, as with torch.from_numpy')
-    if not x.is_floating_point():
-        raise ValueError(f'expected images of a floating dtype, normalised, got {x.dtype}: convert them, as in '
-                         'images.float() / 255')
-    if x.dim() != 4 or x.shape[1] != in_chans:
-        raise ValueError(f'expected images of shape (N, {in_chans}, H, W), got {list(x.shape)}')
-    if x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f'expected images of at least one pixel, got {x.shape[2]} x {x.shape[3]}')
-
-
-register_notrace_function(_check_image)
-torch.fx.wrap('_check_image')
-
-
-def _per_stage(name: str, value: int | Sequence[int], length: int, least: float) -> tuple[int, ...]:
-    values = (value,) * length if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(values) != length or not all(is_integer(v, least) for v in values):
-        raise ValueError(f'{name} must have one integer for each of the {length} stages of depths, got {value!r}')
-    return values
+register_notrace_function(check_image)
+torch.fx.wrap('check_image')
 
 
 class SAN(nn.Module):
@@ -320,34 +328,36 @@ class SAN(nn.Module):
 
     Args:
         attention: 'pairwise' or 'patchwise'.
-        relation: Relation function delta; None takes the released models': 'subtraction' for pairwise (others:
-            'summation', 'concatenation', 'hadamard', 'dot'), 'concatenation' for patchwise (others: 'star', 'clique').
+        relation: Relation function delta, one of `ops.PAIRWISE_RELATIONS` or `ops.PATCHWISE_RELATIONS`; None takes the
+            released models': 'subtraction' for pairwise, 'concatenation' for patchwise.
         depths: Blocks per stage.
         widths: Channels per stage, multiples of 32 with the default ratios.
         kernel_sizes: Footprint size per stage, odd; one integer serves all stages.
         stem_width: Channels of the stem.
+        stem: 'point', the paper's 1x1 convolution and 2x2 pooling, or 'patch', ConvNeXt's 4x4 convolution of stride 4:
+            the first stage then sees neighbourhoods, and runs at stride 4 like the second.
         share_planes: Channels that share one attention weight.
         position: Position channels of the pairwise form: 'relative', 'absolute' or 'none'. No effect on the patchwise
             form, which has no positions.
         position_ref_size: Image side in pixels whose coordinate steps are used at every image size, so that features
             do not depend on where in an image a patch lies (224 for weights trained at 224); None spans [-1, 1] over
-            the image at hand, as the released models do. At least 2 pixels must remain in the last stage. No effect
-            on the patchwise form.
-        output_stride: 8, 16 or 32. Stages that would go beyond it keep the resolution and dilate their footprints.
+            each image, as the released models do. At least 2 pixels must remain in the last stage. No effect on the
+            patchwise form.
+        output_stride: 8, 16 or 32. Stages that would exceed it keep the resolution and dilate their footprints.
         in_chans: Channels of the image.
         num_classes: Classes of the head; 0 for none.
         global_pool: Pooling of the head, '' for none.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth, growing linearly over the blocks.
-        relu_bound: Upper bound of the first ReLU of each block; 0 for none. None: what loaded weights were made
-            with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
-            pairwise one. A number given here holds whatever is loaded. Other activations have none.
+        drop_path_rate: Stochastic depth rate, which grows linearly over the blocks.
+        relu_bound: Upper bound of the first ReLU of each block; 0 for none. A number given here is kept when weights
+            are loaded. None uses the bound of loaded weights (the released ones have none); a new network gets 6 in
+            the patchwise form and no bound in the pairwise form. Other activations have no bound.
         norm_layer: Norm of all layers, called with the number of channels, or timm's name of one ('groupnorm1').
         act_layer: Activation of all layers, or timm's name of one ('gelu'). With norms other than batch norms or
             activations other than ReLU, the attention runs by its plain definition, whose memory grows with the
             footprint.
-        device: Where parameters are made.
-        dtype: Their dtype.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: An option is out of range; the message says what is allowed.
@@ -361,6 +371,7 @@ class SAN(nn.Module):
             widths: Sequence[int] = (64, 256, 512, 1024, 2048),
             kernel_sizes: int | Sequence[int] = (3, 7, 7, 7, 7),
             stem_width: int = 64,
+            stem: str = 'point',
             share_planes: int = 8,
             position: str = 'relative',
             position_ref_size: int | None = None,
@@ -378,8 +389,8 @@ class SAN(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        if attention not in RELATIONS:
-            raise ValueError(f"attention must be 'pairwise' or 'patchwise', got {attention!r}")
+        one_of('attention', attention, tuple(RELATIONS))
+        one_of('stem', stem, tuple(STEMS))
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride!r}')
         depths = tuple(depths)
@@ -392,14 +403,13 @@ class SAN(nn.Module):
             raise ValueError(f'drop_rate must be in [0, 1], got {drop_rate!r}')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
-        if position not in POSITIONS:
-            raise ValueError(f'position must be one of {", ".join(map(repr, POSITIONS))}, got {position!r}')
-        widths = _per_stage('widths', widths, len(depths), 1)
-        kernel_sizes = _per_stage('kernel_sizes', kernel_sizes, len(depths), -math.inf)  # layers say which they take
-        if position_ref_size is not None and not (
-                is_integer(position_ref_size, 2 ** (len(depths) + 1))):
+        one_of('position', position, POSITIONS)
+        widths = per_stage('widths', widths, len(depths), 1)
+        kernel_sizes = per_stage('kernel_sizes', kernel_sizes, len(depths), -math.inf)  # the layers check the values
+        strides = [2 ** (i + 1) for i in range(len(depths))]  # of the stages, if none dilates
+        if position_ref_size is not None and not is_integer(position_ref_size, 2 * strides[-1]):
             raise ValueError(
-                f'position_ref_size must be None or an integer of at least {2 ** (len(depths) + 1)} (2 pixels in the '
+                f'position_ref_size must be None or an integer of at least {2 * strides[-1]} (2 pixels in the '
                 f'last of {len(depths)} stages), got {position_ref_size!r}')
         act1_layer = partial(BoundedReLU, resolve_bound(relu_bound, attention), relu_bound is not None)
         is_relu = type(make_act(act_layer)) is ReLU
@@ -410,27 +420,30 @@ class SAN(nn.Module):
         self.drop_rate = drop_rate
         self.feature_info: list[dict[str, Any]] = []
 
-        self.stem = Stem(in_chans, stem_width, norm_layer=norm_layer, act_layer=act_layer, **dd)
+        self.stem: Stem | PatchStem = STEMS[stem](
+            in_chans, stem_width, norm_layer=norm_layer, act_layer=act_layer, **dd)
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
-        stride, dilation, in_dim = 1, 1, stem_width
+        stride, in_dim = self.stem.stride, stem_width
         for i, (depth, dim, kernel_size) in enumerate(zip(depths, widths, kernel_sizes)):
-            downsample = stride < output_stride
-            stride, dilation = (stride * 2, dilation) if downsample else (stride, dilation * 2)
+            wanted = max(strides[i], self.stem.stride)
+            downsample = stride < min(wanted, output_stride)
             options: dict[str, Any] = dict(
-                share_planes=share_planes, kernel_size=kernel_size, dilation=dilation, norm_layer=norm_layer,
-                act_layer=act_layer)
+                share_planes=share_planes, kernel_size=kernel_size, dilation=max(wanted // output_stride, 1),
+                norm_layer=norm_layer, act_layer=act_layer)
             if relation is not None:
                 options['relation'] = relation
             if attention == 'pairwise':
-                ref = None if position_ref_size is None else position_ref_size // 2 ** (i + 1)
+                ref = None if position_ref_size is None else position_ref_size // wanted
                 layer: Callable[..., PairwiseAttention | PatchwiseAttention] = partial(
                     PairwiseAttention, position=position, position_ref_size=ref, **options)
             else:
                 layer = partial(PatchwiseAttention, **options)
-            stages.append(Stage(
-                in_dim, dim, depth, layer, downsample=downsample and i > 0, norm_layer=norm_layer, act_layer=act_layer,
-                act1_layer=act1_layer if is_relu else None, drop_path_rates=drop_path_rates[i], **dd))
+            stage = Stage(
+                in_dim, dim, depth, layer, downsample=downsample, norm_layer=norm_layer, act_layer=act_layer,
+                act1_layer=act1_layer if is_relu else None, drop_path_rates=drop_path_rates[i], **dd)
+            stride *= stage.stride
+            stages.append(stage)
             self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f'stages.{i}'))
             in_dim = dim
         self.stages = nn.Sequential(*stages)
@@ -439,19 +452,19 @@ class SAN(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.load_state_dict`; the authors' released checkpoints are translated, however they get here."""
+        """Loads as `nn.Module.load_state_dict`, and also takes the authors' released checkpoints."""
         if not any(name.startswith(('stem.', 'stages.')) for name in state_dict):
             state_dict = checkpoint_filter_fn(state_dict, self)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters exempt from weight decay beyond biases and norms: none."""
+        """Returns names of parameters exempt from weight decay besides biases and norms: none."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that put parameters into layer groups, for layer-wise learning rates."""
+        """Returns patterns that group parameters by layer, for layer-wise learning rates."""
         return dict(
             stem=r'^stem',
             blocks=r'^stages\.(\d+)' if coarse else [
@@ -470,13 +483,13 @@ class SAN(nn.Module):
 
     @torch.jit.ignore
     def fuse_for_inference(self) -> 'SAN':
-        """Runs folded in eval mode without gradients; see `san_backbones.fuse_for_inference`."""
+        """Folds the stages for inference; see `san_backbones.fuse_for_inference`."""
         fuse.fuse_for_inference(self)
         return self
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last linear layer, `nn.Identity` if there is none."""
+        """Returns the last linear layer, `nn.Identity` if there is none."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -484,9 +497,9 @@ class SAN(nn.Module):
 
         Args:
             num_classes: Classes of the new classifier; 0 for none.
-            global_pool: New pooling, '' for none; None keeps the present one.
+            global_pool: New pooling, '' for none; None keeps the current one.
         """
-        like = self.stem.conv.weight  # the head itself may hold no parameter to tell device and dtype
+        like = self.stem.conv.weight  # gives device and dtype; the head may have no parameters
         pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
         self._set_head(num_classes, pool_type, device=like.device, dtype=like.dtype)
 
@@ -507,13 +520,13 @@ class SAN(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Forward features that returns the outputs of stages.
+        """Computes the features and returns the outputs of stages.
 
         Args:
             x: Images, (N, in_chans, H, W).
             indices: Last n stages if int, all if None, the given ones if a sequence.
-            norm: Every stage ends with its own norm, so there is none to apply: no effect.
-            stop_early: Stop after the last stage asked for.
+            norm: No effect: every stage ends with its own norm.
+            stop_early: Stop after the last requested stage.
             output_fmt: 'NCHW', the only one.
             intermediates_only: Return the stage outputs only.
 
@@ -523,7 +536,7 @@ class SAN(nn.Module):
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        _check_image(x, self.in_chans)
+        check_image(x, self.in_chans)
         x = self.stem(x)
         if torch.jit.is_scripting() or not stop_early:  # can't slice in torchscript
             stages = self.stages
@@ -548,10 +561,10 @@ class SAN(nn.Module):
         Args:
             indices: As for `forward_intermediates`.
             prune_norm: No effect: every stage keeps its own norm.
-            prune_head: Remove the classifier even where all stages stay.
+            prune_head: Remove the classifier even if all stages stay.
 
         Returns:
-            The indices of the stages taken, counted from the first.
+            The indices of the requested stages, counted from the first.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
@@ -564,11 +577,11 @@ class SAN(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, in_chans, H, W) to the unpooled features of the last stage, (N, num_features, H', W')."""
-        _check_image(x, self.in_chans)
+        check_image(x, self.in_chans)
         return self.stages(self.stem(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features of the last stage to logits, or to pooled features where `pre_logits`."""
+        """Features of the last stage to logits, or with `pre_logits` to pooled features."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -577,8 +590,8 @@ class SAN(nn.Module):
 
 
 class _Features(FeatureListNet):
-    """timm's list of feature maps. It recomputes blocks, as the classifier does; of stages, norms would count a batch
-    twice.
+    """timm's feature extractor, but it recomputes blocks, as the classifier does: recomputing whole stages would count
+    a batch twice in their norms.
     """
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -608,16 +621,19 @@ _RELEASED_NAMES = (
 )
 
 
+_OWN_NAMES = re.compile(r'(^|\.)(stem\.conv|stages\.\d+\.conv)\.weight$')
+
+
 def checkpoint_filter_fn(
         state_dict: Mapping[str, Any],
         model: nn.Module | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Translates a checkpoint as the authors released it to this model's names; others pass through.
+    """Translates the names of a checkpoint that the authors released to this package's; others pass through.
 
     Args:
-        state_dict: The released file's content, wrapped (`{'state_dict': ...}`) or not, with or without the `module.`
-            prefix of data-parallel training; or a checkpoint of this package.
-        model: Not needed; timm passes it.
+        state_dict: The content of a released file, wrapped (`{'state_dict': ...}`) or not, with or without the
+            `module.` prefix of data-parallel training; or a checkpoint of this package.
+        model: Not used; timm passes it.
 
     Returns:
         State dict with this package's parameter names.
@@ -626,12 +642,11 @@ def checkpoint_filter_fn(
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
             break
-    translated = {}
-    for name, tensor in state_dict.items():
-        name = re.sub(r'^(module\.)+', '', name)
-        for pattern, replacement in _RELEASED_NAMES:
-            name = re.sub(pattern, replacement, name)
-        translated[name] = tensor
+    translated = {re.sub(r'^(module\.)+', '', name): tensor for name, tensor in state_dict.items()}
+    if any(_OWN_NAMES.search(name) for name in translated):
+        return translated
+    for pattern, replacement in _RELEASED_NAMES:
+        translated = {re.sub(pattern, replacement, name): tensor for name, tensor in translated.items()}
     return translated
 
 
@@ -652,13 +667,13 @@ default_cfgs = generate_default_cfgs({
        for name in DEPTHS for attention in ('pairwise', 'patchwise')},
     # the patchwise models, the more accurate ones
     **{f'{name}.in1k': _cfg(hf_hub_id=f'{hub.ORGANISATION}/{name}_patchwise.in1k') for name in DEPTHS},
-    # learnt from a trained network on pictures without labels; ships with the package
+    # learned from a trained network on pictures without labels; ships with the package
     'san10_patchwise.distilled': _cfg(
         hf_hub_id=f'{hub.ORGANISATION}/san10_patchwise.distilled', input_size=(3, 64, 64), pool_size=(2, 2),
         crop_pct=1., interpolation='bicubic', license='apache-2.0', origin_url=None,
         description='distilled from EfficientNet-Lite0 on small photographs without labels'),
     'test_san_pairwise.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
-    # tells the demo's shapes apart; ships with the package
+    # classifies the demo's shapes; ships with the package
     'test_san_patchwise.shapes': _cfg(
         hf_hub_id=f'{hub.ORGANISATION}/test_san_patchwise.shapes', num_classes=3, input_size=(3, 96, 96),
         pool_size=(3, 3), crop_pct=1., label_names=('square', 'star', 'ring'), license='apache-2.0', paper_ids=None,
@@ -667,8 +682,8 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _release(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """Which model a state dict seems to be of, for messages."""
+def _guess_model(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Guesses which model a state dict belongs to, for messages."""
     blocks = {match.groups() for match in map(re.compile(r'stages\.(\d+)\.blocks\.(\d+)\.').match, state_dict) if match}
     depths = tuple(sum(block[0] == str(stage) for block in blocks) for stage in range(5))
     attention = 'pairwise' if any('.attn.position.' in name for name in state_dict) else 'patchwise'
@@ -676,41 +691,53 @@ def _release(state_dict: Mapping[str, torch.Tensor]) -> str:
     return f'{release}_{attention}' if release else f'a SAN of depths {depths}' if any(depths) else 'no SAN'
 
 
-def misfits(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], any_shape: str = '\0') -> str:
-    """Says in what tensors differ from those of a model.
+class Misfits(NamedTuple):
+    """Differences between given tensors and those of a model; false if there are none."""
+    missing: list[str]
+    wrong: list[str]
+    """Tensors of another shape or kind, with what was found and what is expected."""
+    unexpected: list[str]
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    def __str__(self) -> str:
+        """Counts each kind, and names the first five."""
+        return ', '.join(
+            f'{kind} {len(names)}' + (f' ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})' if names else '')
+            for kind, names in zip(('missing', 'wrong shape', 'unexpected'), self))
+
+
+def misfits(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], any_shape: str = '\0') -> Misfits:
+    """Compares given tensors with those of a model.
 
     Args:
         given: Tensors by name.
         expected: The model's state dict.
-        any_shape: Beginning of the names whose shapes may differ.
-
-    Returns:
-        How many are missing, of another shape and unexpected, and the first of each; '' if they fit.
+        any_shape: Prefix of names whose shapes may differ.
     """
-    def some(kind: str, names: list[str]) -> str:
-        first = f' ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})' if names else ''
-        return f'{kind} {len(names)}{first}'
-
     given, expected = ({name: tensor for name, tensor in tensors.items() if not is_setting(name)}
                        for tensors in (given, expected))
-    missing = [name for name in expected if name not in given]
-    wrong = [f'{name} {list(given[name].shape)} instead of {list(tensor.shape)}' for name, tensor in expected.items()
-             if name in given and given[name].shape != tensor.shape and not name.startswith(any_shape)]
-    unexpected = [name for name in given if name not in expected]
-    if not missing and not wrong and not unexpected:
-        return ''
-    return f'{some("missing", missing)}, {some("wrong shape", wrong)}, {some("unexpected", unexpected)}'
+    wrong = []
+    for name, right in expected.items():
+        found = given.get(name, right)
+        if found.shape != right.shape and not name.startswith(any_shape):
+            wrong.append(f'{name} {list(found.shape)} instead of {list(right.shape)}')
+        elif found.is_complex() or (right.is_floating_point() and not found.is_floating_point()):
+            wrong.append(f'{name} {found.dtype} instead of {right.dtype}')
+    return Misfits([name for name in expected if name not in given], wrong,
+                   [name for name in given if name not in expected])
 
 
 def _checked_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """`checkpoint_filter_fn`, and an error where names do not fit: timm lets any pass as soon as it adapts the head."""
+    """Runs `checkpoint_filter_fn` and checks the names: timm accepts any names once it adapts the head."""
     translated = checkpoint_filter_fn(state_dict, model)
     given, expected = ({name: tensor for name, tensor in tensors.items() if not name.startswith('head.')}
                        for tensors in (translated, model.state_dict()))
     wrong = misfits(given, expected, any_shape='stem.conv.')
     if wrong:
         raise hub.WeightsError(f'these weights are not of this model: {wrong}; they seem to be of '
-                               f'{_release(translated)}. Create the model they were made for')
+                               f'{_guess_model(translated)}. Create the model they were made for')
     return translated
 
 
@@ -733,7 +760,7 @@ def _create_san(variant: str, pretrained: bool = False, **kwargs: Any) -> SAN:
         )
     except hub.WeightsError as error:
         raise hub.WeightsError(f'{variant}: {error}' + (f'. The file is {path}' if path else '')) from None
-    if path is not None:  # where the weights lie on this machine is no part of what they are
+    if path is not None:  # the path on this machine must not be saved with the model
         model.pretrained_cfg.pop('file', None)
         model.pretrained_cfg.pop('source', None)
     return model

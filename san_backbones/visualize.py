@@ -1,14 +1,14 @@
-"""Seeing attention: figures of a block's footprint weights, of the roll-out over the stages, and of feature maps.
+"""Draws the footprint weights of a block, the attention roll-out over the stages, and feature maps.
 
-Figures are matplotlib's (extra 'visualize') and stand outside pyplot's state: they can be made in any thread and
-without a screen. What they draw comes from `attention_maps`, whose functions are here too.
+The figures are matplotlib's (extra 'visualize') and do not use pyplot's state: they can be made in any thread and
+without a screen. The data come from `attention_maps`, whose functions can be imported from here too.
 
-Pixels are (x, y) on the picture as it was given, x from the left and y from the top, both from 0. The tensor functions
-`attention_weights` and `attention_rollout` take (row, column) on the map of a block instead.
+Pixels are (x, y) on the given picture, x from the left and y from the top, both from 0. The tensor functions
+`attention_weights` and `attention_rollout` take (row, column) on the feature map of a block instead.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from .attention_maps import (
     BlockId,
-    _Attended,
-    _Block,
-    _evaluating,
-    _find,
-    _find_block,
-    _neighbours,
-    _Net,
-    _roll_back,
-    _run,
-    _trace,
+    Attended,
+    AttentionBlock,
+    evaluating,
+    find_network,
+    find_block,
+    neighbours,
+    Network,
+    roll_back,
+    run_hooked,
+    trace,
     attention_blocks,
     attention_rollout,
     attention_weights,
@@ -52,14 +52,14 @@ Extent = tuple[float, float, float, float]
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
-class _Shown(NamedTuple):
-    """A picture as it was given (H, W, 3), as it was scaled (H', W', 3), both uint8, and as the model takes it."""
+class Shown(NamedTuple):
+    """A picture as given (H, W, 3) and scaled (H', W', 3), both uint8, and as the model's input."""
     original: np.ndarray
     scaled: np.ndarray
     images: Tensor
 
     def on_map(self, pixel: tuple[float, float], stride: int) -> tuple[int, int]:
-        """(x, y) on the picture to (row, column) on a map; pixels at its end that pooling dropped count to the last."""
+        """(x, y) on the picture to (row, column) on a map; pixels dropped by pooling at the edge go to the last one."""
         (height, width), (tall, wide) = self.scaled.shape[:2], self.original.shape[:2]
         row, column = (pixel[1] + 0.5) * height / tall / stride, (pixel[0] + 0.5) * width / wide / stride
         return min(int(row), height // stride - 1), min(int(column), width // stride - 1)
@@ -69,9 +69,9 @@ class _Shown(NamedTuple):
         return self.scaled.shape[0] // stride, self.scaled.shape[1] // stride
 
     def box(self, top: float, left: float, bottom: float, right: float, stride: int) -> Extent:
-        """Edges on a map, in its pixels, to edges on the picture (left, right, bottom, top), as matplotlib's extent.
+        """Edges in pixels of a map to edges on the picture (left, right, bottom, top), which is matplotlib's extent.
 
-        matplotlib puts the centre of the first pixel at 0, and its edge at -0.5.
+        matplotlib has the centre of the first pixel at 0 and its edge at -0.5.
         """
         (height, width), (tall, wide) = self.scaled.shape[:2], self.original.shape[:2]
         x, y = stride * wide / width, stride * tall / height
@@ -96,8 +96,8 @@ def _cfg(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float], bool]:
-    """Mean and standard deviation of the model's images, of channels in [0, 1], and whether they are BGR."""
-    preprocessor = getattr(model, 'data_preprocessor', None)  # of OpenMMLab's models, which read pictures as BGR
+    """Returns mean and standard deviation for images in [0, 1], and whether the model takes BGR."""
+    preprocessor = getattr(model, 'data_preprocessor', None)  # of OpenMMLab models, which read pictures as BGR
     if preprocessor is not None and hasattr(preprocessor, 'mean') and hasattr(preprocessor, 'std'):
         # MMDetection's and MMSegmentation's, MMEngine's, MMPretrain's
         turned = next((getattr(preprocessor, name) for name in ('_channel_conversion', 'channel_conversion', 'to_rgb')
@@ -108,7 +108,7 @@ def _statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float], boo
     return cfg.get('mean') or IMAGENET_DEFAULT_MEAN, cfg.get('std') or IMAGENET_DEFAULT_STD, False
 
 
-def _show(model: nn.Module, net: _Net, image: Picture, size: int | None) -> _Shown:
+def prepare_picture(model: nn.Module, net: Network, image: Picture, size: int | None) -> Shown:
     picture, cfg = _read(image), _cfg(model)
     original = np.asarray(picture)
     if size is None and cfg.get('input_size'):
@@ -128,11 +128,11 @@ def _show(model: nn.Module, net: _Net, image: Picture, size: int | None) -> _Sho
     if channels not in (1, 3):
         raise ValueError(f'the model takes images of {channels} channels; pictures can be shown to models of 3 or 1')
     images = images.mean(1, keepdim=True) if channels == 1 else images
-    return _Shown(original, np.asarray(picture), images.to(weight.dtype))
+    return Shown(original, np.asarray(picture), images.to(weight.dtype))
 
 
-def _points(shown: _Shown, pixels: Pixels | None, grid: int | tuple[int, int] | None) -> list[tuple[float, float]]:
-    """Pixels (x, y) of the picture: those asked for, or the centres of the cells of a grid, or the centre."""
+def list_points(shown: Shown, pixels: Pixels | None, grid: int | tuple[int, int] | None) -> list[tuple[float, float]]:
+    """Returns pixels (x, y) of the picture: the given ones, the centres of the cells of a grid, or the centre."""
     tall, wide = shown.original.shape[:2]
     if pixels is not None and grid is not None:
         raise ValueError('give pixels or a grid, not both')
@@ -154,7 +154,7 @@ def _points(shown: _Shown, pixels: Pixels | None, grid: int | tuple[int, int] | 
     return points
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -162,12 +162,31 @@ def _new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout='constrained')
 
 
+def _is_untrained(net: Network) -> bool:
+    """Whether no norm of the network has ever seen a picture: its statistics are those that it was made with."""
+    norms: list[Any] = [module for part in (net.stem, *net.stages) for module in part.modules()
+                        if isinstance(getattr(module, 'running_mean', None), Tensor)]
+    return bool(norms) and all(not norm.running_mean.any() and (norm.running_var == 1).all() for norm in norms)
+
+
+def add_title(figure: Figure, net: Network, title: str) -> None:
+    """Writes a title; over every panel of an untrained network, and beside the title, that it is untrained."""
+    untrained = _is_untrained(net)
+    if untrained:
+        title += '\nUNTRAINED NETWORK: its weights are random, and what is seen here means nothing'
+        for number, axes in enumerate(axes for axes in figure.axes if axes.images):
+            axes.text(0.5, 0.5, 'untrained', rotation=30, fontsize=11 if number else 26, color='#c62828', alpha=0.6,
+                      ha='center', va='center', transform=axes.transAxes, in_layout=False, zorder=10, clip_on=True)
+    figure.suptitle(title, fontsize=LABEL + 2, color='#c62828' if untrained else None)
+
+
 COLOURS = ('#00b8d9', '#ff7a00', '#8bc34a', '#e040fb', '#ffd600', '#f44336', '#3f8cff', '#a1887f')
 SMALL, LABEL = 7, 8  # points
+DISTANCES_FROM = (3, 4)  # rows and columns of pixels whose distances are averaged
 
 
-def _bare(axes: Axes, title: str = '', colour: str | None = None) -> Axes:
-    """Without ticks; with a coloured frame where a colour is given."""
+def remove_ticks(axes: Axes, title: str = '', colour: str | None = None) -> Axes:
+    """Removes the ticks, and colours the frame if a colour is given."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title, fontsize=SMALL, pad=3)
@@ -177,14 +196,14 @@ def _bare(axes: Axes, title: str = '', colour: str | None = None) -> Axes:
     return axes
 
 
-def _pale(picture: np.ndarray) -> np.ndarray:
-    """Grey and light, so that colours laid over it are seen."""
+def _lighten(picture: np.ndarray) -> np.ndarray:
+    """Makes a picture grey and light, so that colours drawn over it are visible."""
     grey = picture.astype(np.float32).mean(2, keepdims=True)
     return np.repeat((255 - 0.65 * (255 - grey)).astype(np.uint8), 3, axis=2)
 
 
-class _Scale(NamedTuple):
-    """How values become colours: from `least` to `most`; with signs, white in the middle."""
+class Scale(NamedTuple):
+    """Maps values from `least` to `most` to colours; signed values have white in the middle."""
     name: str
     least: float
     most: float
@@ -194,7 +213,7 @@ class _Scale(NamedTuple):
         return dict(cmap=self.name, vmin=self.least, vmax=self.most, interpolation='nearest')
 
     def overlay(self, values: np.ndarray) -> np.ndarray:
-        """(H, W) to RGBA; clear where there is no value (NaN), and where a value with a sign is near 0."""
+        """(H, W) to RGBA; transparent for NaN and for signed values near 0."""
         from matplotlib import colormaps
         span = (np.nan_to_num(values) - self.least) / max(self.most - self.least, 1e-30)
         colours = colormaps[self.name](np.clip(span, 0, 1))
@@ -203,13 +222,13 @@ class _Scale(NamedTuple):
         return colours
 
 
-def _scale_of(values: Tensor, signed: bool, label: str) -> _Scale:
+def _scale_of(values: Tensor, signed: bool, label: str) -> Scale:
     most = values.abs().max().item()
-    return _Scale('RdBu_r', -most, most, label) if signed else _Scale('inferno', values.min().item(), most, label)
+    return Scale('RdBu_r', -most, most, label) if signed else Scale('inferno', values.min().item(), most, label)
 
 
-def _bar(figure: Any, scale: _Scale, axes: Any, **options: Any) -> None:
-    """A colour bar; of one value only where all are alike."""
+def add_colour_bar(figure: Any, scale: Scale, axes: Any, **options: Any) -> None:
+    """Adds a colour bar; it also works if all values are equal."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.ticker import MaxNLocator
@@ -222,9 +241,9 @@ def _bar(figure: Any, scale: _Scale, axes: Any, **options: Any) -> None:
 
 # --- Footprints ------------------------------------------------------------------------------------------------------
 
-def _varied(weights: Tensor, count: int) -> list[int]:
-    """The `count` weight channels of (P, G, k, k) that differ most from each other: the most selective, then always
-    the one farthest from those taken."""
+def _most_different(weights: Tensor, count: int) -> list[int]:
+    """Selects the `count` weight channels of (P, G, k, k) that differ most: first the one with the smallest effective
+    size, then repeatedly the one farthest from those selected."""
     flat = weights.transpose(0, 1).flatten(1)
     flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-30)
     taken = [int(effective_size(weights).mean(0).argmin())]
@@ -238,7 +257,7 @@ def _varied(weights: Tensor, count: int) -> list[int]:
 def _channels(channel: int | Sequence[int] | None, weights: Tensor, count: int) -> list[int]:
     groups = weights.shape[1]
     if channel is None:
-        return _varied(weights, count)
+        return _most_different(weights, count)
     channels = np.atleast_1d(channel).tolist()
     wrong = [index for index in channels if not isinstance(index, int) or not 0 <= index < groups]
     if wrong or not channels:
@@ -247,18 +266,18 @@ def _channels(channel: int | Sequence[int] | None, weights: Tensor, count: int) 
     return channels
 
 
-def _mosaic(shown: _Shown, block: _Block, at: tuple[int, int]) -> np.ndarray:
-    """What a footprint covers: the stride x stride pixels behind each of its k x k neighbours, side by side."""
+def make_mosaic(shown: Shown, block: AttentionBlock, at: tuple[int, int]) -> np.ndarray:
+    """Assembles the picture that a footprint covers: stride x stride pixels for each of its k x k neighbours."""
     stride, (height, width) = block.stride, shown.on_stride(block.stride)
     cells = torch.from_numpy(shown.scaled[:height * stride, :width * stride].copy())
     cells = cells.unflatten(1, (width, stride)).unflatten(0, (height, stride)).permute(1, 3, 4, 0, 2).flatten(0, 2)
     k = block.attn.kernel_size
-    near = _neighbours(cells[None], torch.tensor([at]), k, block.attn.dilation)[0, 0]
+    near = neighbours(cells[None], torch.tensor([at]), k, block.attn.dilation)[0, 0]
     return near.unflatten(0, (stride, stride, 3)).permute(3, 0, 4, 1, 2).reshape(k * stride, k * stride, 3).numpy()
 
 
-def _spread(weights: Tensor, block: _Block, at: tuple[int, int], height: int, width: int) -> np.ndarray:
-    """Weights (k, k) on the map (height, width), NaN elsewhere; mirrored ones add up where they come from."""
+def _spread(weights: Tensor, block: AttentionBlock, at: tuple[int, int], height: int, width: int) -> np.ndarray:
+    """Puts weights (k, k) on the map (height, width), NaN elsewhere; mirrored weights are added to their source."""
     k, d = block.attn.kernel_size, block.attn.dilation
     pad = geometry.padding(k, d)
     rows = geometry.reflection_index(height, pad)[at[0] + d * torch.arange(k)]
@@ -269,19 +288,19 @@ def _spread(weights: Tensor, block: _Block, at: tuple[int, int], height: int, wi
     return torch.where(covered, spread, float('nan')).numpy()
 
 
-def _extent(shown: _Shown, block: _Block, at: tuple[int, int]) -> Extent:
-    """The true extent of a footprint on the picture (left, right, bottom, top), which may reach beyond it."""
+def _extent(shown: Shown, block: AttentionBlock, at: tuple[int, int]) -> Extent:
+    """Returns the extent of a footprint on the picture (left, right, bottom, top); it may reach beyond the border."""
     reach = geometry.padding(block.attn.kernel_size, block.attn.dilation)
     return shown.box(at[0] - reach, at[1] - reach, at[0] + reach + 1, at[1] + reach + 1, block.stride)
 
 
-def _rectangle(axes: Axes, extent: Extent, colour: str, **options: Any) -> None:
+def draw_rectangle(axes: Axes, extent: Extent, colour: str, **options: Any) -> None:
     from matplotlib.patches import Rectangle
     left, right, bottom, top = extent
     axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, **options))
 
 
-def _describe(block: _Block) -> str:
+def describe_block(block: AttentionBlock) -> str:
     layer = block.attn
     dilation = f', dilation {layer.dilation}' if layer.dilation > 1 else ''
     form = 'pairwise' if layer.is_pairwise else 'patchwise'
@@ -289,38 +308,38 @@ def _describe(block: _Block) -> str:
             f'stride {block.stride}')
 
 
-def _tile(axes: Axes, weights: Tensor, scale: _Scale, title: str, note: str, colour: str | None = None) -> None:
+def _draw_tile(axes: Axes, weights: Tensor, scale: Scale, title: str, note: str, colour: str | None = None) -> None:
     axes.imshow(weights.numpy(), **scale.options())
     centre = weights.shape[-1] // 2
     axes.plot(centre, centre, '+', color='#00e676', markersize=5, markeredgewidth=1.2)
-    _bare(axes, title, colour)
+    remove_ticks(axes, title, colour)
     axes.set_xlabel(note, fontsize=SMALL, labelpad=2)
 
 
-def _overlays(axes: Axes, shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], tiles: Tensor,
-              scale: _Scale) -> None:
-    """The picture with tiles (P, k, k) on the pixels of the map that they weigh; of overlapping ones the extreme."""
+def _draw_overlays(axes: Axes, shown: Shown, block: AttentionBlock, cells: Sequence[tuple[int, int]], tiles: Tensor,
+                   scale: Scale) -> None:
+    """Draws tiles (P, k, k) over the pixels that they weigh; where tiles overlap, the most extreme value."""
     height, width = shown.on_stride(block.stride)
-    axes.imshow(_pale(shown.original))
+    axes.imshow(_lighten(shown.original))
     heat, middle = np.full((height, width), np.nan, np.float32), (scale.least + scale.most) / 2
-    for at, tile in zip(places, tiles, strict=True):
+    for at, tile in zip(cells, tiles, strict=True):
         spread = _spread(tile, block, at, height, width)
         more = np.isnan(heat) | (np.abs(spread - middle) > np.abs(heat - middle))
         heat = np.where(more & ~np.isnan(spread), spread, heat)
     axes.imshow(scale.overlay(heat), extent=shown.box(0, 0, height, width, block.stride), interpolation='nearest')
-    _whole(axes, shown)
+    limit_to_picture(axes, shown)
 
 
-def _whole(axes: Axes, shown: _Shown, title: str = '') -> None:
-    """Shows the picture and nothing beyond it."""
-    _bare(axes)
+def limit_to_picture(axes: Axes, shown: Shown, title: str = '') -> None:
+    """Limits the axes to the picture."""
+    remove_ticks(axes)
     axes.set_title(title, fontsize=LABEL)
     axes.set_xlim(-0.5, shown.original.shape[1] - 0.5)
     axes.set_ylim(shown.original.shape[0] - 0.5, -0.5)
 
 
-class _Seen(NamedTuple):
-    """The weights of a block over the whole picture (H * W, G, k, k), as they are and as they are drawn."""
+class Seen(NamedTuple):
+    """The weights of a block at all pixels (H * W, G, k, k), as computed and as drawn."""
     weights: Tensor
     drawn: Tensor
     signed: bool
@@ -331,23 +350,28 @@ class _Seen(NamedTuple):
         return self.weights.mean(0)
 
     def departure(self) -> Tensor:
-        """|w - mean| / |mean| of every pixel: how much its weights depend on what it sees."""
+        """|w - mean| / |mean| of every pixel: how much its weights depend on the content."""
         return (self.weights - self.mean).flatten(1).norm(dim=1) / self.mean.norm().clamp(min=1e-30)
 
     def fixed(self) -> float:
-        """The share of the weights' square that their mean over the picture has."""
+        """The squared mean over the picture as a share of the mean squared weights."""
         return (self.mean.square().sum() / self.weights.square().sum((1, 2, 3)).mean()).item()
 
 
-def _look(model: nn.Module, shown: _Shown, block: _Block, departures: bool) -> _Seen:
-    with _evaluating(model):
-        weights = attention_weights(model, shown.images, block.name)[0].cpu().float()
+def _compute_seen(model: nn.Module, shown: Shown, block: AttentionBlock, departures: bool) -> Seen:
+    with evaluating(model):
+        weights = attention_weights(model, shown.images, block.name)[0]
+    return see_block(weights, block, departures)
+
+
+def see_block(weights: Tensor, block: AttentionBlock, departures: bool = False) -> Seen:
+    weights = weights.cpu().float()
     pairwise, area = block.attn.is_pairwise, block.attn.kernel_size ** 2
     weights = weights * area if pairwise else weights
-    label = f'weight, times 1/{area} (1 is average pooling)' if pairwise else 'weight'
+    label = f'weight, times 1/{area} (1 is average pooling)' if pairwise else 'weight (red adds, blue subtracts)'
     if departures:
-        return _Seen(weights, weights - weights.mean(0), True, f'{label}, less its mean over the picture')
-    return _Seen(weights, weights, not pairwise, label)
+        return Seen(weights, weights - weights.mean(0), True, f'{label},\nless its mean over the picture')
+    return Seen(weights, weights, not pairwise, label)
 
 
 def footprint_figure(
@@ -365,156 +389,158 @@ def footprint_figure(
     """Draws what pixels of a picture attend to in a block.
 
     For pixels: the picture with their footprints at true size (neighbours are stride x dilation picture pixels apart)
-    and the mean weights on the pixels that they weigh; and a row for each: what its footprint covers, the mean of the
-    weights, and single weight channels. The last row is the mean over all pixels of the picture: what the block does
-    everywhere, whatever it sees. For a grid: the mean weights of its pixels; how many neighbours each pixel of the
-    picture uses (`effective_size`, at most k^2); and how far its weights depart from their mean over the picture,
-    `|w - mean| / |mean|`.
+    and the mean weights over the pixels that they weigh; and a row for each pixel: the part of the picture that its
+    footprint covers, the mean of the weights, and single weight channels. The last row is the mean over all pixels of
+    the picture: the part of the weights that does not depend on the content. For a grid: the mean weights of its
+    pixels; how many neighbours each pixel of the picture uses (`effective_size`, at most k^2); and how far its weights
+    depart from their mean over the picture, `|w - mean| / |mean|`.
 
-    Pairwise weights are given in multiples of 1 / k^2, which average pooling would give to all. Patchwise weights have
-    signs: red is positive, blue negative.
+    Pairwise weights are in multiples of 1 / k^2, the weights of average pooling. Patchwise weights have signs: red is
+    positive, blue negative.
 
     Args:
-        model: A SAN, or anything that holds one. It is run in eval mode and then put back.
+        model: A SAN, or a module that holds one. It runs in eval mode; its mode is restored afterwards.
         image: A path, a PIL picture, or a uint8 array (H, W, 3), RGB. EXIF orientation is applied. It is normalised
-            as the model's `pretrained_cfg` (or OpenMMLab's data_preprocessor) says, by ImageNet's statistics where
-            there is none.
+            as the model's `pretrained_cfg` (or OpenMMLab's data_preprocessor) says, else by ImageNet's statistics.
         block: As for `attention_weights`; None is the last block at stride 4.
-        pixels: (x, y) on the picture as given: x counts pixels from the left, y from the top, both from 0, whatever
-            `size` is. None is the centre.
-        grid: (rows, columns) of pixels evenly spread, or one number for both, instead of `pixels`.
-        channel: The weight channel(s) to draw, 0 to G - 1; for a grid, whose mean to draw. None draws those that
-            differ most from each other; for a grid, the mean of all.
-        size: Shorter side in pixels to which the picture is scaled for the model, the aspect kept. None takes the
-            `pretrained_cfg`'s (input size / crop_pct), or leaves the picture as it is where there is none.
-        channels: How many weight channels to draw at most, where `channel` is None.
-        departures: Draw weights less their mean over the picture: what depends on what the pixel sees.
+        pixels: (x, y) on the given picture, not the scaled one: x counts from the left, y from the top, both from 0.
+            None is the centre.
+        grid: (rows, columns) of evenly spaced pixels, or one number for both, instead of `pixels`.
+        channel: The weight channel(s) to draw, 0 to G - 1; for a grid, to average. None draws those that differ most;
+            for a grid, the mean of all.
+        size: Shorter side in pixels to which the picture is scaled for the model, keeping the aspect ratio. None takes
+            it from `pretrained_cfg` (input size / crop_pct), or does not scale if there is none.
+        channels: How many weight channels to draw at most if `channel` is None.
+        departures: Draw weights minus their mean over the picture: the part that depends on the content.
 
     Returns:
         A matplotlib Figure outside pyplot's state, so that it can be made in any thread: `figure.savefig('a.png')`.
 
     Raises:
-        ValueError: There is no SAN or no such block or channel, or a pixel is not on the picture; the message says
-            what there is.
+        ValueError: There is no SAN or no such block or channel, or a pixel is not on the picture; the message lists the
+            choices.
         ImportError: matplotlib is missing.
     """
-    _new_figure(1, 1)  # an error before the work, not after it
-    net = _find(model)
+    new_figure(1, 1)  # fails early if matplotlib is missing
+    net = find_network(model)
     if block is None:
         block = ([name for name, found in net.blocks.items() if found.stride <= 4] or list(net.blocks))[-1]
-    at_block, shown = _find_block(net, block), _show(model, net, image, size)
-    points = _points(shown, pixels, grid)
-    places = [shown.on_map(point, at_block.stride) for point in points]
-    seen = _look(model, shown, at_block, departures)
+    at_block, shown = find_block(net, block), prepare_picture(model, net, image, size)
+    points = list_points(shown, pixels, grid)
+    cells = [shown.on_map(point, at_block.stride) for point in points]
+    seen = _compute_seen(model, shown, at_block, departures)
     if grid is not None:
-        return _grid_figure(shown, at_block, places, grid if isinstance(grid, int) else grid[0], seen, channel)
-    return _pixel_figure(shown, at_block, places, points, seen, channel, channels)
+        figure = _grid_figure(shown, at_block, cells, grid if isinstance(grid, int) else grid[0], seen, channel)
+    else:
+        figure = _pixel_figure(shown, at_block, cells, points, seen, channel, channels)
+    add_title(figure, net, f'{describe_block(at_block)}, {len(seen.mean)} weight channels')
+    return figure
 
 
-def _at(shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], weights: Tensor) -> Tensor:
-    return weights[[row * shown.on_stride(block.stride)[1] + column for row, column in places]]
+def _take(shown: Shown, block: AttentionBlock, cells: Sequence[tuple[int, int]], weights: Tensor) -> Tensor:
+    return weights[[row * shown.on_stride(block.stride)[1] + column for row, column in cells]]
 
 
-def _pixel_figure(shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], points: Pixels, seen: _Seen,
+def _pixel_figure(shown: Shown, block: AttentionBlock, cells: Sequence[tuple[int, int]], points: Pixels, seen: Seen,
                   channel: int | Sequence[int] | None, channels: int) -> Figure:
-    chosen, drawn = (_at(shown, block, places, weights) for weights in (seen.weights, seen.drawn))
+    chosen, drawn = (_take(shown, block, cells, weights) for weights in (seen.weights, seen.drawn))
     indices, departures = _channels(channel, chosen, channels), seen.departure()
     departing = seen.drawn is not seen.weights
     parts = drawn if departing else torch.cat([drawn, seen.mean[None]])
-    mean_scale = _scale_of(parts.mean(1), seen.signed, seen.label)
-    scale = _scale_of(parts[:, indices], seen.signed, seen.label)
-    rows, columns, tile = len(points) + (not departing), 2 + len(indices), 1.2
-    tall = max(rows * (tile + 0.35), 3.8)
+    mean_scale = _scale_of(parts.mean(1), seen.signed, f"on the picture and in 'mean':\nmean {seen.label}")
+    scale = _scale_of(parts[:, indices], seen.signed, f'in single channels:\n{seen.label}')
+    rows, columns, tile = len(points) + (not departing), 2 + len(indices), 1.35
+    tall = max(rows * (tile + 0.5), 3.8)
     wide = min(max((tall - 1) * shown.original.shape[1] / shown.original.shape[0], 3), 6)
-    figure = _new_figure(wide + columns * tile + 1.2, tall + 0.6)
-    figure.suptitle(_describe(block) + f', {len(seen.mean)} weight channels', fontsize=LABEL + 2)
+    figure = new_figure(wide + columns * tile + 1.2, tall + 0.6)
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=[wide, columns * tile + 1.2]))
 
     axes = left.add_subplot()
-    _overlays(axes, shown, block, places, drawn.mean(1), mean_scale)
-    axes.set_title('mean over the channels, on the pixels weighed', fontsize=LABEL)
-    _bar(left, mean_scale, axes, location='bottom', shrink=0.8, aspect=40)
+    _draw_overlays(axes, shown, block, cells, drawn.mean(1), mean_scale)
+    axes.set_title('weights on the pixels that they weigh,\nmean over the channels', fontsize=LABEL)
+    add_colour_bar(left, mean_scale, axes, location='bottom', shrink=0.8, aspect=40)
     grid, grid_axes = right.add_gridspec(rows, columns), []
 
-    def uses(tile: Tensor) -> str:
-        total = '' if block.attn.is_pairwise else f', sum {tile.sum():+.2f}'
-        return f'uses {effective_size(tile):.0f}{total}'
+    def counting(tile: Tensor) -> str:
+        total = '' if block.attn.is_pairwise else f'\nweights sum to {tile.sum():+.2f}'
+        return f'{effective_size(tile):.0f} of {tile.numel()} pixels count{total}'
 
     def draw_row(row: int, tiles: Tensor, notes: Sequence[str], colour: str | None = None) -> None:
         for column, index in enumerate([None, *indices]):
             name = 'mean' if index is None else f'channel {index}'
             grid_axes.append(right.add_subplot(grid[row, 1 + column]))
-            _tile(grid_axes[-1], tiles.mean(0) if index is None else tiles[index],
+            _draw_tile(grid_axes[-1], tiles.mean(0) if index is None else tiles[index],
                   mean_scale if index is None else scale, name if row == 0 else '', notes[column],
                   colour if index is None else None)
 
-    for row, (at, point) in enumerate(zip(places, points, strict=True)):
+    for row, (at, point) in enumerate(zip(cells, points, strict=True)):
         colour = COLOURS[row % len(COLOURS)]
-        _rectangle(axes, _extent(shown, block, at), colour, linewidth=2)
+        draw_rectangle(axes, _extent(shown, block, at), colour, linewidth=2)
         axes.plot(*point, '+', color='#00e676', markersize=7)
-        mosaic, half = _mosaic(shown, block, at), block.stride / 2
+        mosaic, half = make_mosaic(shown, block, at), block.stride / 2
         covers = right.add_subplot(grid[row, 0])
         covers.imshow(mosaic)
         centre = (len(mosaic) - 1) / 2
-        _rectangle(covers, (centre - half, centre + half, centre + half, centre - half), '#00e676', linewidth=1)
-        _bare(covers, 'covers' if row == 0 else '', colour)
+        draw_rectangle(covers, (centre - half, centre + half, centre + half, centre - half), '#00e676', linewidth=1)
+        remove_ticks(covers, 'what it covers' if row == 0 else '', colour)
         covers.set_ylabel(f'x {point[0]:.0f}, y {point[1]:.0f}', fontsize=SMALL)
-        departure = _at(shown, block, [at], departures).item()
-        covers.set_xlabel(f'departs by {departure:.0%}', fontsize=SMALL, labelpad=2)
+        departure = _take(shown, block, [at], departures).item()
+        covers.set_xlabel(f'its weights differ by {departure:.0%}\nfrom the mean of all pixels', fontsize=SMALL,
+                          labelpad=2)
         mean = chosen[row].mean(0)
         draw_row(row, drawn[row], [''] * (1 + len(indices)) if departing else
-                 [uses(mean), *(uses(chosen[row, index]) for index in indices)], colour)
+                 [counting(mean), *(counting(chosen[row, index]) for index in indices)], colour)
     if not departing:
-        text = _bare(right.add_subplot(grid[rows - 1, 0]))
+        text = remove_ticks(right.add_subplot(grid[rows - 1, 0]))
         text.axis('off')
-        words = f'mean over the\npicture, which\nmakes up {seen.fixed():.0%}\nof the weights\n(of their square)'
+        words = f'mean of all pixels:\n{seen.fixed():.0%} of the weights\n(squared) are the\nsame everywhere'
         text.text(0.5, 0.5, words, ha='center', va='center', fontsize=SMALL, transform=text.transAxes)
-        draw_row(rows - 1, seen.mean, [uses(seen.mean.mean(0)), *(uses(seen.mean[index]) for index in indices)])
-    _bar(right, scale, grid_axes, location='right', shrink=0.7, aspect=30)
+        draw_row(rows - 1, seen.mean, [counting(seen.mean.mean(0)), *(counting(seen.mean[index]) for index in indices)])
+    add_colour_bar(right, scale, grid_axes, location='right', shrink=0.7, aspect=30)
     return figure
 
 
-def _grid_figure(shown: _Shown, block: _Block, places: Sequence[tuple[int, int]], rows: int, seen: _Seen,
+def _grid_figure(shown: Shown, block: AttentionBlock, cells: Sequence[tuple[int, int]], rows: int, seen: Seen,
                  channel: int | Sequence[int] | None) -> Figure:
     groups, what = len(seen.mean), 'mean over the channels'
     indices = list(range(groups)) if channel is None else _channels(channel, seen.weights, 1)
     if channel is not None:
         what = f'weight channel {indices[0]}' if len(indices) == 1 else f'mean over channels {indices}'
-    tiles, k = _at(shown, block, places, seen.drawn)[:, indices].mean(1), block.attn.kernel_size
+    tiles, k = _take(shown, block, cells, seen.drawn)[:, indices].mean(1), block.attn.kernel_size
     scale = _scale_of(tiles, seen.signed, seen.label)
     aspect = shown.original.shape[0] / shown.original.shape[1]
-    figure = _new_figure(10.5, 2 * (4.3 * aspect + 0.4) + 0.4)
-    figure.suptitle(_describe(block) + f', {groups} weight channels', fontsize=LABEL + 2)
+    figure = new_figure(10.5, 2 * (4.3 * aspect + 0.4) + 0.4)
     (left, enlarged), (used, departs) = figure.subplots(2, 2)
-    _overlays(left, shown, block, places, tiles, scale)
-    left.set_title(f'{what}, on the pixels weighed', fontsize=LABEL)
-    _bar(figure, scale, enlarged, shrink=0.8)
+    _draw_overlays(left, shown, block, cells, tiles, scale)
+    left.set_title(f'weights on the pixels that they weigh, {what}', fontsize=LABEL)
+    add_colour_bar(figure, scale, enlarged, shrink=0.8)
 
-    columns = len(places) // rows
+    columns = len(cells) // rows
     field = torch.full((rows, k + 1, columns, k + 1), float('nan'))
     field[:, :k, :, :k] = tiles.unflatten(0, (rows, columns)).transpose(1, 2)
-    enlarged.imshow(field.flatten(2).flatten(0, 1)[:-1, :-1].numpy(), **scale.options(), aspect='auto')
-    enlarged.set_box_aspect(aspect)
-    _bare(enlarged)
-    enlarged.set_title('the same, footprint by footprint', fontsize=LABEL)
+    enlarged.imshow(field.flatten(2).flatten(0, 1)[:-1, :-1].numpy(), **scale.options())
+    remove_ticks(enlarged)
+    enlarged.axis('off')
+    enlarged.set_title('the same, each pixel\'s footprint for itself', fontsize=LABEL)
 
     size = shown.on_stride(block.stride)
     for axes, values, title, label in (
-            (used, effective_size(seen.weights[:, indices]).mean(1), 'neighbours used', f'of {k * k}'),
-            (departs, seen.departure(), 'what depends on the content', '|w - mean over the picture| / |mean|')):
-        axes.imshow(_pale(shown.original))
-        measured = _Scale('viridis', values.min().item(), values.max().item(), label)
+            (used, effective_size(seen.weights[:, indices]).mean(1), 'how many neighbours count', f'of {k * k}'),
+            (departs, seen.departure(), 'where the weights depend on what is seen',
+             'difference from the mean of all pixels,\nas a part of that mean')):
+        axes.imshow(_lighten(shown.original))
+        measured = Scale('viridis', values.min().item(), values.max().item(), label)
         axes.imshow(values.unflatten(0, size).numpy(), **measured.options(), alpha=0.8,
                     extent=shown.box(0, 0, size[0], size[1], block.stride))
-        _whole(axes, shown, title)
-        _bar(figure, measured, axes, shrink=0.8)
+        limit_to_picture(axes, shown, title)
+        add_colour_bar(figure, measured, axes, shrink=0.8)
     return figure
 
 
 # --- Roll-out and features over the stages ---------------------------------------------------------------------------
 
-def _reach(net: _Net, last: _Block) -> int:
-    """How many picture pixels the footprints up to `last` reach beyond the edges of its pixel, on each side."""
+def _reach(net: Network, last: AttentionBlock) -> int:
+    """Returns how many picture pixels the footprints up to `last` reach beyond its pixel, on each side."""
     reach = 0
     for block in net.blocks.values():
         reach += block.stride * geometry.padding(block.attn.kernel_size, block.attn.dilation)
@@ -523,30 +549,42 @@ def _reach(net: _Net, last: _Block) -> int:
     return reach
 
 
-def _half(mass: Tensor, shown: _Shown, block: _Block, at: tuple[int, int]) -> float:
-    """The radius in pixels of the picture as given within which half of the mass lies, around a pixel of the map."""
+def _by_distance(mass: Tensor, shown: Shown, block: AttentionBlock, at: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Returns distances from a pixel of the map, in pixels of the given picture, rising, and the mass up to each."""
     (height, width), (tall, wide) = mass.shape, shown.original.shape[:2]
     y, x = torch.arange(height) + 0.5, torch.arange(width) + 0.5
     y, x = (y - (at[0] + 0.5) * block.stride) * tall / height, (x - (at[1] + 0.5) * block.stride) * wide / width
     distance, order = (y[:, None].square() + x.square()).sqrt().flatten().sort()
-    within = mass.flatten()[order].cumsum(0)
+    return distance, mass.flatten()[order].cumsum(0)
+
+
+def half_mass_radius(mass: Tensor, shown: Shown, block: AttentionBlock, at: tuple[int, int]) -> float:
+    """Returns the radius, in pixels of the given picture, around a pixel of the map that contains half of the mass."""
+    distance, within = _by_distance(mass, shown, block, at)
     return distance[int((within < within[-1] / 2).sum().clamp(max=len(within) - 1))].item()
 
 
-def _draw_mass(axes: Axes, shown: _Shown, mass: Tensor, cell: int, title: str) -> None:
-    """Mass (H', W') over the picture, averaged over cells of cell x cell pixels; square roots, as most is in few."""
+def _within(mass: Tensor, shown: Shown, block: AttentionBlock, at: tuple[int, int], radii: np.ndarray) -> np.ndarray:
+    """Returns the part of the mass within each radius around a pixel of the map."""
+    distance, within = _by_distance(mass, shown, block, at)
+    count = torch.searchsorted(distance, torch.from_numpy(radii).to(distance), right=True)
+    return torch.nn.functional.pad(within / within[-1].clamp(min=1e-30), (1, 0))[count].numpy()
+
+
+def draw_mass(axes: Axes, shown: Shown, mass: Tensor, cell: int, title: str) -> None:
+    """Draws mass (H', W') averaged over cell x cell pixels; square roots, since few pixels hold most of it."""
     from matplotlib import colormaps
     mass = torch.nn.functional.avg_pool2d(mass[None], cell, ceil_mode=True, count_include_pad=False)[0]
     strength = (mass / mass.max().clamp(min=1e-30)).sqrt().numpy()
     colours = colormaps['inferno'](strength)
     colours[..., 3] = np.clip(1.5 * strength, 0, 0.85)
-    axes.imshow(_pale(shown.original))
+    axes.imshow(_lighten(shown.original))
     axes.imshow(colours, extent=shown.box(0, 0, mass.shape[0], mass.shape[1], cell), interpolation='bilinear')
-    _whole(axes, shown, title)
+    limit_to_picture(axes, shown, title)
 
 
-def _zoom(axes: Axes, extent: Extent, shown: _Shown) -> None:
-    """Shows an extent and a margin, moved onto the picture where they reach beyond it."""
+def _zoom(axes: Axes, extent: Extent, shown: Shown) -> None:
+    """Limits the axes to an extent and a margin, shifted so that they stay on the picture."""
     left, right, bottom, top = extent
     tall, wide = shown.original.shape[:2]
     width, height = min(1.12 * (right - left), wide), min(1.12 * (bottom - top), tall)
@@ -569,16 +607,17 @@ def rollout_figure(
 ) -> Figure:
     """Draws where the features of pixels come from: `attention_rollout`, back to the picture.
 
-    For pixels: a row for each, a column for each stage, rolled out from the stage's last block; the last row is for
-    the mean of all pixels. A solid frame is the pixel of the stage's map, a dashed one all that its footprints can
-    reach; below stands the radius around the pixel within which half of the mass lies, in pixels of the picture. For a
-    grid: each of its pixels from one block. Brightness is the square root of the mass, in each panel relative to its
-    largest.
+    For pixels: a row for each, a column for each stage, rolled out from the stage's last block. A solid frame is the
+    pixel of the stage's map, a dashed one the reach of its footprints. The label gives the radius around the pixel that
+    contains half of the mass, in pixels of the picture. Below, a curve for each stage: the part of the mass within a
+    distance, averaged over pixels all over the picture, and how far the footprints reach: how local the network really
+    is. For a grid: each of its pixels from one block. Brightness is the square root of the mass, relative to the
+    maximum of each panel.
 
     Args:
         model, image, pixels, grid, size: As for `footprint_figure`.
-        block: Where to start for a grid, and the last one to draw for pixels; None is the last of all.
-        residual, measure: As for `attention_rollout`, which says what is drawn and what it leaves out.
+        block: Where to start for a grid, and the last one to draw for pixels; None is the last block.
+        residual, measure: As for `attention_rollout`, which defines what is drawn.
 
     Returns:
         A matplotlib Figure outside pyplot's state.
@@ -586,55 +625,84 @@ def rollout_figure(
     Raises:
         ValueError, ImportError: As for `footprint_figure`.
     """
-    _new_figure(1, 1)
-    net = _find(model)
-    last, shown = _find_block(net, block), _show(model, net, image, size)
-    points = _points(shown, pixels, grid)
-    with _evaluating(model):
-        steps = _trace(net, shown.images, last, residual, measure)
-    attended = {number: step.kept.mean().item() for number, step in enumerate(steps) if isinstance(step, _Attended)}
+    new_figure(1, 1)
+    net = find_network(model)
+    last, shown = find_block(net, block), prepare_picture(model, net, image, size)
+    points = list_points(shown, pixels, grid)
+    with evaluating(model):
+        steps = trace(net, shown.images, last, residual, measure)
+    attended = {number: step.kept.mean().item() for number, step in enumerate(steps) if isinstance(step, Attended)}
     blocks = dict(zip(net.blocks.values(), attended, strict=False))
 
-    def roll(start: _Block, place: tuple[int, int] | None) -> Tensor:
-        return _roll_back(steps[:blocks[start] + 1], None if place is None else [place])[0, 0].cpu()
+    def roll(start: AttentionBlock, pixel: tuple[int, int] | None) -> Tensor:
+        return roll_back(steps[:blocks[start] + 1], None if pixel is None else [pixel])[0, 0].cpu()
 
-    def draw(axes: Axes, start: _Block, point: tuple[float, float], title: str) -> None:
+    def draw(axes: Axes, start: AttentionBlock, point: tuple[float, float], title: str) -> None:
         at = shown.on_map(point, start.stride)
         mass, reach = roll(start, at), _reach(net, start) / start.stride
-        _draw_mass(axes, shown, mass, max(1, start.stride // 4), title)
-        _rectangle(axes, shown.box(at[0], at[1], at[0] + 1, at[1] + 1, start.stride), COLOURS[0], linewidth=1)
+        draw_mass(axes, shown, mass, max(1, start.stride // 4), title)
+        draw_rectangle(axes, shown.box(at[0], at[1], at[0] + 1, at[1] + 1, start.stride), COLOURS[0], linewidth=1)
         box = shown.box(at[0] - reach, at[1] - reach, at[0] + 1 + reach, at[1] + 1 + reach, start.stride)
-        _rectangle(axes, box, COLOURS[0], linewidth=1.2, linestyle='--')
+        draw_rectangle(axes, box, COLOURS[0], linewidth=1.2, linestyle='--')
         _zoom(axes, box, shown)
-        axes.set_xlabel(f'half within {_half(mass, shown, start, at):.0f} px', fontsize=SMALL, labelpad=2)
+        radius = half_mass_radius(mass, shown, start, at)
+        axes.set_xlabel(f'half comes from within {radius:.0f} pixels', fontsize=SMALL, labelpad=2)
 
     kept = [f'{share:.0%}' for share in attended.values()]
     kept = kept if len(kept) < 9 else [*kept[:3], '...', *kept[-3:]]
-    how = f'residual connections keep {", ".join(kept)}'
+    how = f'residual connections pass on {", ".join(kept)} of it, block by block'
     aspect, side = shown.original.shape[0] / shown.original.shape[1], 2.2
     if grid is not None:
         rows = grid if isinstance(grid, int) else grid[0]
-        figure = _new_figure(len(points) // rows * side, rows * (side * aspect + 0.3) + 0.6)
+        figure = new_figure(len(points) // rows * side, rows * (side * aspect + 0.3) + 0.6)
         for point, axes in zip(points, figure.subplots(rows, len(points) // rows, squeeze=False).flat, strict=True):
             draw(axes, last, point, f'x {point[0]:.0f}, y {point[1]:.0f}')
-        figure.suptitle(f'roll-out from {last.name}, stride {last.stride}; {how}', fontsize=LABEL + 1)
+        add_title(figure, net, f'where a pixel of {last.name}, stride {last.stride}, comes from\n{how}')
         return figure
     ends = list({found.stage: found for found in blocks}.values())
-    figure = _new_figure(len(ends) * side + 0.3, (len(points) + 1) * (side * aspect + 0.3) + 0.6)
-    panels = figure.subplots(len(points) + 1, len(ends), squeeze=False)
+    figure = new_figure(max(len(ends) * side, 5) + 0.3, len(points) * (side * aspect + 0.4) + 3.2)
+    grid_of_panels = figure.add_gridspec(len(points) + 1, len(ends),
+                                         height_ratios=[side * aspect + 0.4] * len(points) + [2.4])
     for column, start in enumerate(ends):
         for row, point in enumerate(points):
-            draw(panels[row, column], start, point, f'{start.name}, stride {start.stride}' if row == 0 else '')
-        _draw_mass(panels[-1, column], shown, roll(start, None), max(4, start.stride // 4), '')
-    for row, point in enumerate(points):
-        panels[row, 0].set_ylabel(f'x {point[0]:.0f}, y {point[1]:.0f}', fontsize=SMALL)
-    panels[-1, 0].set_ylabel('mean of all pixels', fontsize=SMALL)
-    figure.suptitle(f'attention roll-out; {how}', fontsize=LABEL + 1)
+            axes = figure.add_subplot(grid_of_panels[row, column])
+            draw(axes, start, point, f'{start.name}, stride {start.stride}' if row == 0 else '')
+            if column == 0:
+                axes.set_ylabel(f'x {point[0]:.0f}, y {point[1]:.0f}', fontsize=SMALL)
+    _draw_distances(figure.add_subplot(grid_of_panels[-1, :]), shown, net, ends, roll)
+    add_title(figure, net, f'where a pixel comes from, stage by stage (attention roll-out)\n{how}')
     return figure
 
 
-def _principal(features: Tensor) -> tuple[Tensor, float]:
-    """The three main components of (C, H, W) as colours (H, W, 3), and the share of the variance that they hold."""
+def _draw_distances(axes: Axes, shown: Shown, net: Network, ends: Sequence[AttentionBlock],
+                    roll: Callable[[AttentionBlock, tuple[int, int]], Tensor]) -> None:
+    """Draws for each stage the part of the mass within a distance, averaged over pixels all over the picture."""
+    tall, wide = shown.original.shape[:2]
+    radii = np.geomspace(1, np.hypot(tall, wide), 60)
+    for number, start in enumerate(ends):
+        colour = COLOURS[number % len(COLOURS)]
+        cells = {shown.on_map(point, start.stride) for point in list_points(shown, None, DISTANCES_FROM)}
+        curves = [_within(roll(start, at), shown, start, at, radii) for at in sorted(cells)]
+        axes.plot(radii, 100 * np.mean(curves, 0), color=colour, linewidth=1.8,
+                  label=f'{start.name}, stride {start.stride}')
+        reach = _reach(net, start) * wide / shown.scaled.shape[1]
+        if reach <= radii[-1]:
+            axes.axvline(reach, color=colour, linewidth=1, linestyle=':')
+    axes.axhline(50, color='0.8', linewidth=0.8, zorder=0)
+    axes.set(xscale='log', xlim=(radii[0], radii[-1]), ylim=(0, 102))
+    axes.set_xlabel('distance from the pixel, in pixels of the picture (dotted: as far as the footprints reach)',
+                    fontsize=LABEL)
+    axes.set_ylabel('part that comes\nfrom within it, %', fontsize=LABEL)
+    axes.set_title('how local is it? The mean of pixels all over the picture', fontsize=LABEL)
+    axes.tick_params(labelsize=SMALL)
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.legend(fontsize=SMALL, frameon=False, loc='upper left')
+    for side in ('top', 'right'):
+        axes.spines[side].set_visible(False)
+
+
+def principal_components(features: Tensor) -> tuple[Tensor, float]:
+    """Returns the three main components of (C, H, W) as colours (H, W, 3), and their share of the variance."""
     flat = features.flatten(1).T
     flat = flat - flat.mean(0)
     basis = torch.randn(flat.shape[1], 8, generator=torch.Generator().manual_seed(0))
@@ -643,7 +711,7 @@ def _principal(features: Tensor) -> tuple[Tensor, float]:
     left, spread, _ = torch.linalg.svd(flat @ basis, full_matrices=False)
     held = spread[:3].square().sum() / flat.square().sum().clamp(min=1e-30)
     parts = torch.nn.functional.pad(left * spread, (0, 3))[:, :3]  # a map of one or two pixels has fewer
-    parts = parts * torch.where(parts.pow(3).sum(0) < 0, -1, 1)  # the sign is free: the longer tail is made bright
+    parts = parts * torch.where(parts.pow(3).sum(0) < 0, -1, 1)  # the sign is arbitrary: make the longer tail bright
     low, high = torch.quantile(parts, 0.02, 0), torch.quantile(parts, 0.98, 0)
     colours = ((parts - low) / (high - low).clamp(min=1e-30)).clamp(0, 1)
     return colours.unflatten(0, features.shape[1:]), held.item()
@@ -656,11 +724,11 @@ def feature_figure(
         size: int | None = None,
         channels: int = 5,
 ) -> Figure:
-    """Draws the feature maps that the stages hand on, a row for each stage.
+    """Draws the feature maps of the stages, a row for each stage.
 
-    The length of the feature vector at each pixel; its three main components as red, green and blue (over this
-    picture: alike colours are alike features within a row, and mean nothing across rows); and the channels that vary
-    most over the picture, each on its own scale from black (least) to yellow.
+    Each row shows the norm of the feature vector at each pixel; its three main components as red, green and blue (equal
+    colours are similar features within a row, and cannot be compared across rows); and the channels that vary most over
+    the picture, each on its own scale from black (smallest) to yellow.
 
     Args:
         model, image, size: As for `footprint_figure`.
@@ -672,32 +740,45 @@ def feature_figure(
     Raises:
         ValueError, ImportError: As for `footprint_figure`.
     """
-    _new_figure(1, 1)
+    new_figure(1, 1)
     if channels < 0:
         raise ValueError(f'channels must be at least 0, got {channels}')
-    net = _find(model)
-    shown = _show(model, net, image, size)
+    net = find_network(model)
+    shown = prepare_picture(model, net, image, size)
     maps: list[Tensor] = []
-    with _evaluating(model):
-        _run(net, shown.images, [(stage.get_submodule('act'), False, lambda x: maps.append(x[0].float().cpu()))
+    with evaluating(model):
+        run_hooked(net, shown.images, [(stage.get_submodule('act'), False, lambda x: maps.append(x[0].float().cpu()))
                                  for stage in net.stages])
     aspect, side = shown.original.shape[0] / shown.original.shape[1], 1.7
-    figure = _new_figure((3 + channels) * side, len(maps) * (side * aspect + 0.3) + 0.5)
-    panels = figure.subplots(len(maps), 3 + channels, squeeze=False)
+    rows, columns = len(maps) + 1, 2 + channels
+    figure = new_figure(max(columns * side, 6), rows * (side * aspect + 0.3) + 0.5)
+    grid = figure.add_gridspec(rows, columns)
+    photograph, words = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1:])
+    photograph.imshow(shown.original)
+    limit_to_picture(photograph, shown, 'the picture')
+    words.axis('off')
+    words.text(0, 0.95, FEATURES_EXPLAINED, va='top', fontsize=LABEL, linespacing=1.5, transform=words.transAxes)
+    panels = [[figure.add_subplot(grid[row, column]) for column in range(columns)] for row in range(1, rows)]
     for number, (row, features, stride) in enumerate(zip(panels, maps, net.strides, strict=True)):
         extent = shown.box(0, 0, features.shape[1], features.shape[2], stride)
-        colours, held = _principal(features)
-        first = number == 0
-        row[0].imshow(shown.original)
-        row[1].imshow(features.norm(dim=0).numpy(), cmap='inferno', extent=extent)
-        row[2].imshow(colours.numpy(), extent=extent)
-        for axes, title in zip(row, ('picture', 'length', 'main components'), strict=False):
-            _whole(axes, shown, title if first else '')
+        colours, held = principal_components(features)
+        row[0].imshow(features.norm(dim=0).numpy(), cmap='inferno', extent=extent)
+        row[1].imshow(colours.numpy(), extent=extent)
+        for axes, title in zip(row, ('length', 'main components'), strict=False):
+            limit_to_picture(axes, shown, title if number == 0 else '')
         row[0].set_ylabel(f'stage {number}: stride {stride}\n{len(features)} channels', fontsize=SMALL)
-        row[2].set_xlabel(f'{held:.0%} of the variance', fontsize=SMALL, labelpad=2)
+        row[1].set_xlabel(f'{held:.0%} of the variance', fontsize=SMALL, labelpad=2)
         varied = features.flatten(1).var(1, correction=0).argsort(descending=True)[:channels].tolist()
-        for axes, index in zip(row[3:], varied, strict=False):
+        for axes, index in zip(row[2:], varied, strict=False):
             axes.imshow(features[index].numpy(), cmap='inferno', extent=extent)
-            _whole(axes, shown)
+            limit_to_picture(axes, shown)
             axes.set_xlabel(f'channel {index}', fontsize=SMALL, labelpad=2)
+    add_title(figure, net, 'feature maps, stage by stage')
     return figure
+
+
+FEATURES_EXPLAINED = '''length: the norm of the features of each pixel
+main components: the three directions in which the features differ most, as red, green and blue;
+equal colours are similar features, within a row
+channels: those that vary most over the picture
+Dark is the smallest value of a panel, bright the largest: each has its own scale.'''

@@ -1,0 +1,134 @@
+"""Finds and reads pictures in folders, zips and tars, and prepares them for models; commands and jobs share this."""
+import functools
+import os
+import pathlib
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageOps
+from timm.data import resolve_data_config
+
+__all__ = [
+    'ARCHIVES', 'SUFFIXES', 'File', 'config', 'is_picture', 'members', 'members_of_zip', 'read', 'upright', 'walk']
+
+SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
+ARCHIVES = ('.tar', '.zip')
+
+
+class File(NamedTuple):
+    """A picture of `size` bytes: a file, member number `at` of a zip, or bytes of a tar from offset `at`."""
+    path: str
+    size: int
+    member: str = ''
+    kind: str = ''  # '', 'zip', 'tar'
+    at: int = 0
+
+    @property
+    def name(self) -> str:
+        """PATH, or ARCHIVE//MEMBER."""
+        return f'{self.path}//{self.member}' if self.member else self.path
+
+
+def is_picture(name: str) -> bool:
+    """Whether a path has a picture's suffix and is not hidden."""
+    base = name.rpartition('/')[2]
+    return base.lower().endswith(SUFFIXES) and not base.startswith('.')
+
+
+def walk(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Yields paths of the pictures and archives in a folder and its subfolders, sorted, a folder's own files first.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for inside, folders, names in os.walk(folder, onerror=refuse):
+        folders.sort()
+        for name in sorted(names):
+            if is_picture(name) or name.endswith(ARCHIVES) and not name.startswith('.'):
+                yield os.path.join(inside, name)
+
+
+def members(path: str | os.PathLike[str]) -> Iterator[File]:
+    """Yields the pictures of a zip, sorted, or of an uncompressed tar, in its order.
+
+    Raises:
+        ValueError: The file is neither, or the tar is compressed.
+        tarfile.ReadError: The tar is truncated; raised after its complete members.
+    """
+    path = os.fspath(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            yield from members_of_zip(path, archive)
+        return
+    try:
+        tar = tarfile.open(path, 'r:')  # noqa: SIM115
+    except tarfile.ReadError:
+        compressed = tarfile.is_tarfile(path)
+        raise ValueError(f'{path} is a compressed tar, and its pictures cannot be read one by one: unpack it, or make '
+                         'it a plain .tar' if compressed else f'{path} is neither a zip nor a tar file') from None
+    with tar:
+        for member in tar:
+            if member.isfile() and is_picture(member.name):
+                yield File(path, member.size, member.name, 'tar', member.offset_data)
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them in memory
+
+
+def members_of_zip(path: str, archive: zipfile.ZipFile) -> Iterator[File]:
+    """Yields the pictures of an open zip, sorted."""
+    for at, info in sorted(enumerate(archive.infolist()), key=lambda entry: entry[1].filename):
+        if is_picture(info.filename):
+            yield File(path, info.file_size, info.filename, 'zip', at)
+
+
+@functools.lru_cache(8)  # reading the table of contents may take longer than reading a picture
+def _zip(path: str, process: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+def read(file: File) -> bytes:
+    """Returns the bytes of a picture.
+
+    Raises:
+        OSError, zipfile.BadZipFile: It cannot be read.
+    """
+    if file.kind == 'zip':
+        archive = _zip(file.path, os.getpid())  # per process: after fork, parent and child share the file offset
+        return archive.read(archive.infolist()[file.at])
+    if file.kind == 'tar':
+        with open(file.path, 'rb') as tar:
+            tar.seek(file.at)
+            return tar.read(file.size)
+    return pathlib.Path(file.path).read_bytes()
+
+
+def upright(picture: Image.Image, channels: int = 3) -> Image.Image:
+    """Applies the EXIF orientation and converts to RGB, or to grey for one channel. Animations give the first frame.
+
+    Raises:
+        ValueError: The pixels have more than 8 bits, which Pillow would clip, or channels is not 1 or 3.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f'the model takes {channels} channels, and pictures have 1 or 3')
+    if picture.mode.startswith(('I', 'F')):
+        raise ValueError(f'its pixels have more than 8 bits (mode {picture.mode}); convert it to 8 bits first')
+    return ImageOps.exif_transpose(picture).convert('RGB' if channels == 3 else 'L')
+
+
+def config(cfg: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Resolves how timm evaluates a model: size, crop, interpolation, and mean and standard deviation per channel.
+
+    Args:
+        cfg: The model's `pretrained_cfg`.
+        size: (height, width) instead of the cfg's.
+    """
+    channels = cfg['input_size'][0]
+    found = resolve_data_config(dict(input_size=(channels, *size)) if size else {}, pretrained_cfg=dict(cfg))
+    for name in ('mean', 'std'):
+        if len(found[name]) != channels:  # RGB statistics, for a model of grey pictures
+            found[name] = (sum(found[name]) / len(found[name]),) * channels
+    return found
