@@ -1,8 +1,8 @@
-"""ONNX files of the models, and their int8 form.
+"""Exports the models to ONNX and quantises them to int8.
 
-torch.export and torch.onnx.export take the models as they are, and so do other converters: all see the attention in the
-form of `ops.traced`. `export_onnx` calls torch.onnx.export, takes out what the graph holds twice, names inputs, outputs
-and nodes, and checks the file.
+torch.export, torch.onnx.export and other converters take the models directly: all trace the attention in the form of
+`ops.traced`. `export_onnx` calls torch.onnx.export, removes duplicates from the graph, names inputs, outputs and nodes,
+and checks the file.
 """
 import importlib
 import logging
@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._files import written_whole
+from ._files import atomic_write
 from ._requirements import LEAST_FOR_ONNX, check
-from .attention import _FootprintAttention
+from .attention import FootprintAttention
 
-__all__ = ['export_onnx', 'quantize_onnx']
+__all__ = ['export_detector', 'export_onnx', 'quantize_onnx']
 
 KEEP_FLOAT = ('weight_mlp',)
-"""What int8 models keep in float32: gamma, whose 8-bit form takes longer in pairwise models (benchmarks/export.py)."""
+"""Layers that int8 models keep in float32: gamma, slower in 8 bits in pairwise models (benchmarks/export.py)."""
 
 _logger = logging.getLogger('san_backbones')
 
 
 def _need(*packages: str) -> list[Any]:
-    """The packages, or an error that says how to get them."""
+    """Imports packages; the error says how to install them."""
     try:
         return [importlib.import_module(package) for package in packages]
     except ImportError as error:
@@ -42,7 +42,7 @@ def _need(*packages: str) -> list[Any]:
 
 
 class _Flat(nn.Module):
-    """The model with its outputs as a tuple of tensors."""
+    """Wraps a model to return its outputs as a tuple of tensors."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -56,7 +56,7 @@ class _Flat(nn.Module):
 
 
 def _names(outputs: Sequence[Tensor], height: int) -> list[str]:
-    """'logits' or 'features' for vectors and scores, features_STRIDE for maps, numbered where strides repeat."""
+    """Names outputs: 'logits' for vectors and scores, features_STRIDE for maps, numbered if strides repeat."""
     names: list[str] = []
     for output in outputs:
         name = 'logits' if output.dim() < 3 else f'features_{2 ** round(math.log2(height / output.shape[-2]))}'
@@ -67,7 +67,7 @@ def _names(outputs: Sequence[Tensor], height: int) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's advice on things that it does itself."""
+    """Silences the exporter's warnings, which are about its own internals."""
     loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript', 'onnx_ir')]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -82,18 +82,18 @@ def _quiet() -> Iterator[None]:
 
 
 def _simplify(model: Any) -> None:
-    """Computes once what blocks have in common, then what is constant, and names every node after its module."""
+    """Merges common subexpressions, folds constants, and names every node after its module."""
     passes = importlib.import_module('onnx_ir.passes.common')
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
-    passes.RemoveUnusedNodesPass()(model)  # first, because what follows takes long where there are many nodes
+    passes.RemoveUnusedNodesPass()(model)  # before the optimizer, which is slow on many nodes
     importlib.import_module('onnxscript.optimizer').optimize(model)
     for node in model.graph:
         scopes = re.findall(r"'([^']*)'", node.metadata_props.get('pkg.torch.onnx.name_scopes', ''))
         module = next((scope for scope in reversed(scopes[:-1]) if scope), '').removeprefix('model').lstrip('.')
         node.name = f'{module}/{node.name}' if module else node.name
-        node.metadata_props.clear()  # as large as the weights of a small model
+        node.metadata_props.clear()  # can be as large as the weights of a small model
         node.doc_string = None
     for value in (*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)):
         value.metadata_props.clear()
@@ -132,20 +132,19 @@ def export_onnx(
 ) -> pathlib.Path:
     """Writes a model as an ONNX file.
 
-    The input is `images`, (N, in_chans, H, W), in the dtype of the model. The output of a classifier is `logits`; maps
-    are `features_STRIDE`, `features_4` for instance, and `features_8`, `features_8_2`, ... where strides repeat.
+    The input is `images`, (N, in_chans, H, W), in the dtype of the model. The output of a classifier is `logits`;
+    feature maps are `features_STRIDE`, such as `features_4`, or `features_8`, `features_8_2`, ... if strides repeat.
 
     Args:
-        model: A SAN, its features_only form, a SANBackbone, or anything around one that maps images to tensors; in eval
-            mode. It stays as it is.
+        model: A SAN, its features_only form, a SANBackbone, or a module around one that maps images to tensors; in eval
+            mode. It is not changed.
         path: The file to write.
-        image_size: Side of the images in pixels, or (height, width). Where sizes stay open, those of the example that
-            the graph is made with.
-        batch_size: Images of a batch, alike.
-        dynamic: What stays open: True for batch, height and width, 'batch', 'size' (height and width), or False.
+        image_size: Side of the images in pixels, or (height, width). With dynamic sizes, that of the traced example.
+        batch_size: Images in a batch. With a dynamic batch, that of the example.
+        dynamic: Dynamic axes: True for batch, height and width; 'batch'; 'size' (height and width); or False.
         opset: Version of the ONNX operators, 18 or later.
-        verify: Compare with torch at the size of the example, if onnxruntime is installed, and at another where sizes
-            are open.
+        verify: Compare with torch if onnxruntime is installed, at the size of the example and, with dynamic sizes, at
+            another.
 
     Returns:
         The path of the file.
@@ -153,7 +152,7 @@ def export_onnx(
     Raises:
         ImportError: onnx or onnxscript are missing, or torch is too old; the message says what to install.
         ValueError: An argument is out of range, the model is in training mode, or it has no SAN attention.
-        RuntimeError: What onnxruntime computes differs from what torch computes. The file is not written then.
+        RuntimeError: onnxruntime computes other values than torch. The file is then not written.
     """
     check('export_onnx', LEAST_FOR_ONNX)
     onnx, _ = _need('onnx', 'onnxscript')
@@ -175,9 +174,9 @@ def export_onnx(
         raise ValueError(f'there is no folder {path.absolute().parent} to write {path.name} into')
 
     original, model = model, _Flat(model)
-    like = next((module.query.weight for module in model.modules() if isinstance(module, _FootprintAttention)), None)
+    like = next((module.query.weight for module in model.modules() if isinstance(module, FootprintAttention)), None)
     if like is None:
-        raise ValueError(f'there is no SAN attention in this {type(model.model).__name__}; torch.onnx.export is for '
+        raise ValueError(f'there is no SAN attention in this {type(model.model).__name__}; use torch.onnx.export for '
                          'other models')
     channels = next(p.shape[1] for p in model.parameters() if p.dim() == 4)
     batch_example = batch_size if dynamic in (False, 'size') else max(2, batch_size)  # torch.export fixes sizes of one
@@ -192,9 +191,9 @@ def export_onnx(
         program = torch.onnx.export(
             model, (example,), dynamo=True, opset_version=opset, input_names=['images'], output_names=names,
             dynamic_shapes=(dims,) if dims else None, verbose=False, optimize=False)
-        assert program is not None  # torch's own None is that of the exporter before this one
+        assert program is not None  # only torch's legacy exporter returns None
         _simplify(program.model)
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         with _quiet():
             program.save(str(part))
         onnx.checker.check_model(str(part), full_check=True)
@@ -206,8 +205,87 @@ def export_onnx(
     return path
 
 
+class _Detector(nn.Module):
+    """Wraps a torchvision detector: an image (3, H, W) to a tuple of what it finds."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        found, = self.model([image])
+        return tuple(found.values())
+
+
+def export_detector(
+        detector: nn.Module,
+        path: str | os.PathLike[str],
+        image: Tensor,
+        *,
+        opset: int = 17,
+) -> pathlib.Path:
+    """Writes a whole torchvision detector to ONNX: resizing, backbone, heads and non-maximum suppression.
+
+    The file takes `image`, (3, H, W), float32 in [0, 1], of the size of the given one, and returns `boxes` (N, 4: left,
+    top, right, bottom in pixels), `labels` (N) and `scores` (N), and of a Mask R-CNN `masks` (N, 1, H, W). It is
+    compared with torch in onnxruntime, on the image.
+
+    Args:
+        detector: A model of torchvision.models.detection with a SAN backbone, or any other, in eval mode.
+        path: The .onnx file.
+        image: An image on which it finds something: (3, H, W), float32. The file is for images of this size.
+        opset: Version of ONNX's operators.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The detector is in training mode, or the image has another shape or dtype.
+        RuntimeError: It finds nothing on the image, or the file computes something else than torch; nothing is kept.
+        ImportError: A package is missing.
+    """
+    onnx, runtime = _need('onnx', 'onnxruntime')
+    if detector.training:
+        raise ValueError('the detector is in training mode: call eval() first')
+    if image.dim() != 3 or image.dtype != torch.float32:
+        raise ValueError(f'expected an image (3, H, W) of torch.float32, got {list(image.shape)} of {image.dtype}')
+    with torch.no_grad():
+        expected, = detector([image])
+        if not len(expected['boxes']):
+            raise RuntimeError('the detector finds nothing on this image, so that the file could not be checked: give '
+                               'an image with objects, or lower its score_thresh')
+        names = list(expected)
+        with atomic_write(path) as part:
+            with _quiet(), warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                torch.onnx.export(  # torch.export does not take detectors, whose shapes depend on what they find
+                    _Detector(detector).eval(), (image,), str(part), dynamo=False, opset_version=opset,
+                    input_names=['image'], output_names=names, dynamic_axes={name: {0: 'objects'} for name in names})
+            onnx.checker.check_model(str(part), full_check=True)
+            session = runtime.InferenceSession(part, providers=['CPUExecutionProvider'])
+            given = dict(zip(names, session.run(names, {'image': image.cpu().numpy()}), strict=True))
+            missing = _missing({name: values.cpu().numpy() for name, values in expected.items()}, given)
+            if missing:
+                raise RuntimeError(f'{pathlib.Path(path).name} is wrong, and is not kept: onnxruntime does not find '
+                                   f'{missing} of the {len(expected["boxes"])} objects that torch finds')
+    return pathlib.Path(path)
+
+
+def _missing(expected: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray]) -> int:
+    """Counts objects without a counterpart within half a pixel and a hundredth of the score, in whatever order."""
+    count = 0
+    for i in range(len(expected['boxes'])):
+        near = np.abs(given['boxes'] - expected['boxes'][i]).max(1, initial=0) <= 0.5
+        near &= given['labels'] == expected['labels'][i]
+        for name in expected.keys() - {'boxes', 'labels'}:
+            axes = tuple(range(1, given[name].ndim))
+            near &= np.abs(given[name] - expected[name][i]).max(axes, initial=0) <= 1e-2
+        count += not near.any()
+    return count
+
+
 class _Reader:
-    """Images as onnxruntime's calibration wants them."""
+    """Reads images for onnxruntime's calibration."""
 
     def __init__(self, images: Iterable[Any], session: Any):
         self.input, self.images, self.count = session.get_inputs()[0], iter(images), 0
@@ -236,26 +314,26 @@ def quantize_onnx(
         method: str = 'minmax',
         reduce_range: bool = True,
 ) -> pathlib.Path:
-    """Quantises a float32 file of `export_onnx` to int8 after training (onnxruntime, static, QDQ form).
+    """Quantises a float32 file of `export_onnx` to int8 after training (onnxruntime, static, QDQ format).
 
     Linear maps (1x1 convolutions, the classifier) take uint8 activations and int8 weights, with one scale per output
-    channel; all between them, softmax and aggregation above all, stays float32.
+    channel. Everything between them, such as softmax and aggregation, stays float32.
 
     Args:
         path: The float32 file.
         out: The int8 file to write.
-        images: Batches (N, C, H, W) for calibration, float32, normalised as the model expects; tensors or arrays. Some
-            hundred pictures like those of use serve.
+        images: Batches (N, C, H, W) for calibration, float32, normalised for the model; tensors or arrays. A few
+            hundred typical pictures are enough.
         keep_float: Linear maps whose names contain one of these stay float32; () quantises all.
-        method: How ranges of activations are taken: 'minmax', 'entropy' or 'percentile'.
-        reduce_range: Weights in 7 bits, so that processors without VNNI do not saturate 16-bit sums.
+        method: How ranges of activations are calibrated: 'minmax', 'entropy' or 'percentile'.
+        reduce_range: Quantise weights to 7 bits, so that processors without VNNI do not saturate 16-bit sums.
 
     Returns:
         The path of the int8 file.
 
     Raises:
         ImportError: onnxruntime is missing; the message says what to install.
-        ValueError: There are no images, or they are not what the model takes; no linear map is left to quantise.
+        ValueError: There are no images, they do not fit the model, or no linear map is left to quantise.
     """
     _need('onnx', 'onnxruntime', 'onnxruntime.quantization')
     import onnx
@@ -272,13 +350,13 @@ def quantize_onnx(
     reader = _Reader(images, InferenceSession(path, providers=['CPUExecutionProvider']))
     with tempfile.TemporaryDirectory() as folder, _quiet():
         prepared = pathlib.Path(folder) / 'prepared.onnx'
-        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)  # norms go into the maps before them
+        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)  # folds norms into linear maps
         maps = [node.name for node in onnx.load(prepared).graph.node if node.op_type in ('Conv', 'Gemm')]
         chosen = [name for name in maps if not any(word in name for word in keep_float)]
         if not chosen:
             raise ValueError(f'keep_float={tuple(keep_float)!r} leaves none of the {len(maps)} linear maps of {path} '
                              'to quantise')
-        with written_whole(out) as part:
+        with atomic_write(out) as part:
             q.quantize_static(
                 str(prepared), str(part), reader, quant_format=q.QuantFormat.QDQ, per_channel=True,
                 reduce_range=reduce_range, op_types_to_quantize=['Conv', 'Gemm'], nodes_to_quantize=chosen,

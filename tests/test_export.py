@@ -4,12 +4,13 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
 import san_backbones
 from san_backbones import SAN, PairwiseAttention, PatchwiseAttention
-from san_backbones.export import export_onnx, quantize_onnx
+from san_backbones.export import export_detector, export_onnx, quantize_onnx
 from san_backbones.ops import traced
 
 FORMS = ('pairwise', 'patchwise')
@@ -353,3 +354,57 @@ class TestQuantized:
         with pytest.raises(ValueError, match='no file .*absent.onnx'):
             quantize_onnx(tmp_path / 'absent.onnx', out, [pictures(1, 3, 16, 16)])
         assert not out.exists()
+
+
+class TestDetector:
+    """Whole detectors of torchvision, from an image to boxes."""
+
+    def make(self, kind):
+        from torchvision.models.detection import MaskRCNN, RetinaNet
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.backbone_utils import BackboneWithFPN
+        pytest.importorskip('onnxruntime')
+        torch.manual_seed(0)
+        features = timm.create_model('test_san_patchwise', features_only=True, out_indices=(1, 2, 3, 4))
+        layers = {f'stages_{i}': str(i) for i in (1, 2, 3, 4)}
+        pyramid = BackboneWithFPN(features, layers, features.feature_info.channels(), 32)
+        options = dict(num_classes=3, min_size=64, max_size=96)
+        if kind == 'mask':
+            return MaskRCNN(pyramid, box_score_thresh=0., box_detections_per_img=4, **options).eval()
+        anchors = AnchorGenerator(((16,), (32,), (64,), (128,), (256,)), ((1.,),) * 5)
+        detector = RetinaNet(pyramid, anchor_generator=anchors, score_thresh=0., detections_per_img=4, **options).eval()
+        detector.head.classification_head.cls_logits.weight.data.normal_()  # scores that differ
+        return detector
+
+    @pytest.mark.parametrize('kind', ['mask', 'one-stage'])
+    def test_finds_what_torch_finds(self, kind, tmp_path):
+        import onnxruntime
+        detector, image = self.make(kind), torch.rand(3, 48, 64)
+        path = export_detector(detector, tmp_path / 'detector.onnx', image)
+        assert not detector.training
+        session = onnxruntime.InferenceSession(path)
+        names = [output.name for output in session.get_outputs()]
+        assert set(names) == {'boxes', 'labels', 'scores'} | ({'masks'} if kind == 'mask' else set())
+        other = torch.rand(3, 48, 64)
+        with torch.no_grad():
+            expected, = detector([other])
+        found = dict(zip(names, session.run(names, {'image': other.numpy()}), strict=True))
+        assert found['boxes'].shape == expected['boxes'].shape
+        np.testing.assert_allclose(np.sort(found['scores']), expected['scores'].sort().values, atol=1e-4)
+
+    def test_errors(self, tmp_path, monkeypatch):
+        detector, path = self.make('one-stage'), tmp_path / 'detector.onnx'
+        with pytest.raises(ValueError, match='training mode'):
+            export_detector(detector.train(), path, torch.rand(3, 48, 64))
+        with pytest.raises(ValueError, match=r'got \[1, 3, 48, 64\]'):
+            export_detector(detector.eval(), path, torch.rand(1, 3, 48, 64))
+        detector.score_thresh = 2.
+        with pytest.raises(RuntimeError, match='finds nothing'):
+            export_detector(detector, path, torch.rand(3, 48, 64))
+        detector.score_thresh = 0.
+        image, calls, forward = torch.rand(3, 48, 64), [], detector.forward
+        monkeypatch.setattr(detector, 'forward', lambda images: calls.append(1) or forward(
+            images if len(calls) > 1 else [1 - images[0]]))
+        with pytest.raises(RuntimeError, match='is not kept'):
+            export_detector(detector, path, image)
+        assert not path.exists()
