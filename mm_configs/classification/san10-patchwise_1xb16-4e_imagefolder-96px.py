@@ -1,9 +1,7 @@
 # Your own pictures: a folder for each class under train/ and under val/ of the folder that the variable DATA names.
 # Small pictures and four epochs: 1000 pictures take 6 minutes of one CPU core.
 _base_ = './san10-patchwise_8xb32_in1k.py'
-custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
 
-# From random weights. Expected memory: - (not measured yet)
 data_root = '{{$DATA:data/imagenette}}'
 num_classes = 10
 image_size = 96

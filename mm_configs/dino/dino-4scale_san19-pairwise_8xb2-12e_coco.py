@@ -1,8 +1,3 @@
-_base_ = '../_base_/dino-4scale_san_8xb2-12e_coco.py'
-custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
-
-# Expected memory: - (not measured yet)
-model = dict(
-    backbone=dict(
-        arch='san19_pairwise',
-        init_cfg=dict(type='Pretrained', checkpoint='hf-hub:san-backbones/san19_pairwise.in1k')))
+_base_ = './dino-4scale_san15-patchwise_8xb2-12e_coco.py'
+model = dict(backbone=dict(
+    arch='san19_pairwise', init_cfg=dict(checkpoint='hf-hub:san-backbones/san19_pairwise.in1k')))

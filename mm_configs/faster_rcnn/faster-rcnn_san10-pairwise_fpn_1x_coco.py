@@ -1,13 +1,3 @@
-_base_ = [
-    '../_base_/models/faster-rcnn_san_fpn.py',
-    'mmdet::_base_/datasets/coco_detection.py',
-    '../_base_/schedules/detection_1x.py',
-    '../_base_/detection_runtime.py',
-]
-custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
-
-# Expected memory: - (not measured yet)
-model = dict(
-    backbone=dict(
-        arch='san10_pairwise',
-        init_cfg=dict(type='Pretrained', checkpoint='hf-hub:san-backbones/san10_pairwise.in1k')))
+_base_ = './faster-rcnn_san15-patchwise_fpn_1x_coco.py'
+model = dict(backbone=dict(
+    arch='san10_pairwise', init_cfg=dict(checkpoint='hf-hub:san-backbones/san10_pairwise.in1k')))

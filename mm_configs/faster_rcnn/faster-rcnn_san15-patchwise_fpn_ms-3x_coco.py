@@ -1,13 +1,8 @@
 _base_ = [
-    '../_base_/models/faster-rcnn_san_fpn.py',
+    'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
     '../_base_/datasets/coco_detection_ms.py',
     '../_base_/schedules/detection_3x.py',
-    '../_base_/detection_runtime.py',
+    'mmdet::_base_/default_runtime.py',
+    '../_base_/san_detector.py',
 ]
-custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
-
-# Expected memory: - (not measured yet)
-model = dict(
-    backbone=dict(
-        arch='san15_patchwise',
-        init_cfg=dict(type='Pretrained', checkpoint='hf-hub:san-backbones/san15_patchwise.in1k')))
+model = _base_.pop('detector')

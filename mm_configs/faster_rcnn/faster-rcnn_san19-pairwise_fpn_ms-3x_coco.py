@@ -1,13 +1,3 @@
-_base_ = [
-    '../_base_/models/faster-rcnn_san_fpn.py',
-    '../_base_/datasets/coco_detection_ms.py',
-    '../_base_/schedules/detection_3x.py',
-    '../_base_/detection_runtime.py',
-]
-custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
-
-# Expected memory: - (not measured yet)
-model = dict(
-    backbone=dict(
-        arch='san19_pairwise',
-        init_cfg=dict(type='Pretrained', checkpoint='hf-hub:san-backbones/san19_pairwise.in1k')))
+_base_ = './faster-rcnn_san15-patchwise_fpn_ms-3x_coco.py'
+model = dict(backbone=dict(
+    arch='san19_pairwise', init_cfg=dict(checkpoint='hf-hub:san-backbones/san19_pairwise.in1k')))

@@ -1,19 +1,3 @@
-_base_ = [
-    '../_base_/models/fpn_san.py',
-    'mmseg::_base_/datasets/ade20k.py',
-    '../_base_/schedules/segmentation_40k.py',
-    '../_base_/segmentation_runtime.py',
-]
-custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
-
-# Expected memory: - (not measured yet)
-model = dict(
-    backbone=dict(
-        arch='san10_pairwise',
-        init_cfg=dict(type='Pretrained', checkpoint='hf-hub:san-backbones/san10_pairwise.in1k')),
-    data_preprocessor=dict(size=(512, 512)),
-    decode_head=dict(num_classes=150))
-
-train_dataloader = dict(batch_size=4)  # 8 GPUs x 4
-# as Semantic FPN is trained on backbones of this kind: twice the batch, twice the rate, little decay
-optim_wrapper = dict(optimizer=dict(lr=2e-4, weight_decay=1e-4))
+_base_ = './san15-patchwise_fpn_8xb4-40k_ade20k-512x512.py'
+model = dict(backbone=dict(
+    arch='san10_pairwise', init_cfg=dict(checkpoint='hf-hub:san-backbones/san10_pairwise.in1k')))

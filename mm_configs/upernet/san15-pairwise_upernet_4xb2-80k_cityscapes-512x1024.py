@@ -1,16 +1,3 @@
-_base_ = [
-    '../_base_/models/upernet_san.py',
-    'mmseg::_base_/datasets/cityscapes.py',
-    '../_base_/schedules/segmentation_80k.py',
-    '../_base_/segmentation_runtime.py',
-]
-custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
-
-# Expected memory: - (not measured yet)
-model = dict(
-    backbone=dict(
-        arch='san15_pairwise',
-        init_cfg=dict(type='Pretrained', checkpoint='hf-hub:san-backbones/san15_pairwise.in1k')),
-    data_preprocessor=dict(size=(512, 1024)))
-
-train_dataloader = dict(batch_size=2)  # 4 GPUs x 2
+_base_ = './san15-patchwise_upernet_4xb2-80k_cityscapes-512x1024.py'
+model = dict(backbone=dict(
+    arch='san15_pairwise', init_cfg=dict(checkpoint='hf-hub:san-backbones/san15_pairwise.in1k')))

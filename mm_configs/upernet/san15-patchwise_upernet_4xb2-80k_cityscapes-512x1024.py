@@ -1,16 +1,12 @@
 _base_ = [
-    '../_base_/models/upernet_san.py',
+    'mmseg::_base_/models/upernet_r50.py',
     'mmseg::_base_/datasets/cityscapes.py',
+    'mmseg::_base_/default_runtime.py',
     '../_base_/schedules/segmentation_80k.py',
-    '../_base_/segmentation_runtime.py',
+    '../_base_/san_segmentor.py',
 ]
-custom_imports = dict(imports=['san_backbones.mm'], allow_failed_imports=False)
-
-# Expected memory: - (not measured yet)
+data_preprocessor = dict(test_cfg=dict(size_divisor=32))  # pictures of any size, small ones too, and with --tta
 model = dict(
-    backbone=dict(
-        arch='san15_patchwise',
-        init_cfg=dict(type='Pretrained', checkpoint='hf-hub:san-backbones/san15_patchwise.in1k')),
-    data_preprocessor=dict(size=(512, 1024)))
-
+    _base_.pop('segmentor'),
+    data_preprocessor=dict(data_preprocessor, size=(512, 1024)))
 train_dataloader = dict(batch_size=2)  # 4 GPUs x 2

@@ -5,22 +5,20 @@ from collections.abc import Iterator
 import torch
 import torch.nn as nn
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import autocast
 
 __all__ = ['AutocastOptimWrapper']
 
 
-@OPTIM_WRAPPERS.register_module()
 class AutocastOptimWrapper(OptimWrapper):
     """Runs forward passes under torch.autocast in bfloat16; weights, gradients and steps stay in float32.
 
-    For the CPU, where MMEngine's `AmpOptimWrapper` refuses to run. bfloat16 has the range of float32, so that losses
+    It also runs on the CPU, which MMEngine's `AmpOptimWrapper` refuses. bfloat16 has the range of float32, so losses
     need no scaling.
     """
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """What MMEngine enters for the forward pass of a training step."""
+        """Context that MMEngine enters for the forward pass of a training step."""
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield

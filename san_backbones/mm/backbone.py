@@ -8,12 +8,11 @@ import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS
 from timm.models import adapt_input_conv
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import hub, san
-from ..norms import is_integer
+from ..checks import check_image, is_integer
 from .checkpoints import file_being_loaded, read_state_dict
 
 __all__ = ['SANBackbone']
@@ -26,7 +25,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def _norm_layer(norm_cfg: dict[str, Any] | None):
-    """A norm_cfg as the constructor of norms that SAN calls with a number of channels."""
+    """Converts a norm_cfg to the function that SAN calls with a number of channels."""
     if norm_cfg is None:
         return nn.BatchNorm2d
     if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
@@ -40,7 +39,7 @@ def _norm_layer(norm_cfg: dict[str, Any] | None):
             cfg = dict(norm_cfg, num_groups=max(n for n in range(1, groups + 1) if channels % n == 0))
         try:
             norm = build_norm_layer(cfg, channels)[1]
-            norm.eval()(torch.zeros(1, channels, 2, 2))  # some norms are for other ranks and fail only when called
+            norm.eval()(torch.zeros(1, channels, 2, 2))  # norms for other ranks fail only when called
         except Exception as error:
             raise ValueError(
                 f'norm_cfg {norm_cfg!r} cannot normalise the {channels} channels of one of the layers ({error}); '
@@ -50,7 +49,6 @@ def _norm_layer(norm_cfg: dict[str, Any] | None):
     return make
 
 
-@MODELS.register_module()
 class SANBackbone(BaseModule):
     """SAN (Zhao, Jia, Koltun, CVPR 2020) as a backbone; parameters are named as in the timm model.
 
@@ -58,29 +56,29 @@ class SANBackbone(BaseModule):
         arch: 'san10_pairwise', 'san10_patchwise', ..., 'san19_patchwise'; or a dict of arguments of
             `san_backbones.SAN` (`attention`, `relation`, `depths`, `widths`, `kernel_sizes`, ...).
         in_channels: Channels of the image.
-        out_indices: Stages whose outputs are returned, of 0 to 4 (strides 2, 4, 8, 16, 32; 64, 256, 512, 1024 and
+        out_indices: Stages whose outputs are returned, from 0 to 4 (strides 2, 4, 8, 16, 32; 64, 256, 512, 1024 and
             2048 channels).
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages: no gradients, and norms in
             eval mode.
-        norm_eval: Keep all norms in eval mode while training; their parameters still learn.
-        norm_cfg: Norms of all layers, for instance dict(type='SyncBN', requires_grad=True); None is BN. A layer whose
-            channels `num_groups` of dict(type='GN', num_groups=32) does not divide takes the largest number of groups
-            below it that does. Norms other than batch norms run the attention by its plain definition, whose memory
-            grows with the footprint.
+        norm_eval: Keep all norms in eval mode in training; their parameters still learn.
+        norm_cfg: Norms of all layers, for instance dict(type='SyncBN', requires_grad=True); None is BN. With
+            dict(type='GN', num_groups=32), a layer whose channels are not divisible by `num_groups` uses the largest
+            smaller number that divides them. Norms other than batch norms run the attention by its plain definition,
+            whose memory grows with the footprint.
         with_cp: Recompute blocks in the backward pass to save memory.
         output_stride: 8, 16 or 32: stages beyond it dilate instead of pooling.
-        position_ref_size: Image side in pixels whose coordinate steps are used at every size (pairwise only has an
-            effect). The default 224 is the size that the released models were trained at; None spans [-1, 1] over
-            each image, as the released code does.
-        drop_path_rate: Stochastic depth.
-        relu_bound: Upper bound of the first ReLU of each block; 0 for none. None: what loaded weights were made
-            with (the released ones: no bound), in a new network 6 for the patchwise form and no bound for the
-            pairwise one. A number given here holds whatever is loaded.
-        ceil_mode: Round up where a pooling halves an odd side, so that maps have the sizes of a ResNet's, ceil(side /
-            stride), which PAFPN, FPN_CARAFE and DyHead expect. The released networks round down; at sizes that
-            are multiples of the last stride there is no difference.
+        position_ref_size: Image side in pixels whose coordinate steps are used at every size; no effect on the
+            patchwise form. The default 224 is the training size of the released models; None spans [-1, 1] over each
+            image, as the released code does.
+        drop_path_rate: Stochastic depth rate.
+        relu_bound: Upper bound of the first ReLU of each block; 0 for none. A number given here is kept when weights
+            are loaded. None uses the bound of loaded weights (the released ones have none); a new network gets 6 in
+            the patchwise form and no bound in the pairwise form.
+        ceil_mode: Round up when pooling halves an odd side, so that maps have the sizes of a ResNet's, ceil(side /
+            stride), which PAFPN, FPN_CARAFE and DyHead expect. The released networks round down; for multiples of the
+            last stride there is no difference.
         init_cfg: For instance dict(type='Pretrained', checkpoint='san15_patchwise.pth'). A checkpoint that does not
-            fit is an error; weights for three image channels are adapted to `in_channels` as timm adapts them.
+            fit is an error. Weights for three image channels are adapted to `in_channels` as in timm.
 
     Raises:
         ValueError, TypeError: An argument is out of range; the message says what is allowed.
@@ -132,10 +130,10 @@ class SANBackbone(BaseModule):
         if not isinstance(ceil_mode, bool):
             raise TypeError(f'ceil_mode must be True or False, got {ceil_mode!r}')
         for module in net.modules():
-            if isinstance(module, nn.MaxPool2d):
+            if isinstance(module, (nn.MaxPool2d, san.PatchStem)):
                 module.ceil_mode = ceil_mode
         self.stem: nn.Module = net.stem
-        # a stage without an output would hold unused parameters
+        # later stages are left out: their parameters would be unused
         self.stages: nn.Sequential = net.stages[:out_indices[-1] + 1]
         self._freeze_stages()
 
@@ -153,8 +151,8 @@ class SANBackbone(BaseModule):
         return arch
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Images (N, in_channels, H, W) to one feature map for each of `out_indices`."""
-        san._check_image(x, self.in_channels)
+        """Images (N, in_channels, H, W) to a tuple of feature maps, one for each of `out_indices`."""
+        check_image(x, self.in_channels)
         x = self.stem(x)
         outputs = []
         for i, stage in enumerate(self.stages):
@@ -182,7 +180,7 @@ class SANBackbone(BaseModule):
         return self
 
     def init_weights(self) -> None:
-        """Initialises as `init_cfg` says.
+        """Initialises the weights as `init_cfg` says.
 
         Raises:
             RuntimeError: The checkpoint of a 'Pretrained' init_cfg does not fit this backbone.
@@ -230,7 +228,7 @@ class SANBackbone(BaseModule):
             prefix = 'backbone'  # a detector or segmentor trained with this backbone
         if prefix and any(name.startswith(prefix + '.') for name in state_dict):
             state_dict = {name[len(prefix) + 1:]: t for name, t in state_dict.items() if name.startswith(prefix + '.')}
-        state_dict = self._adapted(self._own(state_dict))
+        state_dict = self._adapt_stem(self._keep_built(state_dict))
         wrong = san.misfits(state_dict, self.state_dict())
         if wrong:
             raise RuntimeError(
@@ -239,39 +237,39 @@ class SANBackbone(BaseModule):
         self.load_state_dict(state_dict)
         MMLogger.get_current_instance().info(f'SANBackbone: loaded {len(state_dict)} tensors from {checkpoint}')
 
-    def _own(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """Without the classifier, and the stages beyond the last output, which are not built."""
+    def _keep_built(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Drops the classifier and the stages after the last output, which are not built."""
         last = len(self.stages)
         beyond = re.compile(r'head\.|stages\.(\d+)\.')
         return {name: tensor for name, tensor in state_dict.items()
                 if not (found := beyond.match(name)) or found[1] and int(found[1]) < last}
 
-    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """With the stem for as many image channels as there are here, if it is one for three, as timm does it."""
+    def _adapt_stem(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Adapts a stem for three image channels to `in_channels`, as timm does."""
         weight = state_dict.get('stem.conv.weight')
         if isinstance(weight, torch.Tensor) and weight.dim() == 4 and weight.shape[1] == 3 != self.in_channels:
             state_dict = {**state_dict, 'stem.conv.weight': adapt_input_conv(self.in_channels, weight)}
             MMLogger.get_current_instance().info(
-                f'SANBackbone: stem.conv is of 3 image channels and was adapted to {self.in_channels}: '
+                f'SANBackbone: stem.conv is for 3 image channels and was adapted to {self.in_channels}: '
                 + ('their sum' if self.in_channels == 1 else f'repeated in turns and scaled by 3 / {self.in_channels}'))
         return state_dict
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        """Does not let mmengine load a checkpoint that fits in part: it would warn, and leave the rest random.
+        """Refuses a checkpoint that fits only in part: mmengine would warn and leave the rest random.
 
         Raises:
             RuntimeError: mmengine loads a file (`load_from`, resuming, testing, inferencers) whose tensors under
-                `prefix` are not those of this backbone.
+                `prefix` do not fit this backbone.
         """
         file = file_being_loaded()
         if file is not None:
             given = {name[len(prefix):]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-            wrong = san.misfits(self._own(given), self.state_dict())
+            wrong = san.misfits(self._keep_built(given), self.state_dict())
             if wrong:
                 where = prefix.rstrip('.')
                 raise RuntimeError(
                     f'checkpoint {file} does not fit the {where} SANBackbone(arch={self.arch!r}): {wrong}. '
-                    'Give the arch that it was made for; weights of a backbone alone belong into its '
-                    "init_cfg=dict(type='Pretrained', checkpoint=...); what is meant to fit in part is loaded by "
+                    'Give the arch that it was made for; load weights of a backbone alone by its '
+                    "init_cfg=dict(type='Pretrained', checkpoint=...), and weights that fit in part by "
                     'model.load_state_dict(..., strict=False).')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,86 +1,38 @@
-"""Checkpoints in the OpenMMLab world: loading mmengine's own, and safetensors from files and the Hugging Face Hub."""
-import importlib
+"""Loads checkpoints for OpenMMLab: mmengine's own, and safetensors from files and the Hugging Face Hub."""
 import inspect
 import os
 import re
 import zipfile
-from functools import partial
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import HistoryBuffer
-from mmengine.runner import checkpoint as _mmengine
 from mmengine.runner.checkpoint import CheckpointLoader
-from torch.hub import load_state_dict_from_url
 
 from .. import hub
 
-__all__ = ['HUB_PREFIX', 'allow_mmengine_checkpoints', 'file_being_loaded', 'read_state_dict',
-           'resume_from_whole']
+__all__ = ['HUB_PREFIX', 'allow_mmengine_checkpoints', 'file_being_loaded', 'read_state_dict', 'resume_from_whole']
 
 HUB_PREFIX = 'hf-hub:'
 
-# what a checkpoint of mmengine's Runner holds besides tensors: message hub buffers, and the NumPy values in them
-_MMENGINE_GLOBALS = (
-    'mmengine.logging.history_buffer.HistoryBuffer',
-    'numpy.ndarray',
-    'numpy.dtype',
-    'numpy._core.multiarray._reconstruct',
-    'numpy._core.multiarray.scalar',
-    'numpy.core.multiarray._reconstruct',
-    'numpy.core.multiarray.scalar',
-    'numpy.dtypes.Float32DType',
-    'numpy.dtypes.Float64DType',
-    'numpy.dtypes.Int32DType',
-    'numpy.dtypes.Int64DType',
-    'numpy.dtypes.UInt32DType',
-    'numpy.dtypes.BoolDType',
-    'builtins.slice',
-    '_codecs.encode',
-)
-
-
-def _history_buffer_method(owner: Any, name: str) -> Any:
-    """Stands for `getattr` in checkpoints: HistoryBuffer pickles its own statistics methods that way, nothing else may.
-
-    Raises:
-        UnpicklingError: The file asks for another attribute.
-    """
-    if owner is not HistoryBuffer or name.startswith('_'):
-        raise UnpicklingError(f'the checkpoint asks for attribute {name!r} of {owner!r}; only the statistics methods '
-                              'of mmengine.logging.HistoryBuffer are allowed')
-    return getattr(owner, name)
-
 
 def allow_mmengine_checkpoints() -> None:
-    """Lets `torch.load(weights_only=True)` read what mmengine's Runner saves.
+    """Lets `torch.load(weights_only=True)` read what mmengine's Runner saves, as `import san_backbones.mm` does.
 
-    torch 2.6 and later refuse classes that are not on an allow-list; resuming, `load_from` and testing from a
-    checkpoint then fail in mmengine 0.10.7. The classes allowed here hold data and run no code of the file's
-    choosing. `weights_only` stays on, and is on where mmengine has it off: for what http:// and https:// name, and in
-    onedl-mmengine, which reads once more without it what torch refuses.
+    The allowed classes hold data and run no code that the file chooses. `weights_only` stays on, and is turned on where
+    mmengine has it off. `effects.pickles` and `effects.checkpoints` make these changes and can undo them.
     """
-    allowed: list[Any] = [(_history_buffer_method, 'builtins.getattr')]
-    for path in _MMENGINE_GLOBALS:
-        module, _, name = path.rpartition('.')
-        try:
-            # under its name in the file: numpy.core and numpy._core are the same functions, pickled under either
-            allowed.append((getattr(importlib.import_module(module), name), path))
-        except (ImportError, AttributeError):  # the other NumPy generation's place
-            continue
-    torch.serialization.add_safe_globals(allowed)
-    _mmengine.load_url = partial(load_state_dict_from_url, weights_only=True)
-    if hasattr(_mmengine, '_safe_torch_load'):
-        _mmengine._safe_torch_load = _load_data
+    from . import effects
+    effects.pickles.install()
+    effects.checkpoints.install()
 
 
-def _load_data(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    """`torch.load` of tensors and plain data, whatever `weights_only` says.
+def load_data(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """`torch.load` that reads only tensors and plain data, for any value of `weights_only`.
 
     Raises:
-        UnpicklingError: The file holds more than that.
+        UnpicklingError: The file holds more than tensors and plain data.
     """
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
@@ -91,25 +43,24 @@ def _load_data(file: Any, map_location: Any = None, weights_only: bool | None = 
         reason = reason.partition('. Please')[0]
         name = file if isinstance(file, str) else 'the checkpoint'
         raise UnpicklingError(
-            f'{name} holds more than tensors and plain data, which may be code that reading it would run, and is not '
-            f'read ({reason}). Where you trust it, save its state dict alone: torch.save(torch.load(FILE, '
+            f'{name} holds more than tensors and plain data. Reading it could run code, so it is not read ({reason}). '
+            'If you trust it, save its state dict alone: torch.save(torch.load(FILE, '
             "weights_only=False)['state_dict'], NEW_FILE)") from error
 
 
-@CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_local(filename: str, map_location: Any = None) -> Any:
     """Reads a file as tensors and plain data, with errors that name the file.
 
     Raises:
-        FileNotFoundError: There is none.
-        RuntimeError: It is damaged.
-        UnpicklingError: It holds more than tensors and plain data.
+        FileNotFoundError: The file does not exist.
+        RuntimeError: The file is damaged.
+        UnpicklingError: The file holds more than tensors and plain data.
     """
     filename = os.path.expanduser(filename)
     if not os.path.isfile(filename):
         raise FileNotFoundError(f'{filename} can not be found.')
     try:
-        return _load_data(filename, map_location)
+        return load_data(filename, map_location)
     except (EOFError, RuntimeError, UnpicklingError) as error:
         if isinstance(error, torch.OutOfMemoryError) or zipfile.is_zipfile(filename):  # the file is whole
             raise
@@ -121,22 +72,22 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
 
 def _is_whole(path: str) -> bool:
-    """Whether the file was written to its end, or is a folder, as checkpoints of DeepSpeed are."""
-    return os.path.isdir(path) or zipfile.is_zipfile(path)  # the list of contents comes last in what torch.save writes
+    """Whether the file is complete, or is a folder, as checkpoints of DeepSpeed are."""
+    return os.path.isdir(path) or zipfile.is_zipfile(path)  # torch.save writes the zip's directory last
 
 
 def resume_from_whole(runner: Any) -> None:
-    """Lets a training that was killed while it saved resume from the last checkpoint that it saved whole.
+    """Lets a training that was killed while it saved resume from the last complete checkpoint.
 
-    mmengine resumes from what the file `last_checkpoint` names. Both files are written in place, so that after a kill
-    the checkpoint may be cut short or the name missing. Then the newest whole one of the training is taken instead,
-    and a warning says so.
+    mmengine resumes from the checkpoint that the file `last_checkpoint` names. It overwrites both files, so after a
+    kill the checkpoint may be truncated or the name missing. Then the newest complete checkpoint of the training is
+    used instead, with a warning.
 
     Args:
         runner: A Runner before it loads.
 
     Raises:
-        RuntimeError: There was one, and none is whole now.
+        RuntimeError: A checkpoint is named, and none is complete.
     """
     if not getattr(runner, '_resume', False) or runner._load_from is not None:
         return
@@ -171,9 +122,8 @@ def resume_from_whole(runner: Any) -> None:
                               'no other checkpoint')
 
 
-@CheckpointLoader.register_scheme(prefixes=HUB_PREFIX)
-def _load_from_hub(filename: str, map_location: Any = None) -> dict[str, torch.Tensor]:
-    """`hf-hub:ORG/NAME[@REVISION]`: model.safetensors of that repository, as `hub.weights` finds it."""
+def load_from_hub(filename: str, map_location: Any = None) -> dict[str, torch.Tensor]:
+    """Loads `hf-hub:ORG/NAME[@REVISION]`: model.safetensors of that repository, as `hub.weights` finds it."""
     return _read_safetensors(hub.weights(filename[len(HUB_PREFIX):]), map_location)
 
 
@@ -187,7 +137,7 @@ def read_state_dict(checkpoint: str, logger: str | None = 'current') -> dict[str
 
     Args:
         checkpoint: Path or URL that mmengine can open, a `.safetensors` path, or `hf-hub:ORG/NAME[@REVISION]`.
-        logger: Where mmengine says what it loads.
+        logger: Where mmengine logs what it loads.
 
     Returns:
         The content of the file, wrapped in `state_dict` or not.
@@ -198,11 +148,11 @@ def read_state_dict(checkpoint: str, logger: str | None = 'current') -> dict[str
 
 
 def file_being_loaded() -> str | None:
-    """The checkpoint that mmengine is loading into a model, None if it is not mmengine that loads.
+    """Returns the checkpoint that mmengine is loading into a model; None if mmengine is not loading.
 
-    mmengine tells neither to the modules that it loads into, and merely warns where they differ from the checkpoint.
-    Its frames know: the way from `load_checkpoint(..., filename, ...)`, or `_init_model(cfg, weights)` of inferencers,
-    to `_load_checkpoint_to_model`. (EMAHook does not come that way: its names may have prefixes still.)
+    mmengine does not pass this to the modules, and only warns if they differ from the checkpoint. So this searches the
+    call stack for `_load_checkpoint_to_model`, below `load_checkpoint(..., filename, ...)` or, in inferencers,
+    `_init_model(cfg, weights)`. EMAHook loads in another way, since its names may still have prefixes.
     """
     frame, loads = inspect.currentframe(), False
     while frame is not None:

@@ -1,6 +1,6 @@
-"""Faults of a dataset, or between dataset and model, as errors that name the file and what does not match.
+"""Checks datasets, and the model against them, with errors that name the file and what does not match.
 
-mmengine, mmdet and mmseg find some of them late or without naming the file, others never: where the categories of a
+mmengine, mmdet and mmseg find some of these faults late or without naming the file, others never: the categories of a
 COCO file are not the classes of the config, the dataset is empty, or labels mean another class.
 """
 import re
@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from mmengine.dataset import Compose
 from mmengine.fileio import get_text
 from mmengine.hooks import Hook
-from mmengine.registry import DATASETS, HOOKS
 
 from .checkpoints import resume_from_whole
 
-__all__ = ['CheckSetupHook', 'NamedPipeline', 'name_files_of_datasets']
+__all__ = ['CheckSetupHook', 'NamedPipeline', 'naming_files']
 
 
-def _some(names: list[Any]) -> str:
+def _list(names: list[Any]) -> str:
     return ', '.join(map(repr, names[:10])) + (f', ... ({len(names)})' if len(names) > 10 else '')
 
 
@@ -29,19 +28,19 @@ def _classes(dataset: Any) -> list[str] | None:
 
 
 def _heads(model: Any) -> list[tuple[str, Any]]:
-    """The heads of a model that tell the dataset's classes apart, by name: not those for proposals or boundaries."""
+    """Returns the heads of a model that classify the dataset's classes, without those for proposals or boundaries."""
     name_of_a_head = re.compile(r'.*(?<!rpn_)(?<!semantic_)head(\.\d+)?')
     return [(name, module) for name, module in model.named_modules()
             if name_of_a_head.fullmatch(name) and not hasattr(module, 'boundary_threshold')]
 
 
 def _source(dataset: Any) -> str:
-    """The annotation file of a dataset, or its folders."""
+    """Returns the annotation file of a dataset, or its folders."""
     return str(getattr(dataset, 'ann_file', '') or ', '.join(map(str, getattr(dataset, 'data_prefix', {}).values())))
 
 
 def _category_fault(dataset: Any) -> str | None:
-    """What is wrong between classes and file, if it is a COCO file: mmdet numbers classes in the order of the file."""
+    """Describes a mismatch between the classes and a COCO file, whose order numbers the classes in mmdet; or None."""
     classes, loader = _classes(dataset), getattr(type(dataset), 'load_data_list', None)
     if classes is None or getattr(loader, '__module__', None) != 'mmdet.datasets.coco':
         return None
@@ -49,25 +48,25 @@ def _category_fault(dataset: Any) -> str | None:
     starts = re.finditer(r'"categories"\s*:\s*(?=\[)', text)
     found = (JSONDecoder().raw_decode(text, start.end())[0] for start in starts)
     categories = next((value for value in found if all(isinstance(category, dict) for category in value)), None)
-    if categories is None:  # a file of another kind, which the dataset knows to read
+    if categories is None:  # another format, which the dataset can read
         return None
     names, ids = [category['name'] for category in categories], {category['id'] for category in categories}
     if [name for name in names if name in classes] != classes:
         absent = [name for name in classes if name not in names]
         return (f'{dataset.ann_file} does not match the classes of {type(dataset).__name__}: '
-                + (f'it has no category {_some(absent)}' if absent else 'its categories are in another order')
-                + f'. Its categories are {_some(names)}, the classes {_some(classes)}. Give the dataset '
+                + (f'it has no category {_list(absent)}' if absent else 'its categories are in another order')
+                + f'. Its categories are {_list(names)}, the classes {_list(classes)}. Give the dataset '
                 "metainfo=dict(classes=...) with names of the file's categories, in the file's order")
     unknown = sorted(set(getattr(dataset, 'cat_img_map', {})) - ids)
-    return (f'{dataset.ann_file} has annotations of category_id {_some(unknown)}; its categories have the ids '
-            f'{_some(sorted(ids))}') if unknown else None
+    return (f'{dataset.ann_file} has annotations of category_id {_list(unknown)}; its categories have the ids '
+            f'{_list(sorted(ids))}') if unknown else None
 
 
-def _explained(error: Exception, build_lazily: Callable) -> Exception:
-    """An error that names what the dataset, which `error` kept from being built, read; `error` itself if it does."""
+def _explain(error: Exception, build_lazily: Callable) -> Exception:
+    """Returns an error that names the file of a dataset that could not be built; `error` itself if it names it."""
     try:
         dataset = build_lazily()
-    except Exception:  # it is not for what it reads; or an inner dataset's error, explained already
+    except Exception:  # the error is not about the file, or comes from an inner dataset and is explained already
         return error
     try:
         fault = _category_fault(dataset)
@@ -81,35 +80,36 @@ def _explained(error: Exception, build_lazily: Callable) -> Exception:
         f'{type(dataset).__name__} cannot be read from {source}: {empty}{type(error).__name__}: {error}')
 
 
-def name_files_of_datasets() -> None:
-    """Lets the error of a dataset that cannot be built name its annotation file. Calling it again changes nothing."""
-    def naming(build):
-        def build_dataset(cfg, *args, **kwargs):
-            try:
-                return build(cfg, *args, **kwargs)
-            except Exception as error:
-                explained = _explained(error, lambda: build({**cfg, 'lazy_init': True}, *args, **kwargs))
-                if explained is error:
-                    raise
-                raise explained from error
-        build_dataset.names_files = True  # type: ignore[attr-defined]
-        return build_dataset
+def naming_files(build: Callable) -> Callable:
+    """Wraps the `build_func` of a registry of datasets, so that its errors name the annotation file.
 
-    for registry in (DATASETS, *DATASETS.children.values()):
-        if not hasattr(registry.build_func, 'names_files'):
-            registry.build_func = naming(registry.build_func)
+    The attribute `original` of the result is `build`. A function that is wrapped already is returned unchanged.
+    """
+    if hasattr(build, 'original'):
+        return build
+
+    def build_dataset(cfg, *args, **kwargs):
+        try:
+            return build(cfg, *args, **kwargs)
+        except Exception as error:
+            explained = _explain(error, lambda: build({**cfg, 'lazy_init': True}, *args, **kwargs))
+            if explained is error:
+                raise
+            raise explained from error
+    build_dataset.original = build  # type: ignore[attr-defined]
+    return build_dataset
 
 
 class NamedPipeline(Compose):
-    """The pipeline of a dataset, whose errors name the files of the sample.
+    """Runs the pipeline of a dataset, with errors that name the files of the sample.
 
     Args:
-        dataset: A dataset of mmengine's kind.
+        dataset: A dataset of mmengine's interface.
         ignored: Labels that the model ignores, besides the dataset's `ignore_index`.
 
     Raises:
-        RuntimeError: A transform failed; no polygon of a mask has three points; a label in a mask of mmseg's datasets
-            is beyond the classes and not one to ignore.
+        RuntimeError: A transform failed, a mask has no polygon with three points, or a label in a mask of mmseg's
+            datasets is neither a class nor ignored.
     """
 
     def __init__(self, dataset: Any, ignored: Sequence[int] = ()):
@@ -120,12 +120,16 @@ class NamedPipeline(Compose):
         self.ignored: list[int] = sorted({getattr(dataset, 'ignore_index', 255), *ignored})
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any] | None:
-        """Samples as `Compose` has them."""
+        """Transforms a sample as `Compose` does."""
         files = [str(data[key]) for key in ('img_path', 'seg_map_path') if data.get(key)]
         try:
             for instance in data.get('instances', ()) if self.with_mask else ():
-                polygons = instance.get('mask')
-                # mmdet leaves out the others, and the whole instance if none remains
+                if 'mask' not in instance:
+                    raise ValueError('an object has a box and no segmentation, but the pipeline loads masks: from '
+                                     'boxes a detector without a mask head learns (mm_configs/faster_rcnn), with '
+                                     "dict(type='LoadAnnotations', with_bbox=True)")
+                polygons = instance['mask']
+                # mmdet drops other polygons, and the whole instance if none remains
                 usable = [polygon for polygon in polygons if isinstance(polygon, list) and len(polygon) >= 6
                           and len(polygon) % 2 == 0] if isinstance(polygons, list) else [polygons]
                 if not usable:
@@ -138,8 +142,8 @@ class NamedPipeline(Compose):
                 beyond = [label for label in labels if label not in self.ignored]
                 if beyond:
                     raise ValueError(
-                        f'labels {_some(beyond)} are beyond the {len(self.classes)} classes {_some(self.classes)}; '
-                        f'labels to ignore are {_some(self.ignored)}. Mend the file, or set ignore_index of the '
+                        f'labels {_list(beyond)} are beyond the {len(self.classes)} classes {_list(self.classes)}; '
+                        f'labels to ignore are {_list(self.ignored)}. Correct the file, or set ignore_index of the '
                         'dataset and of the heads')
             return results
         except Exception as error:
@@ -147,48 +151,47 @@ class NamedPipeline(Compose):
             raise RuntimeError(f'sample {" of ".join(files)}: {type(error).__name__}: {error}') from error
 
 
-@HOOKS.register_module()
 class CheckSetupHook(Hook):
     """Checks each dataset of a runner, and the model against it, before the first step, and names files in errors.
 
-    Where a training resumes, checkpoints that an interruption cut short are passed over (`resume_from_whole`).
+    A training that resumes skips truncated checkpoints (`resume_from_whole`).
 
     Args:
-        check_heads: Compare `num_classes` of the heads with the classes. To switch off for heads that mean other
-            classes than the data's, as class-agnostic ones do.
+        check_heads: Compare `num_classes` of the heads with the classes. Turn it off for heads with other classes than
+            the data's, such as class-agnostic ones.
 
     Raises:
-        ValueError: A dataset is empty; its classes are not among the categories of its COCO file, in the file's order;
-            or a head has another number of classes.
+        ValueError: A dataset is empty; its classes are not categories of its COCO file, in the file's order; or a head
+            has another number of classes.
     """
 
     def __init__(self, check_heads: bool = True):
         self.check_heads = check_heads
 
     def before_run(self, runner: Any) -> None:
-        """Looks at the datasets of those loops that this run has built, and at the checkpoint that it resumes from."""
+        """Checks the datasets of the loops that this run has built, and the checkpoint that it resumes from."""
         resume_from_whole(runner)
         heads = _heads(runner.model)
         ignored = [head.ignore_index for _, head in heads if isinstance(getattr(head, 'ignore_index', None), int)]
         for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
             loader: Any = getattr(loop, 'dataloader', None)
-            for dataset in self._leaves(getattr(loader, 'dataset', None)):
+            for dataset in self._flatten(getattr(loader, 'dataset', None)):
                 fault = _category_fault(dataset) or self._fault(dataset, heads)
                 if fault:
                     raise ValueError(fault)
                 if type(getattr(dataset, 'pipeline', None)) is Compose:
                     dataset.pipeline = NamedPipeline(dataset, ignored)
             if hasattr(loop, 'dataloader_iterator') and loader.num_workers:
-                # a loop by iterations has started its workers, with the pipelines as they were
+                # an iteration-based loop has already started workers with the old pipelines
                 loader._iterator = None
                 loop.dataloader_iterator = type(loop.dataloader_iterator)(loader)
 
-    def _leaves(self, dataset: Any) -> Iterator[Any]:
-        """The datasets in wrappers such as ConcatDataset and RepeatDataset, or the dataset itself."""
+    def _flatten(self, dataset: Any) -> Iterator[Any]:
+        """Yields the datasets inside wrappers such as ConcatDataset and RepeatDataset, or the dataset itself."""
         inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
         if inner[0] is not None:
             for part in inner:
-                yield from self._leaves(part)
+                yield from self._flatten(part)
         elif dataset is not None:
             yield dataset
 
@@ -204,7 +207,7 @@ class CheckSetupHook(Hook):
             count = getattr(head, 'num_classes', None)
             if isinstance(count, int) and count not in allowed:
                 return (f'{head_name} of the model has num_classes={count}, but {name} has {len(classes)} classes '
-                        f'{_some(classes)}. Set num_classes of every head to {len(classes)}, or the '
-                        'metainfo=dict(classes=...) of the dataset; or, if the head is to have others, '
+                        f'{_list(classes)}. Set num_classes of every head to {len(classes)}, or the '
+                        'metainfo=dict(classes=...) of the dataset; or, if the head is meant to differ, '
                         "dict(type='CheckSetupHook', check_heads=False)")
         return None

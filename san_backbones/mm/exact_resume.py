@@ -1,4 +1,4 @@
-"""Resuming so that training goes on as if it had never stopped."""
+"""Resumes a training as if it had never stopped."""
 from functools import partial
 from typing import Any
 from collections.abc import Callable, Iterator
@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.registry import HOOKS
 from mmengine.runner import set_random_seed
 
 from .checkpoints import resume_from_whole
@@ -26,9 +25,9 @@ def _reseed(seed: int, step: int) -> None:
 
 
 def _seed_worker(worker_id: int, other_duties: Callable[[int], None] | None) -> None:
-    """Seeds a loader's worker anew in each pass over the data; MMEngine's worker_init_fn repeats the same numbers.
+    """Seeds a loader's worker differently in each pass over the data; MMEngine's worker_init_fn repeats one seed.
 
-    torch draws a seed from the main process's generator, which `_reseed` has set, whenever it starts workers.
+    Whenever torch starts workers, it draws their seed from the main process's generator, which `_reseed` has set.
     """
     seed = torch.initial_seed()
     if other_duties is not None:
@@ -37,7 +36,7 @@ def _seed_worker(worker_id: int, other_duties: Callable[[int], None] | None) -> 
 
 
 class _Reseeding:
-    """An iterator that seeds before each of its items, by the item's number."""
+    """An iterator that reseeds before each item, by the item's number."""
 
     def __init__(self, iterator: Iterator, seed: int):
         self._iterator, self._seed, self._step = iterator, seed, 0
@@ -51,42 +50,41 @@ class _Reseeding:
         return next(self._iterator)
 
     def skip_iter(self, num_iters: int) -> None:
-        """Draws what a resumed loop has seen; onedl-mmengine would pass over it, and workers augment otherwise."""
+        """Draws the items that a resumed loop has seen; onedl-mmengine skips them, and workers augment differently."""
         for _ in range(num_iters):
             next(self)
 
 
-@HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """Makes losses after a resume those of a run that was not interrupted, bit for bit where operators are so.
+    """Makes losses after a resume equal to those of an uninterrupted run, bit for bit with deterministic operators.
 
-    MMEngine restores weights, optimizer and schedules, and finds its place in the data, but random augmentation,
-    dropout and stochastic depth start anew from the seed. With this hook in both runs, randomness is a function of
-    seed, rank and epoch (of the iteration, in a loop by iterations), so that a checkpoint need not carry any state.
+    MMEngine restores weights, optimizer, schedules and the position in the data, but random augmentation, dropout and
+    stochastic depth restart from the seed. With this hook in both runs, randomness is a function of seed, rank and
+    epoch (or iteration, in an iteration-based loop), so that checkpoints need no random state.
 
         randomness = dict(seed=0)
         custom_hooks = [dict(type='ExactResumeHook')]
 
-    Holds for loops by iterations, and for loops by epochs that resume from the end of an epoch. Loops by epochs that
-    augment in worker processes need `persistent_workers=False`; a warning says so. MMEngine saves no gradients: where
-    they accumulate, a checkpoint must fall on a multiple of `accumulative_counts` iterations.
+    It works for iteration-based loops, and for epoch-based loops that resume at the end of an epoch. Epoch-based loops
+    that augment in worker processes need `persistent_workers=False`; otherwise a warning is logged. MMEngine saves no
+    gradients: if they accumulate, save at multiples of `accumulative_counts` iterations.
 
-    A training that was killed while it saved resumes from the last checkpoint that is whole; with
-    `max_keep_ckpts=1` there may be none, since MMEngine removes the one before first, and a warning says so.
+    A training that was killed while it saved resumes from the last complete checkpoint. With `max_keep_ckpts=1` there
+    may be none, since MMEngine removes the previous one first; a warning is logged.
 
     Raises:
         ValueError: `randomness` names no seed; without one the order of the data differs from run to run.
     """
 
     def before_run(self, runner: Any) -> None:
-        """Passes over checkpoints that an interruption cut short."""
+        """Skips checkpoints that an interruption truncated."""
         resume_from_whole(runner)
         if any(isinstance(hook, CheckpointHook) and hook.max_keep_ckpts == 1 for hook in runner.hooks):
             runner.logger.warning('ExactResumeHook: with max_keep_ckpts=1 the only checkpoint is removed before the '
                                   'next is saved, and a training that is killed meanwhile has none; keep 2 or more')
 
     def before_train(self, runner: Any) -> None:
-        """Checks that data come in an order that can be repeated, and has each pass over them augment differently."""
+        """Checks that the order of the data can be repeated, and makes each pass augment differently."""
         seed = runner._randomness_cfg.get('seed')
         if seed is None:
             raise ValueError(f'ExactResumeHook needs a seed, for instance randomness=dict(seed=0), got '
@@ -95,15 +93,15 @@ class ExactResumeHook(Hook):
         if not hasattr(runner.train_loop, 'dataloader_iterator') and loader.num_workers and loader.persistent_workers:
             runner.logger.warning('ExactResumeHook: workers that persist over epochs augment differently after a '
                                   'resume; set persistent_workers=False in train_dataloader')
-        # in a loop by iterations the first workers run already, and live until the data are used up: with an
-        # InfiniteSampler never; after a resume they augment again what is skipped
+        # in an iteration-based loop the first workers run already, until the data are used up (with an InfiniteSampler
+        # never); after a resume they augment the skipped items again
         loader.worker_init_fn = partial(_seed_worker, other_duties=loader.worker_init_fn)
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Seeds this epoch; in a loop by iterations, which comes here once, each iteration to come."""
+        """Seeds this epoch; in an iteration-based loop, which calls this once, each coming iteration."""
         loop = runner.train_loop
         if hasattr(loop, 'dataloader_iterator'):
-            # after a resume the loop draws what was already seen first, and so counts up to its iteration
+            # after a resume the loop first draws what was already seen, so the count reaches its iteration
             loop.dataloader_iterator = _Reseeding(loop.dataloader_iterator, runner.seed)
         else:
             _reseed(runner.seed, runner.epoch)

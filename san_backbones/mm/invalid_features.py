@@ -1,9 +1,8 @@
-"""A hook that says where values leave the finite range, when an evaluation is not finite."""
+"""A hook that finds where values stop being finite in an evaluation."""
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
 
 from ..diagnosis import diagnose
 from .backbone import SANBackbone
@@ -11,13 +10,12 @@ from .backbone import SANBackbone
 __all__ = ['CheckInvalidFeaturesHook']
 
 
-@HOOKS.register_module()
 class CheckInvalidFeaturesHook(Hook):
-    """Looks at the feature maps of every SANBackbone while the model is validated or tested.
+    """Checks the feature maps of every SANBackbone in validation and testing.
 
-    Where a value is NaN or infinite, the log names the first layer that left the range and what to do
-    (`san_backbones.diagnose`), once an evaluation. MMEngine's `CheckInvalidLossHook` does so for the loss of training,
-    which batch statistics keep finite where evaluation is not.
+    If a value is NaN or infinite, the log names the first layer that left the range and says what to do
+    (`san_backbones.diagnose`), once per evaluation. MMEngine's `CheckInvalidLossHook` checks the training loss, which
+    batch statistics can keep finite when the evaluation is not.
 
     Args:
         stop: End the run with a RuntimeError instead of a line in the log.
@@ -33,8 +31,8 @@ class CheckInvalidFeaturesHook(Hook):
 
     def _watch(self, backbone: SANBackbone, args: tuple[torch.Tensor, ...], maps: tuple[torch.Tensor, ...]) -> None:
         if self._looking and not all(bool(x.isfinite().all()) for x in maps):
-            self._looking = False  # once; and diagnose calls the backbone again
-            # here, where weights and precision are those of the evaluation
+            self._looking = False  # once only; also, diagnose calls the backbone again
+            # now, since weights and precision are those of the evaluation
             self._message = f'SANBackbone gave values that are not finite. {diagnose(backbone, args[0])}'
 
     def _before(self, runner: Any) -> None:
@@ -54,12 +52,12 @@ class CheckInvalidFeaturesHook(Hook):
         if message is not None and self.stop:
             raise RuntimeError(message)
         if message is not None:
-            runner.logger.error(message)  # what processes after the first show as well
+            runner.logger.error(message)  # error: the level that processes after the first show too
 
     before_val_epoch = before_test_epoch = _before
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Says what was found."""
+        """Logs what was found."""
         self._report(runner)
 
     after_test_epoch = after_val_epoch

@@ -1,9 +1,8 @@
-"""Layer-wise learning rates: the nearer a block is to the image, the less it moves."""
+"""Layer-wise learning rates: smaller for layers closer to the image."""
 
 import torch.nn as nn
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from timm.models._manipulate import group_with_matcher
 
 from .. import san
@@ -14,13 +13,12 @@ __all__ = ['SANLayerDecayOptimWrapperConstructor']
 DECAY_TYPES = ('block', 'stage')
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Gives layer i of n of a SANBackbone the learning rate lr * decay_rate ** (n - i); other parts have the full one.
+    """Gives layer i of n of a SANBackbone the learning rate lr * decay_rate ** (n - i); other parts have lr.
 
-    Layer 0 is the stem. The others are the blocks, counted through all stages; the transition of a stage goes with its
-    first block and the stage's norm with its last, as `SAN.group_matcher` says. With decay_type 'stage' they are the
-    stages. So the last layer has lr * decay_rate, and necks and heads have lr.
+    Layer 0 is the stem. The other layers are the blocks, counted through all stages, or with decay_type 'stage' the
+    stages. The convolution of a stage belongs to its first block and the norm to its last, as in `SAN.group_matcher`.
+    So the last layer has lr * decay_rate, and necks and heads have lr.
 
         optim_wrapper = dict(
             constructor='SANLayerDecayOptimWrapperConstructor',
@@ -29,13 +27,13 @@ class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Args:
         optim_wrapper_cfg: As for `DefaultOptimWrapperConstructor`; its optimizer must name an `lr`.
-        paramwise_cfg: `decay_rate`, in (0, 1]; `decay_type`, 'block' (the default) or 'stage'; `backbone_lr_mult`, a
-            factor for all of the backbone (1 unless given; in `custom_keys` it would keep norms from being exempt from
-            weight decay); and all options of `DefaultOptimWrapperConstructor`, whose factors (`bias_lr_mult`, `lr_mult`
-            of `custom_keys`) multiply with the decay.
+        paramwise_cfg: `decay_rate`, in (0, 1]; `decay_type`, 'block' (default) or 'stage'; `backbone_lr_mult`, a factor
+            for the whole backbone (default 1; a factor in `custom_keys` instead would give norms weight decay); and all
+            options of `DefaultOptimWrapperConstructor`, whose factors (`bias_lr_mult`, `lr_mult` of `custom_keys`)
+            multiply with the decay.
 
     Raises:
-        ValueError: An option is out of range, no lr is given, or the model holds no SANBackbone.
+        ValueError: An option is out of range, no lr is given, or the model has no SANBackbone.
     """
 
     def _validate_cfg(self) -> None:
@@ -59,9 +57,9 @@ class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             prefix: str = '',
             is_dcn_module: int | float | None = None,
     ) -> None:
-        """Adds a group for every parameter that learns, as the parent class does, and scales its learning rate."""
+        """Adds a group for every trainable parameter, as the parent class does, and scales its learning rate."""
         super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
-        if prefix:  # the parent class comes here again for each child
+        if prefix:  # the parent class calls this again for each child
             return
         scales = self._scales(module)
         for group in params:
@@ -69,7 +67,7 @@ class SANLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             group['lr'] *= scales.get(id(group['params'][0]), 1.)
 
     def _scales(self, model: nn.Module) -> dict[int, float]:
-        """Factor of the learning rate for each parameter, by its id, of all SANBackbones in the model."""
+        """Returns the learning rate factor for each parameter, by its id, of all SANBackbones in the model."""
         rate, by_stage = self.paramwise_cfg['decay_rate'], self.paramwise_cfg.get('decay_type', 'block') == 'stage'
         factor = self.paramwise_cfg.get('backbone_lr_mult', 1.)
         scales: dict[int, float] = {}

@@ -1,21 +1,21 @@
-"""What `mim train san-backbones CONFIG` and `mim test san-backbones CONFIG --checkpoint FILE` run.
+"""Script of `mim train san-backbones CONFIG` and `mim test san-backbones CONFIG --checkpoint FILE`.
 
 The wheel holds this file as `.mim/tools/train.py` and `.mim/tools/test.py`, where mim looks. Each runs the script of
-its name that belongs to the framework of the config (its `default_scope`), with mmcv's operators in place beforehand:
-the tools/test.py of MMDetection imports them before it reads a config, so `mim test mmdet` needs compiled ones.
+the same name from the framework of the config (its `default_scope`), but imports mmcv's operators first: MMDetection's
+tools/test.py imports them before it reads a config, so `mim test mmdet` needs compiled ones.
 """
 import importlib.util
 import os
 import sys
 
-import san_backbones.mm  # noqa: F401  on top, as spawned workers import this file again
+import san_backbones.mm  # noqa: F401  at the top, since spawned workers import this file again
 
 
 def find_tool(name: str, config: str) -> str:
-    """The path of the script `name` ('train.py', 'test.py') of the framework that the config file is for.
+    """Returns the path of the script `name` ('train.py', 'test.py') of the framework of a config file.
 
     Raises:
-        ValueError: The config names no `default_scope`, or one whose package is missing or has no such script.
+        ValueError: The config names no `default_scope`, or its package is missing or has no such script.
     """
     from mmengine.config import Config
     scope = Config.fromfile(config).get('default_scope')

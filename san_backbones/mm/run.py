@@ -1,11 +1,11 @@
 """Runs a script that imports mmdet or mmseg before it reads a config: `python -m san_backbones.mm.run SCRIPT [ARGS]`.
 
-`custom_imports` in a config comes too late for MMDetection's tools/test.py and its like, and for data loader workers
-that are spawned: they import `mmcv.ops` first. Started this way, `san_backbones.mm` is there before them. Otherwise it
-is `san_backbones.run`: it takes a module too, as `-m MODULE`.
+`custom_imports` in a config is too late for scripts such as MMDetection's tools/test.py and for spawned data loader
+workers: they import `mmcv.ops` first. This imports `san_backbones.mm` before them. In all else it works like
+`san_backbones.run`, and also runs a module, `-m MODULE`.
 
-Under torchrun (`torchrun --nproc-per-node=2 -m san_backbones.mm.run SCRIPT ... --launcher pytorch`) it also makes the
-process group where there is no GPU, over gloo: MMEngine would ask for one.
+Under torchrun (`torchrun --nproc-per-node=2 -m san_backbones.mm.run SCRIPT ... --launcher pytorch`) without a GPU it
+also makes the process group, over gloo: MMEngine would require a GPU.
 """
 import torch.distributed as dist
 

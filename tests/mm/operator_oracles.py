@@ -1,4 +1,4 @@
-"""What the operators mean: NumPy loops, written from the definitions in the papers and in mmcv's documentation.
+"""Definitions of the operators as NumPy loops, written from the papers and mmcv's documentation.
 
 All take and return float64 arrays. Slow on purpose.
 """

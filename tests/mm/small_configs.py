@@ -1,15 +1,15 @@
 """Small versions of the configs in mm_configs, on a handful of made-up pictures: a step takes some milliseconds."""
 import copy
 import functools
-import pathlib
 
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from tiny_data import ARCH, CLASSES, WIDTHS, coco, masks, picture  # noqa: F401
 
 import san_backbones.mm  # noqa: F401
+from tests import ROOT
+from tests.mm.tiny_data import ARCH, CLASSES, WIDTHS, coco, masks, picture  # noqa: F401
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'mm_configs'
+CONFIGS = ROOT / 'mm_configs'
 
 
 @functools.lru_cache

@@ -17,7 +17,8 @@ from mmengine.runner import Runner
 import san_backbones.mm
 from mmdet.structures import DetDataSample
 from mmseg.structures import SegDataSample
-from small_configs import ARCH, WIDTHS, detection, masks, segmentation
+
+from tests.mm.small_configs import ARCH, WIDTHS, detection, masks, segmentation
 
 SIZES = [(1, 1), (13, 20), (33, 31), (64, 64), (70, 201), (40, 600)]  # (height, width)
 ATTENTION = pytest.mark.parametrize('attention', ['patchwise', 'pairwise'])

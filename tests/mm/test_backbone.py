@@ -108,7 +108,7 @@ def test_norm_cfg():
 
 @pytest.mark.parametrize('attention', ['pairwise', 'patchwise'])
 def test_group_norm(attention):
-    """As many groups as asked for where they divide the channels, else as many as do."""
+    """The requested number of groups if it divides the channels, else the largest smaller one that does."""
     pytest.importorskip('mmcv')
     widths = (96, 32, 64, 64, 160)
     backbone = small(arch=dict(SMALL, attention=attention, widths=widths), norm_cfg=dict(type='GN', num_groups=32))

@@ -23,9 +23,11 @@ import mmpretrain  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope, init_default_scope  # noqa: E402
 from mmpretrain.structures import DataSample  # noqa: E402
-from tiny_data import ARCH  # noqa: E402
 
-FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'mm_configs/classification'
+from tests import ROOT  # noqa: E402
+from tests.mm.tiny_data import ARCH  # noqa: E402
+
+FOLDER = ROOT / 'mm_configs/classification'
 CONFIGS = sorted(FOLDER.glob('*.py'))
 
 
@@ -40,8 +42,6 @@ def scope():
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_builds_trains_and_predicts(path, scope):
     config = Config.fromfile(path)
-    text = path.read_text()
-    assert 'custom_imports = ' in text and '# From random weights. Expected memory: ' in text
     assert config.model.backbone.init_cfg is None
     assert config.custom_imports['imports'] == ['san_backbones.mm'] and config.default_scope == 'mmpretrain'
     assert config.custom_hooks == [dict(type='CheckSetupHook'), dict(type='CheckInvalidFeaturesHook')]

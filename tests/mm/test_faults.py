@@ -17,7 +17,7 @@ from mmengine.registry import DATASETS, HOOKS, MODELS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 
 import san_backbones.mm  # noqa: F401
-from small_configs import CLASSES, backbone, coco, detection, masks, segmentation
+from tests.mm.small_configs import CLASSES, backbone, coco, detection, masks, segmentation
 
 NO_MODEL = torch.nn.Module()
 
@@ -130,6 +130,10 @@ def test_polygons_that_mmdet_leaves_out_pass(folder):
     change(folder, lambda content: content['annotations'][1].update(segmentation=[[1, 2, 3]]))
     boxes = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True), dict(type='PackDetInputs')]
     read(dataset(folder, pipeline=boxes))
+    change(folder, lambda content: content['annotations'][1].pop('segmentation'))
+    read(dataset(folder, pipeline=boxes))
+    with pytest.raises(RuntimeError, match=r'coco.json: .*a box and no segmentation.*mm_configs/faster_rcnn'):
+        read(dataset(folder))
 
 
 def test_a_broken_mask_is_named_by_workers_of_a_loop_by_iterations(folder):

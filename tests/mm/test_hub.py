@@ -10,7 +10,7 @@ import timm
 from safetensors.torch import save
 
 import san_backbones  # noqa: F401
-from hub_server import HubServer
+from tests.hub_server import HubServer
 
 SMALL = dict(attention='patchwise', depths=(1, 1, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16)
 CODE = '''

@@ -19,8 +19,9 @@ import san_backbones.mm
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 from mmseg.structures import SegDataSample
-import operator_oracles as oracles
-from small_configs import CLASSES, coco, detection, masks, picture, segmentation
+
+from tests.mm import operator_oracles as oracles
+from tests.mm.small_configs import CLASSES, coco, detection, masks, picture, segmentation
 
 
 def save(cfg, path):

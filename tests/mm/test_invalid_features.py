@@ -6,7 +6,8 @@ pytest.importorskip('mmseg', reason='needs the mm extra')
 
 import torch
 from mmengine.runner import Runner
-from tiny_training import detection, make_pictures, plain_configs, segmentation  # noqa: F401
+
+from tests.mm.tiny_training import detection, make_pictures, plain_configs, segmentation  # noqa: F401
 
 
 @pytest.fixture(scope='module')

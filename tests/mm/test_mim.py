@@ -19,9 +19,10 @@ pytest.importorskip('mmengine', reason='needs the mm extra')
 import cv2
 import numpy as np
 import yaml
-from tiny_data import ARCH, CLASSES, WIDTHS, coco
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests import ROOT
+from tests.mm.tiny_data import ARCH, CLASSES, WIDTHS, coco
+
 CONFIG = 'mask-rcnn_san15-patchwise_fpn_1x_coco'
 needs_mim = pytest.mark.skipif(importlib.util.find_spec('mim') is None, reason='needs openmim: make test-mim')
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip('mmcv')
 
 import san_backbones.mm  # noqa: F401, before mmcv.ops
-from record_mmcv_cases import RECORD, outcome
+from tools.record_mmcv_cases import RECORD, outcome
 
 with np.load(RECORD) as record:
     ABOUT = json.loads(str(record['about']))

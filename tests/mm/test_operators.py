@@ -1,9 +1,10 @@
 """The operators behind `mmcv.ops`: where they come from, and that each is what its definition says."""
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,21 +13,21 @@ import torch.nn.functional as F
 
 pytest.importorskip('mmcv')
 
-from san_backbones.mm.operators import StandInFinder, install_operators, operators_in_use
+from san_backbones.mm import mmcv_ops
 
-install_operators()
-if operators_in_use() != 'torchvision':
+if mmcv_ops.operators_in_use() != 'torchvision':
     pytest.skip('mmcv brings its compiled operators', allow_module_level=True)
 
-import mmcv.ops as ops  # noqa: E402
+import mmcv.ops as ops
 
-import operator_oracles as oracles  # noqa: E402
-from mmcv.ops.multi_scale_deform_attn import (  # noqa: E402
+from mmcv.ops.multi_scale_deform_attn import (
     MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch)
-from mmcv.ops.sync_bn import SyncBatchNormFunction  # noqa: E402
+from mmcv.ops.sync_bn import SyncBatchNormFunction
 
-ROOT = Path(__file__).parents[2]
-OPERATORS = ROOT / 'san_backbones/mm/operators.py'
+from tests import ROOT, environment
+from tests.mm import operator_oracles as oracles
+
+OPERATORS = ROOT / 'san_backbones/mm/mmcv_ops'
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +63,9 @@ def assert_close(actual, expected, tolerance=1e-9):
 
 
 def run(code, *path):
-    """Runs code in a fresh interpreter and returns what it printed."""
-    code = f'import sys\nsys.path[:0] = {[str(ROOT), *map(str, path)]!r}\n' + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    """Runs code in a fresh interpreter, which finds modules in these folders, and returns what it printed."""
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True,
+                          env=environment(PYTHONPATH=os.pathsep.join(map(str, path))))
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -72,64 +73,74 @@ def run(code, *path):
 # Where the operators come from
 
 
-def test_importing_everything_in_a_fresh_process():
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    """A folder with a copy of `mmcv_ops`, which needs nothing else of this package."""
+    folder = tmp_path_factory.mktemp('alone')
+    shutil.copytree(OPERATORS, folder / 'mmcv_ops', ignore=shutil.ignore_patterns('__pycache__'))
+    return folder
+
+
+def test_importing_everything_in_a_fresh_process(alone):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')
     assert run('''
-        from san_backbones.mm.operators import install_operators, operators_in_use
-        sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != 'StandInFinder']
-        assert operators_in_use() == 'none'
-        install_operators()
+        import sys, mmcv_ops
+        assert mmcv_ops.operators_in_use() == 'none'
+        mmcv_ops.install()
         from mmengine.utils.dl_utils import mmcv_full_available
         assert mmcv_full_available()
         assert 'mmcv._ext' not in sys.modules
         import mmcv.ops, mmdet.apis, mmdet.models, mmseg.apis, mmseg.models
         import mmcv._ext
-        assert mmcv._ext.__spec__.name == 'mmcv._ext'
-        print(operators_in_use())
-    ''').endswith('torchvision')  # OneDL has words of its own before that
+        assert mmcv._ext.__spec__.name == 'mmcv._ext' and mmcv._ext.__name__ == 'mmcv._ext'
+        assert not any(name.startswith('san_backbones') for name in sys.modules)
+        print(mmcv_ops.operators_in_use())
+    ''', alone).endswith('torchvision')  # OneDL has words of its own before that
 
 
-def test_installing_imports_neither_mmcv_nor_the_operators():
-    assert run(f'''
-        import runpy
-        runpy.run_path({str(OPERATORS)!r})['install_operators']()
+def test_installing_imports_neither_mmcv_nor_the_operators(alone):
+    assert run('''
+        import sys, mmcv_ops
+        mmcv_ops.install()
         print([name for name in ('torch', 'torchvision', 'mmcv') if name in sys.modules])
-    ''') == '[]'
+    ''', alone) == '[]'
 
 
-def test_a_compiled_extension_wins(tmp_path):
+def test_a_compiled_extension_wins(alone, tmp_path):
     package = tmp_path / 'mmcv'
     package.mkdir()
     (package / '__init__.py').touch()
     (package / '_ext.py').write_text('name = "compiled"')
-    assert run(f'''
-        import runpy
-        module = runpy.run_path({str(OPERATORS)!r})
-        module['install_operators']()
+    assert run('''
+        import mmcv_ops
+        mmcv_ops.install()
         import mmcv._ext
-        print(mmcv._ext.name, module['operators_in_use']())
-    ''', tmp_path) == 'compiled compiled'
+        print(mmcv._ext.name, mmcv_ops.operators_in_use())
+        mmcv_ops.uninstall()
+        import mmcv._ext
+        print(mmcv._ext.name)
+    ''', alone, tmp_path) == 'compiled compiled\ncompiled'
 
 
-def test_without_mmcv(tmp_path):
-    assert run(f'''
+def test_without_mmcv(alone):
+    assert run('''
+        import sys
         sys.path[:] = [path for path in sys.path if not path.endswith('site-packages')]
-        import runpy
-        module = runpy.run_path({str(OPERATORS)!r})
-        module['install_operators']()
+        import mmcv_ops
+        mmcv_ops.install()
         try:
             import mmcv._ext
         except ModuleNotFoundError as error:
-            print(error.name, module['operators_in_use']())
-    ''') == 'mmcv none'
+            print(error.name, mmcv_ops.operators_in_use())
+    ''', alone) == 'mmcv none'
 
 
 def test_installing_twice_changes_nothing():
     before = list(sys.meta_path)
-    install_operators()
+    mmcv_ops.install()
     assert sys.meta_path == before
-    assert sum(isinstance(finder, StandInFinder) for finder in sys.meta_path) == 1
+    assert sum(isinstance(finder, mmcv_ops.StandInFinder) for finder in sys.meta_path) == 1
 
 
 def test_an_operator_that_is_not_provided_says_so_when_called():
@@ -317,7 +328,6 @@ def test_deform_roi_pool(shifted, ratio):
 
 
 def test_regions_come_in_portions(monkeypatch):
-    from san_backbones.mm import _mmcv_ext_regions
     features = rand(2, 2, 7, 9, grad=True)
     rois = regions(features, 0.5, 9)
 
@@ -326,7 +336,7 @@ def test_regions_come_in_portions(monkeypatch):
         return output, torch.autograd.grad(output.sum(), features)[0]
 
     expected = outcome()
-    monkeypatch.setattr(_mmcv_ext_regions, 'SAMPLES_AT_ONCE', 64)
+    monkeypatch.setattr(mmcv_ops.regions, 'SAMPLES_AT_ONCE', 64)
     for actual, wanted in zip(outcome(), expected):
         assert_close(actual, wanted.detach())
 

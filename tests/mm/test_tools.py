@@ -9,10 +9,12 @@ import pytest
 pytest.importorskip('mmdet', reason='needs the mm extra')
 
 import mmdet
-from tiny_data import ARCH, CLASSES, WIDTHS, coco
+
+from tests import ROOT
+from tests.mm.tiny_data import ARCH, CLASSES, WIDTHS, coco
 
 TOOLS = pathlib.Path(mmdet.__file__).parent / '.mim' / 'tools'
-CONFIG = pathlib.Path(__file__).resolve().parents[2] / 'mm_configs/mask_rcnn/mask-rcnn_san15-patchwise_fpn_1x_coco.py'
+CONFIG = ROOT / 'mm_configs/mask_rcnn/mask-rcnn_san15-patchwise_fpn_1x_coco.py'
 
 
 @pytest.fixture(scope='module')

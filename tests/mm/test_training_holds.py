@@ -10,10 +10,10 @@ pytest.importorskip('mmseg', reason='needs the mm extra')
 import numpy as np
 import torch
 from mmengine.runner import Runner
-from tiny_training import (  # noqa: F401
-    ARCH, Recorder, detection, make_pictures, plain_configs, segmentation, train)
 
 from san_backbones.mm.exact_resume import _Reseeding
+from tests.mm.tiny_training import (  # noqa: F401
+    ARCH, Recorder, detection, make_pictures, plain_configs, segmentation, train)
 
 EXACT = [dict(type='ExactResumeHook')]
 # everything random at once: order, flips and colours, dropout of the head, stochastic depth

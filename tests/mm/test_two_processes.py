@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmengine.registry import MODELS
 from mmengine.runner import FlexibleRunner, Runner
-from tiny_training import ARCH, make_pictures, plain_configs, segmentation, train  # noqa: F401
 from torch import nn
 
 import san_backbones.mm  # noqa: F401
+from tests.mm.tiny_training import ARCH, make_pictures, plain_configs, segmentation, train  # noqa: F401
 
 
 def _port():

@@ -5,9 +5,9 @@ import pytest
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from tiny_data import ARCH, CLASSES, WIDTHS, coco, masks
 
 import san_backbones.mm  # noqa: F401, before mmdet.models and mmseg.models
+from tests.mm.tiny_data import ARCH, CLASSES, WIDTHS, coco, masks
 
 _numbers = itertools.count()
 
@@ -121,7 +121,7 @@ def plain_configs():
 
 
 class Stop(Exception):
-    """What `Recorder` raises in the place of a power cut."""
+    """Raised by `Recorder` to simulate a power cut."""
 
 
 class Recorder(Hook):

@@ -1,10 +1,10 @@
-"""What the parts of the `mmcv._ext` stand-in share: precision, differentiation, bilinear samples."""
+"""Shared by the parts of the `mmcv._ext` stand-in: precision, differentiation, bilinear sampling."""
 import torch
 from torch import Tensor
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor in a precision to compute with: float64 stays, everything else becomes float32.
+    """Converts to a precision for computation: float64 stays, everything else becomes float32.
 
     Half and bfloat16 cannot hold box coordinates of a large image, and many operators lack them on CPU.
     """
@@ -12,7 +12,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def gradients(function, inputs: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of `function(*inputs)`, run again here because the callers are backward passes without a graph.
+    """Computes gradients of `function(*inputs)`; runs it again, since mmcv's backward functions have no graph.
 
     Args:
         function: differentiable, returns one tensor.
@@ -31,7 +31,7 @@ def gradients(function, inputs: tuple[Tensor, ...], grad_output: Tensor) -> tupl
 def bilinear(features: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Samples feature maps at points, by RoIAlign's rule, differentiably in the features and in the positions.
 
-    A point more than one pixel outside the map reads 0; nearer ones are first moved onto the border.
+    A point more than one pixel outside the map reads 0; other points outside are first moved onto the border.
 
     Args:
         features: (N, C, H, W).
@@ -43,7 +43,7 @@ def bilinear(features: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
         (*points, C).
     """
     _, channels, height, width = features.shape
-    # Written so that a NaN position is outside: it must not become an index.
+    # Written so that NaN counts as outside: it must not become an index.
     inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
     y = torch.where(inside, y, 0).clamp(0, height - 1)
     x = torch.where(inside, x, 0).clamp(0, width - 1)

@@ -1,11 +1,11 @@
-"""Records what compiled mmcv computes on small inputs, for `test_mmcv_cases.py` to compare with.
+"""Records results of compiled mmcv on small inputs, for `test_mmcv_cases.py` to compare with.
 
-    python tests/mm/record_mmcv_cases.py                            # where compiled mmcv 2.1.0 is installed
-    python tests/mm/record_mmcv_cases.py --extension build/_ext.so  # beside mmcv-lite: see build_mmcv_operators.py
+    python -m tools.record_mmcv_cases                            # with compiled mmcv 2.1.0
+    python -m tools.record_mmcv_cases --extension build/_ext.so  # with mmcv-lite: see build_mmcv_operators.py
 
-Either writes `mmcv_cases.npz` next to this file: inputs, outputs and gradients, all as mmcv computed them (float32, on
-the CPU), with the versions of mmcv and torch. The record holds each operator that the stand-in provides and of which
-mmcv has a CPU version. Running it again on the same machine and versions gives the same numbers.
+Either writes `tests/mm/mmcv_cases.npz`: inputs, and mmcv's outputs and gradients (float32, on the CPU), with the
+versions of mmcv and torch. It covers each operator of the stand-in that mmcv has for the CPU. Running it again on the
+same machine with the same versions gives the same numbers.
 """
 import argparse
 import importlib.util
@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-RECORD = Path(__file__).with_name('mmcv_cases.npz')
+RECORD = Path(__file__).parents[1] / 'tests' / 'mm' / 'mmcv_cases.npz'
 
 
 class Case(NamedTuple):
-    """What is given to `outcome`, and what is special about it."""
+    """Arguments for `outcome`, and a note on what is special about them."""
     function: str
     tensors: list[torch.Tensor]
     options: list
@@ -36,11 +36,11 @@ def outcome(function, tensors, options, seed=None):
     Args:
         function: its name, with dots for one in a submodule.
         tensors: its first arguments.
-        options: the arguments after them.
-        seed: gradient of its output, which then is a single tensor; or None.
+        options: its other arguments.
+        seed: gradient of its output, which then must be a single tensor; or None.
 
     Returns:
-        Its outputs, and the gradients of `tensors` (None where it has none).
+        Its outputs, and the gradients of `tensors` (None for those without).
     """
     import mmcv.ops
     tensors = [tensor.clone().requires_grad_(seed is not None and tensor.is_floating_point()) for tensor in tensors]
@@ -52,7 +52,7 @@ def outcome(function, tensors, options, seed=None):
 
 
 def load_extension(path):
-    """Makes `path` the module `mmcv._ext`. Operators that it lacks exist, as `mmcv.ops` demands, but are None."""
+    """Loads `path` as the module `mmcv._ext`. Operators that it lacks are None: `mmcv.ops` needs their names."""
     spec = importlib.util.spec_from_file_location('mmcv._ext', path)
     extension = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(extension)
@@ -60,18 +60,18 @@ def load_extension(path):
     sys.modules['mmcv._ext'] = extension
 
 
-# Inputs. All are multiples of a power of 2 and small, and so are the positions computed from them, except where a
-# region is divided into bins: rounding does not decide which pixels are read, nor which boxes overlap enough.
+# All inputs are small multiples of a power of 2, and so are the positions computed from them, except in bins of
+# regions: so rounding decides neither which pixels are read nor which boxes overlap enough.
 
 
 def values(*shape, reach=1.0, steps=64):
-    """Multiples of `1 / steps` between -reach and reach."""
+    """Returns random multiples of `1 / steps` between -reach and reach."""
     reach = round(reach * steps)
     return torch.randint(-reach, reach + 1, shape) / steps
 
 
 def boxes_and_scores(count=40, size=24, steps=8):
-    """Boxes that overlap a lot, no two scores alike."""
+    """Returns boxes that overlap a lot, with distinct scores."""
     corner = values(count, 2, reach=size / 2, steps=steps) + size / 2
     side = values(count, 2, reach=size / 2 - 2, steps=steps) + size / 2
     return torch.cat([corner, corner + side], 1), (torch.randperm(count) + 1) / 64
@@ -79,8 +79,8 @@ def boxes_and_scores(count=40, size=24, steps=8):
 
 def box_cases():
     boxes, scores = boxes_and_scores()
-    # Corners on few integers: many pairs overlap by exactly 0.2, 0.3, 0.5 ..., which only rounding tells from more.
-    # No equal scores for nms: which of them comes first is up to torch's unstable sort, and so to the machine.
+    # Corners on few integers: many pairs overlap by exactly 0.2, 0.3, 0.5 ..., where only rounding decides.
+    # No equal scores for nms: torch's sort is unstable, so their order depends on the machine.
     crowded = boxes_and_scores(60, 6, steps=1)[0]
     ranked, level = (torch.randperm(60) + 1) / 64, torch.randint(1, 5, (60,)) / 8
     empty = torch.cat([boxes[:6], boxes[:3], boxes[3:6, [0, 1, 0, 3]], boxes[3:6, [0, 1, 0, 3]]])
@@ -139,7 +139,7 @@ def region_cases():
                     options = [[2, 3], scale, ratio, mode, aligned]
                     yield Case('roi_align', [features, scaled], options, seed=seed)
     lines = torch.tensor([[0., 2, 1, 2, 4], [1, 3, 2, 5, 2]])
-    # Bins without samples have no maximum: mmcv writes -10000 on the CPU, another number on CUDA, the stand-in 0.
+    # Bins without samples have no maximum: mmcv writes -10000 on the CPU and another number on CUDA; the stand-in, 0.
     for mode, aligned in (('avg', True), ('avg', False), ('max', False)):
         yield Case('roi_align', [features, lines], [2, 1.0, 0, mode, aligned], 'no area', values(2, 2, 2, 2))
     backwards = torch.tensor([[0., 4, 3, 2, 1], [1, 1, 3, 5, 2]])  # made one pixel wide, where not aligned
@@ -160,7 +160,7 @@ GEOMETRIES = [
 
 
 def convolution_operands(stride, padding, dilation, groups, deform_groups, kernel, images=2):
-    """Input, offset, mask, weight, bias and the gradient of the output."""
+    """Returns input, offset, mask, weight, bias and the gradient of the output."""
     size = [(side + 2 * pad - gap * (taps - 1) - 1) // step + 1
             for side, pad, gap, taps, step in zip((4, 5), padding, dilation, kernel, stride)]
     taps = deform_groups * kernel[0] * kernel[1]
@@ -179,7 +179,7 @@ def convolution_cases():
     plain = ([1, 1], [1, 1], [1, 1], 1, 1)
     features, offset, mask, weight, bias, seed = convolution_operands(*plain, (3, 3))
     yield Case('modulated_deform_conv2d', [features, offset, mask, weight], [None, *plain], 'no bias', seed)
-    for still in (torch.zeros_like(offset), offset.round()):  # as a network is initialised; kinks of the bilinear form
+    for still in (torch.zeros_like(offset), offset.round()):  # as in a new network; where bilinear sampling has kinks
         note = 'whole shifts' if still.any() else 'no shifts'
         yield Case('deform_conv2d', [features, still, weight], [*plain], note, seed)
         yield Case('modulated_deform_conv2d', [features, still, mask, weight, bias], [*plain], note, seed)
@@ -188,7 +188,7 @@ def convolution_cases():
     features, offset, _, weight, _, seed = convolution_operands(*portions, (2, 2), images=4)
     yield Case('deform_conv2d', [features, offset, weight], [*portions, False, 2], 'two images at a time', seed)
 
-    # DyHead gives shifts and factors of a larger map than the output.
+    # DyHead passes shifts and factors of a larger map than the output.
     downwards = ([2, 2], [1, 1], [1, 1], 1, 1)
     features, _, _, weight, bias, seed = convolution_operands(*downwards, (2, 2))
     offset, mask = values(2, 8, 4, 7, reach=2), (values(2, 4, 4, 7) + 1) / 2
@@ -207,7 +207,7 @@ def record(extension):
     arrays = []
 
     def keep(tensor):
-        """The number under which the array is stored; equal ones are stored once."""
+        """Stores the array and returns its number; equal arrays are stored once."""
         array = tensor.detach().numpy()
         for number, known in enumerate(arrays):
             if known.dtype == array.dtype and np.array_equal(known, array, equal_nan=array.dtype.kind == 'f'):

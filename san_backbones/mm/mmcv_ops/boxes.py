@@ -1,4 +1,4 @@
-"""Box operators of the `mmcv._ext` stand-in: overlaps and the ways of non-maximum suppression.
+"""Box operators of the `mmcv._ext` stand-in: overlaps and non-maximum suppression.
 
 Boxes are corners (x1, y1, x2, y2); their width is x2 - x1 + offset, where `offset` 1 counts pixels inclusively.
 """
@@ -8,7 +8,7 @@ import torch
 import torchvision  # noqa: F401, registers torch.ops.torchvision
 from torch import Tensor
 
-from san_backbones.mm._mmcv_ext_sampling import widened
+from .sampling import widened
 
 NAIVE, LINEAR, GAUSSIAN = range(3)  # softnms's `method`
 IOU, IOF = range(2)  # `mode`: intersection over union, or over the first box
@@ -34,7 +34,7 @@ def _ious(boxes1: Tensor, boxes2: Tensor, offset: int = 0) -> Tensor:
 
 
 def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int) -> None:
-    """Overlaps of boxes (M, 4) and (N, 4) into `ious`: (M,) of the pairs if `aligned`, else (M, N) of all."""
+    """Writes overlaps of boxes (M, 4) and (N, 4) to `ious`: (M,) of the pairs if `aligned`, else (M, N) of all."""
     boxes1, boxes2 = widened(bboxes1), widened(bboxes2)
     if not aligned:
         boxes1 = boxes1[:, None]
@@ -46,24 +46,24 @@ def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, ali
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices (K,) of the boxes (N, 4) that no better kept box overlaps by more than the threshold, best first."""
+    """Returns indices (K,), best first, of the boxes (N, 4) that no better kept box overlaps beyond the threshold."""
     boxes = widened(boxes)
     # Counting pixels inclusively is the same as moving the lower right corner by one.
     boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
-    # mmcv rounds the threshold as the IoU: 3 / 5 is not more than 0.6, in float32 or float64, but is across the two.
+    # mmcv rounds threshold and IoU alike: 3 / 5 > 0.6 is false in float32 and in float64, but true with one in each.
     threshold = boxes.new_tensor(iou_threshold).item()
     return torch.ops.torchvision.nms(boxes, scores.to(boxes.dtype), threshold)
 
 
 def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float, min_score: float,
             method: int, offset: int) -> Tensor:
-    """Takes the best box again and again, lowering the scores of the boxes that overlap it.
+    """Repeatedly takes the best box and lowers the scores of the boxes that overlap it.
 
     Args:
         boxes: (N, 4).
         scores: (N,).
         dets: (N, 5), output: its first K rows become the taken boxes with the score they had when taken.
-        iou_threshold: from which overlap on the naive and the linear method lower a score.
+        iou_threshold: smallest overlap at which the naive and the linear method lower a score.
         sigma: width of the gaussian method.
         min_score: boxes whose score falls below are dropped.
         method: 0 drops, 1 multiplies by 1 - IoU, 2 multiplies by exp(-IoU^2 / sigma).
@@ -79,11 +79,11 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, s
         best = scores.argmax()
         taken.append(remaining[best, None])
         final_scores.append(scores[best, None])
-        # mmcv's order decides between equal scores: the first box takes the place of the best one.
+        # mmcv's order decides between equal scores: the first box moves to the index of the best one.
         left = torch.arange(len(scores), device=scores.device)
         left[best] = 0
         left = left[1:]
-        # Two empty boxes have no IoU; they leave each other alone.
+        # The IoU of two empty boxes is NaN; they do not affect each other.
         ious = _ious(candidates[best], candidates[left], offset).nan_to_num(0)
         decayed = scores[left] * _decay(ious, iou_threshold, sigma, method)
         alive = _close_gaps(decayed >= min_score)
@@ -111,14 +111,14 @@ def _decay(ious: Tensor, iou_threshold: float, sigma: float, method: int) -> Ten
 
 
 def _suppress(scores: Tensor, overlapped: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Greedy suppression.
+    """Suppresses boxes greedily.
 
     Args:
         scores: (N,).
-        overlapped: given the index of a kept box and the indices (M,) of the boxes left, says (M,) which it suppresses.
+        overlapped: takes the index of a kept box and the indices (M,) of the rest; returns a mask (M,) to suppress.
 
     Yields:
-        The index () of each kept box, best first, and the indices of what it suppresses, best first.
+        The index () of each kept box, best first, and the indices of the boxes that it suppresses, best first.
     """
     left = scores.argsort(descending=True, stable=True)
     while len(left):
@@ -129,7 +129,7 @@ def _suppress(scores: Tensor, overlapped: Callable[[Tensor, Tensor], Tensor]) ->
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Groups of boxes with scores (N, 5): each kept index, followed by what it suppresses (IoU >= the threshold)."""
+    """Groups boxes with scores (N, 5): each kept index, followed by those that it suppresses (IoU >= threshold)."""
     boxes = widened(dets[:, :4])
     groups = _suppress(dets[:, 4], lambda kept, left: _ious(boxes[kept], boxes[left]) >= iou_threshold)
     return [[int(kept), *matched.tolist()] for kept, matched in groups]
@@ -137,14 +137,14 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 
 def nms_rotated(dets: Tensor, scores: Tensor, order: Tensor, dets_sorted: Tensor, labels: Tensor,
                 iou_threshold: float, multi_label: bool) -> Tensor:
-    """Indices (K,) of the rotated boxes that no better kept box of their label overlaps by more than the threshold.
+    """Returns indices (K,) of the rotated boxes that no better kept box of their label overlaps beyond the threshold.
 
     Args:
         dets: (N, 5) as for `box_iou_rotated`, or (N, 6) with the label last if `multi_label`.
         scores: (N,).
         order: not needed here; nor are `dets_sorted` and `labels`.
         iou_threshold: IoU above which the worse box is dropped.
-        multi_label: whether boxes of different labels leave each other alone.
+        multi_label: whether boxes suppress only boxes of the same label.
     """
     boxes = widened(dets)
 
@@ -157,7 +157,7 @@ def nms_rotated(dets: Tensor, scores: Tensor, order: Tensor, dets_sorted: Tensor
 
 
 def box_iou_rotated(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode_flag: int, aligned: bool) -> None:
-    """Overlaps of rotated boxes (x, y, width, height, clockwise angle in radians).
+    """Computes overlaps of rotated boxes (x, y, width, height, clockwise angle in radians).
 
     Args:
         bboxes1: (M, 5).
@@ -175,10 +175,10 @@ def box_iou_rotated(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode_flag: i
 
 
 def _rotated_overlaps(boxes1: Tensor, boxes2: Tensor, mode: int) -> Tensor:
-    """Overlaps (P,) of P pairs of rotated boxes (P, 5), computed in float64, in the boxes' precision."""
+    """Returns overlaps (P,) of P pairs of rotated boxes (P, 5), computed in float64, in the boxes' dtype."""
     precision = boxes1.dtype
     boxes1, boxes2 = boxes1.double(), boxes2.double()
-    origin = boxes2[:, None, :2]  # near both where it matters: keeps the coordinates small
+    origin = boxes2[:, None, :2]  # keeps the coordinates of overlapping boxes small
     shared = _convex_intersection(_corners(boxes1) - origin, _corners(boxes2) - origin)
     base = boxes1[:, 2] * boxes1[:, 3]
     if mode == IOU:
@@ -187,7 +187,7 @@ def _rotated_overlaps(boxes1: Tensor, boxes2: Tensor, mode: int) -> Tensor:
 
 
 def _corners(boxes: Tensor) -> Tensor:
-    """Corners (P, 4, 2) of rotated boxes (P, 5), in the direction of the angle."""
+    """Returns corners (P, 4, 2) of rotated boxes (P, 5), in the direction of the angle."""
     signs = boxes.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     across, down = (signs * boxes[:, None, 2:4] / 2).unbind(-1)
     cos, sin = boxes[:, 4, None].cos(), boxes[:, 4, None].sin()
@@ -199,13 +199,13 @@ def _cross(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _convex_intersection(corners1: Tensor, corners2: Tensor) -> Tensor:
-    """Areas (P,) that P pairs of convex quadrilaterals (P, 4, 2), in the same direction of rotation, share.
+    """Returns the areas (P,) of the intersections of P pairs of convex quadrilaterals (P, 4, 2) of equal orientation.
 
-    The vertices of the intersection are the corners of each that lie in the other and the points where edges cross.
+    The vertices of an intersection are the corners of each that lie in the other and the points where edges cross.
     """
     candidates = _inside(corners1, corners2), _inside(corners2, corners1), _crossings(corners1, corners2)
     points, valid = (torch.cat(parts, 1) for parts in zip(*candidates))
-    # Points that are not vertices are put on one that is, where they add no area.
+    # Points that are not vertices are moved to a vertex, where they add no area.
     first = valid.int().argmax(1)[:, None, None].expand(-1, 1, 2)
     points = torch.where(valid[..., None], points, points.gather(1, first))
     spokes = points - (points * valid[..., None]).sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
@@ -216,7 +216,7 @@ def _convex_intersection(corners1: Tensor, corners2: Tensor) -> Tensor:
 
 
 def _inside(corners: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """The corners (P, 4, 2), and which of them (P, 4) lie in the other quadrilateral or on its border."""
+    """Returns the corners (P, 4, 2), and which of them (P, 4) lie in the other quadrilateral or on its border."""
     edges = others.roll(-1, 1) - others
     sides = _cross(edges[:, None], corners[:, :, None] - others[:, None])  # (P, corner, edge)
     tolerance = 1e-9 * edges.square().sum((1, 2))
@@ -224,14 +224,14 @@ def _inside(corners: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _crossings(corners1: Tensor, corners2: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the lines of the edges meet (P, 16, 2), and which of these points (P, 16) lie on both edges."""
+    """Returns the crossings of the edges' lines (P, 16, 2), and which of them (P, 16) lie on both edges."""
     start1, start2 = corners1[:, :, None], corners2[:, None]
     edge1 = (corners1.roll(-1, 1) - corners1)[:, :, None]
     edge2 = (corners2.roll(-1, 1) - corners2)[:, None]
     turn = _cross(edge1, edge2)
     along1 = _cross(start2 - start1, edge2) / turn
     along2 = _cross(start2 - start1, edge1) / turn
-    # Where edges that lie on one another would meet is rounding noise.
+    # The crossing of edges on the same line is rounding noise.
     apart = turn.abs() > 1e-9 * edge1.norm(dim=-1) * edge2.norm(dim=-1)
     met = (along1 >= 0) & (along1 <= 1) & (along2 >= 0) & (along2 <= 1) & apart
     points = start1 + along1.nan_to_num(0, 0, 0)[..., None] * edge1

@@ -1,6 +1,6 @@
-"""Region operators of the `mmcv._ext` stand-in: what pools a feature map within boxes.
+"""Region operators of the `mmcv._ext` stand-in: pooling of feature maps within boxes.
 
-Regions `rois` are (K, 5): the index of the image, then x1, y1, x2, y2 in the image, which `spatial_scale` takes to the
+Regions `rois` are (K, 5): the index of the image, then x1, y1, x2, y2 in the image, which `spatial_scale` scales to the
 feature map. Features are (N, C, H, W), results (K, C, pooled height, pooled width).
 """
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 import torchvision  # noqa: F401, registers torch.ops.torchvision
 from torch import Tensor
 
-from san_backbones.mm._mmcv_ext_sampling import bilinear, gradients, widened
+from .sampling import bilinear, gradients, widened
 
 MAX, AVERAGE = range(2)  # `pool_mode`
 FAR = 1e6  # pixels, beyond any map
-SAMPLES_AT_ONCE = 1 << 23  # bounds the memory where every sample is kept: 32 MB for each float32 tensor of them
+SAMPLES_AT_ONCE = 1 << 23  # bounds the samples in memory: 32 MB for each float32 tensor
 
 
 def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor,
@@ -48,7 +48,7 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
         samples = _roi_align(features, boxes[some], grid, spatial_scale, 1, aligned)
         largest, index = F.max_pool2d(samples, (rows, columns), return_indices=True)
         output[some] = largest.to(output.dtype)
-        # Places within the bin are small numbers, which half precision holds exactly; coordinates would not be.
+        # Indices within the bin are small numbers, which are exact in half precision; coordinates would not be.
         argmax_y[some] = (index // grid[1] % rows).to(argmax_y.dtype)
         argmax_x[some] = (index % grid[1] % columns).to(argmax_x.dtype)
 
@@ -56,7 +56,7 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
 def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor,
                        aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int,
                        pool_mode: int, aligned: bool) -> None:
-    """Gradient of `roi_align_forward` in the features, into `grad_input` (N, C, H, W); arguments as there."""
+    """Writes the gradient of `roi_align_forward` in the features to `grad_input` (N, C, H, W)."""
     grad = widened(grad_output)
     boxes = _safe(rois).to(grad.dtype)
     bins = (aligned_height, aligned_width)
@@ -68,9 +68,9 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
     sides = _sides(boxes, spatial_scale, aligned)
     for some, (rows, columns) in _alike(sides, bins, sampling_ratio, grad.shape[1]):
         samples = grad.new_zeros(len(some), grad.shape[1], bins[0], rows, bins[1], columns)
-        place = argmax_y[some].long() * columns + argmax_x[some].long()
+        index = argmax_y[some].long() * columns + argmax_x[some].long()
         samples = samples.permute(0, 1, 2, 4, 3, 5).flatten(4)
-        samples.scatter_(4, place[..., None], grad[some][..., None])
+        samples.scatter_(4, index[..., None], grad[some][..., None])
         samples = samples.unflatten(4, (rows, columns)).permute(0, 1, 2, 4, 3, 5)
         samples = samples.reshape(len(some), grad.shape[1], bins[0] * rows, bins[1] * columns)
         grid = samples.shape[2:]
@@ -88,9 +88,9 @@ def _roi_align_backward(grad, boxes, bins, spatial_scale, sampling_ratio, aligne
 
 
 def _safe(rois: Tensor) -> Tensor:
-    """The regions, those with a corner that is not a number (of a training that diverged) empty and outside the map.
+    """Makes regions with a corner that is not finite (as in a diverged training) empty and outside the map.
 
-    As they are, torchvision would read any memory for them, or sample for ever.
+    Otherwise torchvision would read out of bounds for them, or never end.
     """
     boxes = widened(rois)
     corners = torch.where(boxes[:, 1:].isfinite().all(1, keepdim=True), boxes[:, 1:], FAR)
@@ -98,20 +98,20 @@ def _safe(rois: Tensor) -> Tensor:
 
 
 def _sides(boxes: Tensor, spatial_scale: float, aligned: bool) -> Tensor:
-    """Height and width (K, 2) of regions on the feature map, in pixels."""
+    """Returns height and width (K, 2) of regions on the feature map, in pixels."""
     sides = (boxes[:, [4, 3]] - boxes[:, [2, 1]]) * spatial_scale
     return sides if aligned else sides.clamp(min=1)
 
 
 def _alike(sides: Tensor, bins: tuple[int, int], sampling_ratio: int,
            channels: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """Sorts regions by the grid of samples in their bins.
+    """Groups regions by the grid of samples in their bins.
 
     Args:
         sides: (K, 2), height and width on the feature map.
         bins: bins per region, downwards and across.
         sampling_ratio: samples per bin and axis; 0 for as many as the bin has pixels, rounded up.
-        channels: of the features; regions come in such numbers that their samples stay below `SAMPLES_AT_ONCE`.
+        channels: channels of the features; a group has at most `SAMPLES_AT_ONCE` samples, or one region.
 
     Yields:
         Indices of regions, and the rows and columns of samples in each of their bins; never an empty grid.
@@ -133,13 +133,13 @@ def roi_pool_forward(input: Tensor, rois: Tensor, output: Tensor, argmax: Tensor
                      pooled_width: int, spatial_scale: float) -> None:
     """Takes the maximum over the pixels that each bin touches (Fast R-CNN, section 2.1).
 
-    Unlike torchvision's, mmcv's bins have fractional borders, and x2, y2 are counted in.
+    Unlike in torchvision, bins have fractional borders and include x2 and y2.
 
     Args:
         input: (N, C, H, W).
         rois: (K, 5).
-        output: (K, C, pooled_height, pooled_width), written; 0 where a bin lies outside of the map.
-        argmax: integers of the same shape, written: which of the H * W pixels is the largest, or -1.
+        output: (K, C, pooled_height, pooled_width), written; 0 if a bin lies outside the map.
+        argmax: integers of the same shape, written: index of the largest of the H * W pixels, or -1.
         pooled_height: bins per region, downwards.
         pooled_width: bins per region, across.
         spatial_scale: from image to feature coordinates.
@@ -153,24 +153,24 @@ def roi_pool_forward(input: Tensor, rois: Tensor, output: Tensor, argmax: Tensor
     first = boxes[:, 0].long()[:, None, None] * height * width
     bins = (len(rois), pooled_height, pooled_width)
     largest = input.new_full((*bins, channels), -torch.inf).flatten(0, 2)
-    place = argmax.new_full((*bins, channels), -1).flatten(0, 2)
+    winner = argmax.new_full((*bins, channels), -1).flatten(0, 2)
     for down in range(int((bottom - top).max()) if len(rois) else 0):
         for across in range(int((right - left).max())):
             row, column = top + down, left + across
             touched = ((row < bottom)[:, :, None] & (column < right)[:, None]).flatten().nonzero()[:, 0]
             here = row[:, :, None] * width + column[:, None]
             value, before = pixels[(first + here).flatten()[touched]], largest[touched]
-            here = here.flatten()[touched, None].to(place.dtype)
+            here = here.flatten()[touched, None].to(winner.dtype)
             larger = value > before
             largest[touched] = torch.where(larger, value, before)
-            place[touched] = torch.where(larger, here, place[touched])
-    largest = torch.where(place < 0, 0, largest)
+            winner[touched] = torch.where(larger, here, winner[touched])
+    largest = torch.where(winner < 0, 0, largest)
     output.copy_(largest.unflatten(0, bins).permute(0, 3, 1, 2))
-    argmax.copy_(place.unflatten(0, bins).permute(0, 3, 1, 2))
+    argmax.copy_(winner.unflatten(0, bins).permute(0, 3, 1, 2))
 
 
 def _pixel_bins(start: Tensor, end: Tensor, bins: int, spatial_scale: float, size: int) -> tuple[Tensor, Tensor]:
-    """First pixel and the one after the last (K, bins) of each bin along one axis; empty where the region is."""
+    """Returns the first pixel and the end (K, bins) of each bin along one axis; empty bins for empty regions."""
     start, end = start * spatial_scale, (end + 1) * spatial_scale
     side = (end - start) / bins
     number = torch.arange(bins, device=start.device, dtype=start.dtype)
@@ -181,25 +181,25 @@ def _pixel_bins(start: Tensor, end: Tensor, bins: int, spatial_scale: float, siz
 
 def roi_pool_backward(grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_input: Tensor, pooled_height: int,
                       pooled_width: int, spatial_scale: float) -> None:
-    """Gradient of `roi_pool_forward` in the features, into `grad_input` (N, C, H, W); arguments as there."""
+    """Writes the gradient of `roi_pool_forward` in the features to `grad_input` (N, C, H, W)."""
     _, channels, height, width = grad_input.shape
     plane = rois[:, :1].long() * channels + torch.arange(channels, device=rois.device)
-    place = plane[:, :, None, None] * height * width + argmax
+    index = plane[:, :, None, None] * height * width + argmax
     pooled = argmax >= 0
     total = widened(grad_output).new_zeros(grad_input.numel())
-    total.index_add_(0, place[pooled], widened(grad_output)[pooled])
+    total.index_add_(0, index[pooled], widened(grad_output)[pooled])
     grad_input.copy_(total.view(grad_input.shape))
 
 
 def deform_roi_pool_forward(input: Tensor, rois: Tensor, offset: Tensor, output: Tensor, pooled_height: int,
                             pooled_width: int, spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
-    """RoIAlign whose bins are shifted (Deformable Convolutional Networks, section 2.2).
+    """RoIAlign with shifted bins (Deformable Convolutional Networks, section 2.2).
 
     Args:
         input: (N, C, H, W).
         rois: (K, 5).
-        offset: (K, 2, pooled_height, pooled_width), shift across, then down, of each bin, in units of `gamma` times
-            the region's side; or empty for none.
+        offset: (K, 2, pooled_height, pooled_width), shifts across and down of each bin, in units of `gamma` times the
+            region's side; empty for none.
         output: (K, C, pooled_height, pooled_width), written.
         pooled_height: bins per region, downwards.
         pooled_width: bins per region, across.
@@ -219,9 +219,9 @@ def deform_roi_pool_forward(input: Tensor, rois: Tensor, offset: Tensor, output:
 def deform_roi_pool_backward(grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor, grad_input: Tensor,
                              grad_offset: Tensor, pooled_height: int, pooled_width: int, spatial_scale: float,
                              sampling_ratio: int, gamma: float) -> None:
-    """Gradients of `deform_roi_pool_forward`, into `grad_input` and `grad_offset`; arguments as there.
+    """Writes the gradients of `deform_roi_pool_forward` to `grad_input` and `grad_offset`.
 
-    They are those of the forward pass everywhere, also where samples lie on the border of the map.
+    They match the forward pass everywhere, also for samples on the border of the map.
     """
     features, boxes = widened(input), _safe(rois)
     shifts = _shifts(offset, features, len(rois), pooled_height, pooled_width)
@@ -248,7 +248,7 @@ def _shifts(offset: Tensor, features: Tensor, regions: int, height: int, width: 
 
 def _deform_roi_pool(features: Tensor, boxes: Tensor, shifts: Tensor, grid: tuple[int, int], spatial_scale: float,
                      gamma: float) -> Tensor:
-    """Averages (K, C, pooled height, pooled width) over the same `grid` of samples in every bin, differentiably."""
+    """Averages over the same `grid` of samples in every bin, differentiably: (K, C, pooled height, pooled width)."""
     across, down = shifts.unbind(1)
     y = _sample_positions(boxes[:, 2], boxes[:, 4], shifts.shape[2], grid[0], spatial_scale)[:, :, None, :, None]
     x = _sample_positions(boxes[:, 1], boxes[:, 3], shifts.shape[3], grid[1], spatial_scale)[:, None, :, None, :]
@@ -261,7 +261,7 @@ def _deform_roi_pool(features: Tensor, boxes: Tensor, shifts: Tensor, grid: tupl
 
 
 def _sample_positions(start: Tensor, end: Tensor, bins: int, samples: int, spatial_scale: float) -> Tensor:
-    """Evenly spaced positions (K, bins, samples) along one axis of regions that span (K,) start to end."""
+    """Returns evenly spaced positions (K, bins, samples) along one axis of regions that span (K,) start to end."""
     start, end = start * spatial_scale - 0.5, end * spatial_scale - 0.5
     share = (torch.arange(bins * samples, device=start.device, dtype=start.dtype) + 0.5) / (bins * samples)
     return (start[:, None] + (end - start)[:, None] * share).view(-1, bins, samples)

@@ -1,12 +1,12 @@
 """Compiles the CPU operators of mmcv that `record_mmcv_cases.py` records, in about two minutes on one core.
 
-Whole mmcv 2.1.0 takes half an hour, and its setup does not know today's torch. From the repository's root:
+Compiling all of mmcv 2.1.0 takes half an hour, and its setup does not support today's torch. In the repository's root:
 
     pip download --no-deps --no-binary mmcv --no-build-isolation mmcv==2.1.0
     tar xzf mmcv-2.1.0.tar.gz
-    MAX_JOBS=1 nice python tests/mm/build_mmcv_operators.py mmcv-2.1.0 build
+    MAX_JOBS=1 nice python -m tools.build_mmcv_operators mmcv-2.1.0 build
 
-The last line, which needs a C++ compiler and ninja, writes `build/_ext.so`.
+The last command needs a C++ compiler and ninja, and writes `build/_ext.so`.
 """
 import re
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import load
 
-# Of each there is one file that chooses the device and one for the CPU. The last one defines macros `min` and `max`.
+# Each has one file that selects the device and one for the CPU. The last one defines macros `min` and `max`.
 SOURCES = ['bbox_overlaps', 'box_iou_rotated', 'deform_conv', 'modulated_deform_conv', 'nms', 'nms_rotated',
            'roi_align', 'psamask']
 OPERATORS = {
@@ -24,7 +24,7 @@ OPERATORS = {
 
 
 def extension(source: Path) -> str:
-    """One C++ file: mmcv's files of `SOURCES`, and from its `pybind.cpp` in `source` what binds `OPERATORS`."""
+    """Returns one C++ file: mmcv's files of `SOURCES`, and the bindings of `OPERATORS` in `source / 'pybind.cpp'`."""
     files = [file for name in SOURCES
              for file in (f'{name}.cpp', f'cpu/{name}_cpu.cpp' if name == 'bbox_overlaps' else f'cpu/{name}.cpp')]
     declarations, definitions = (source / 'pybind.cpp').read_text().split('PYBIND11_MODULE')
@@ -36,7 +36,7 @@ def extension(source: Path) -> str:
 
 
 def build(mmcv: Path, folder: Path) -> None:
-    """Compiles the operators in the unpacked sources of `mmcv` to `folder / '_ext.so'`."""
+    """Compiles the operators from the unpacked sources `mmcv` to `folder / '_ext.so'`."""
     folder.mkdir(parents=True, exist_ok=True)
     source = mmcv.resolve() / 'mmcv/ops/csrc'
     whole = folder / 'operators.cpp'
