@@ -1,7 +1,7 @@
 """The command line, against facts from elsewhere: the README's table, the manifest, timm alone, drawn shapes."""
 import importlib.metadata
+import importlib.util
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -13,7 +13,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -22,10 +21,10 @@ from san_backbones import hub, measure
 
 typer_testing = pytest.importorskip('typer.testing', reason='needs the cli extra')
 
-from san_backbones import cli  # noqa: E402
-from san_backbones.cli.app import app  # noqa: E402
+import san_backbones_cli as cli  # noqa: E402
+from san_backbones_cli.app import app  # noqa: E402
+from tests import ROOT, environment  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROWS = re.findall(r'^\| `(\w+)`(?:, `\w+`)? \| ([\d.]+M) \| ([\d.]+G) \| ([\d.]+)G \| ([\d.]+) / ([\d.]+) \|$',
                   (ROOT / 'README.md').read_text(), re.M)
 
@@ -77,11 +76,7 @@ def drawn(tmp_path_factory):
     """Folders `square`, `star` and `ring` of held-out shapes, cut out as the shipped weights were trained on them."""
     pytest.importorskip('pycocotools')
     pytest.importorskip('skimage', reason='the photographs come with scikit-image')
-    sys.path.insert(0, str(ROOT / 'weights'))
-    try:
-        import train_shapes
-    finally:
-        sys.path.remove(str(ROOT / 'weights'))
+    import train_shapes
     folder = tmp_path_factory.mktemp('drawn')
     made = train_shapes.shapes.make(folder / 'data', train=1, val=8, seed=1, report=lambda line: None)
     for number, (image, kind) in enumerate(zip(*train_shapes.samples(made, 'val'), strict=True)):
@@ -105,7 +100,7 @@ class TestList:
         from huggingface_hub import constants
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
         for name, _, _, *_ in ROWS:
-            entry, = data('list', name)
+            entry = data('list', name)[0]
             assert entry['weights'] == 'to download' and entry['download_bytes'] == 4 * entry['parameters']
             assert entry['license'] == 'mit'
         assert 'to download, 65 MB' in run('list', 'san15').stdout
@@ -114,8 +109,9 @@ class TestList:
     def test_json_and_pattern(self):
         found = {model['name']: model for model in data('list', 'san1?_*')}
         manifest = json.loads((ROOT / 'weights/manifest.json').read_text())['models']
-        assert {f'{name}.in1k': model['parameters'] for name, model in found.items()} == {
+        assert {f'{name}.in1k': model['parameters'] for name, model in found.items() if '.' not in name} == {
             name: entry['parameters'] for name, entry in manifest.items() if name.endswith('.in1k')}
+        assert [model['name'] for model in data('list', '*.distilled')] == ['san10_patchwise.distilled']
 
     def test_finds_weights(self, monkeypatch, tmp_path):
         folder = tmp_path / 'weights'
@@ -132,7 +128,8 @@ class TestList:
         assert states == dict(
             san10='not here', san10_pairwise='folder', san10_patchwise='not here', san15='folder',
             san15_pairwise='not here', san15_patchwise='folder', san19='not here', san19_pairwise='hub cache',
-            san19_patchwise='not here', test_san_pairwise='none', test_san_patchwise='shipped')
+            san19_patchwise='not here', test_san_pairwise='none', test_san_patchwise='shipped',
+            **{'san10_patchwise.distilled': 'shipped'})
 
         (folder / 'san10_pairwise.in1k.safetensors').write_bytes(b'nonsense')
         broken = run('list', '--json', code=1)
@@ -249,14 +246,11 @@ class TestClassify:
         image = ((torch.from_numpy(pixels) / 255 - mean) / std)[None, None]
         with torch.inference_mode():
             expected = model(image[..., 4:60, 4:60]).softmax(1)[0]  # 0.875 of the picture's 64 pixels
-            features = model.forward_features(image)
         (tmp_path / 'names.txt').write_text('a\nb\nc\nd\n')
         options = ('-m', 'test_san_pairwise', '--weights', 'own.pth')
         result, = data('classify', 'a.png', *options, '--names', 'names.txt', '--size', 56)
         assert {entry['name']: entry['probability'] for entry in result['classes']} == {
             name: pytest.approx(p, abs=1e-5) for name, p in zip('abcd', expected.tolist(), strict=True)}
-        run('features', 'a.png', *options, '--whole', '--out', 'own.npz')
-        torch.testing.assert_close(torch.from_numpy(np.load('own.npz')['a.png/stages.4']), features[0])
         (tmp_path / 'names.txt').write_text('a\nb\n')
         assert '--names has 2 lines' in run('classify', 'a.png', *options, '--names', 'names.txt', code=2).stderr
         assert 'not of this model' in run(
@@ -266,41 +260,61 @@ class TestClassify:
 
 
 class TestFeatures:
+    """That options arrive; tests/extract has what they do."""
 
-    def test_are_timms(self, tmp_path):
-        pixels = {'one/a.png': noise(tmp_path / 'one/a.png'),
-                  'two/a.png': noise(tmp_path / 'two/a.png', 33, 40, seed=1)}
-        run('features', 'one', 'two', '-m', 'test_san_patchwise', '--whole', '--out', 'maps.safetensors')
-        tensors = load_file('maps.safetensors')
-        model = timm.create_model('test_san_patchwise', pretrained=True, features_only=True).eval()
-        for name, picture in pixels.items():
-            with torch.inference_mode():
-                for i, expected in enumerate(model(prepared(picture))):
-                    torch.testing.assert_close(tensors.pop(f'{name}/stages.{i}'), expected[0])
-        assert not tensors
-        with safe_open('maps.safetensors', 'pt') as file:
-            assert file.metadata() == dict(model='test_san_patchwise', weights='pretrained')
+    def call(self, monkeypatch, *arguments):
+        extract = pytest.importorskip('san_backbones.extract')
+        calls = []
 
-    def test_stages_and_sizes(self, tmp_path):
-        noise(tmp_path / 'a.png')
-        options = ('features', 'a.png', '-m', 'test_san_pairwise', '--random')
-        result = run(*options, '--stage', 3, '--stage', 1, '--size', '64x128', '--json')
-        assert 'The weights are random' in result.stderr
-        entry, = json.loads(result.stdout)
-        assert entry['input'] == [3, 64, 128]
-        assert entry['features'] == [dict(stage='stages.1', stride=4, shape=[64, 16, 32]),
-                                     dict(stage='stages.3', stride=16, shape=[96, 4, 8])]
-        for name in ('first.npz', 'second.npz'):
-            run(*options, '--out', name)
-        first, second = (np.load(name) for name in ('first.npz', 'second.npz'))
-        assert first['a.png/stages.4'].shape == (128, 5, 5)  # 160 pixels, the model's own size
-        assert all((first[name] == second[name]).all() for name in first.files)
-        assert 'has no such stage' in run(*options, '--stage', 5, code=2).stderr
+        def stub(*given, **options):
+            calls.append((given, options))
+            return extract.Report(str(given[1]), True, 7, 7, 0, 1.)
 
-    def test_too_small(self, tmp_path):
-        noise(tmp_path / 'a.png', 20, 20)
-        assert '20 x 20 pixels are too few' in run(
-            'features', 'a.png', '-m', 'test_san_pairwise', '--random', '--whole', code=1).stderr
+        monkeypatch.setattr(extract, 'extract', stub)
+        result = run('features', *arguments)
+        (sources, out, model, settings), options = calls[0]
+        return result, sources, out, model, settings, options
+
+    def test_defaults(self, monkeypatch):
+        from san_backbones.extract import Settings
+        result, sources, out, model, settings, options = self.call(monkeypatch, 'a', 's3://b/*.jpg', '--out', 'f')
+        assert (sources, out, model) == (['a', 's3://b/*.jpg'], pathlib.Path('f'), 'san15_patchwise')
+        assert settings == Settings() and set(options.values()) == {None, False, 1}
+        assert result.stdout == f'7 rows of 7 pictures: {pathlib.Path("f/features")}\n'
+
+    @pytest.mark.parametrize('arguments, expected', [
+        ('--pool gem', dict(pool='gem')), ('--stage 3 --stage 1', dict(stages=(3, 1))), ('--logits', dict(logits=True)),
+        ('--dtype bfloat16', dict(dtype='bfloat16')), ('--size 64x96', dict(size=(64, 96))),
+        ('--whole', dict(whole=True)), ('--no-draft', dict(draft=False)), ('--precision bf16', dict(precision='bf16')),
+        ('--batch-size 3', dict(batch_size=3)), ('--partition 9', dict(partition=9))])
+    def test_settings(self, arguments, expected, monkeypatch):
+        settings = self.call(monkeypatch, 'a', '--out', 'f', *arguments.split())[4]
+        assert {name: getattr(settings, name) for name in expected} == expected
+
+    @pytest.mark.parametrize('arguments, expected', [
+        ('--random', dict(random=True)), (f'--weights {__file__}', dict(weights=pathlib.Path(__file__))),
+        (f'--boxes {__file__}', dict(boxes=pathlib.Path(__file__))), ('--column image', dict(column='image')),
+        ('--every 25', dict(every=25)), ('--workers 3', dict(workers=3)), ('--share 2/5', dict(share=(2, 5))),
+        ('--ray auto', dict(ray='auto')), ('--device cpu', dict(device=torch.device('cpu')))])
+    def test_options(self, arguments, expected, monkeypatch):
+        options = self.call(monkeypatch, 'a', '--out', 'f', *arguments.split())[5]
+        assert {name: options[name] for name in expected} == expected
+
+    def test_a_run(self, tmp_path):
+        parquet = pytest.importorskip('pyarrow.parquet')
+        noise(tmp_path / 'in' / 'a.png')
+        arguments = ('features', 'in', '-m', 'test_san_pairwise', '--random', '--size', '32', '--workers', 0, '--out',
+                     'f')
+        assert 'The weights are random' in run(*arguments).stderr
+        assert parquet.read_table('f/features')['file'].to_pylist() == ['in/a.png']
+        (tmp_path / 'in' / 'b.png').write_bytes(b'no picture')
+        assert 'made otherwise' in run(*arguments, code=1).stderr
+        result = run(*arguments[:-1], 'g', '--json', code=1)
+        assert 'Error: 1 of the pictures could not be read: g/errors.parquet says why' in result.stderr
+        report = json.loads(result.stdout)
+        assert report.pop('seconds') > 0
+        assert report == dict(folder='g', complete=True, pictures=2, rows=1, errors=1)
+        assert 'has no such stage' in run(*arguments[:-1], 'h', '--stage', 5, code=2).stderr
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -310,16 +324,24 @@ class TestFeatures:
     (['info', 'someone/model'], 'hf-hub:'),
     (['info', 'san10', '--size', '0'], 'in pixels or HEIGHTxWIDTH'),
     (['info', 'san10', '--size', '64x64x3'], 'HEIGHTxWIDTH'),
-    (['features', 'a.png', '--device', 'abacus'], 'san-backbones env'),
-    (['features', 'a.png', '--whole', '--size', '64'], '--whole and --size exclude each other'),
-    (['features', 'a.png', '--random', '--weights', __file__], '--weights and --random exclude each other'),
-    (['features', 'a.png', '--out', 'a.txt'], '.safetensors or .npz'),
-    (['features', 'a.png', '--out', 'nowhere/a.npz'], "no folder 'nowhere'"),
+    (['features', 'a.png', '--out', 'f', '--device', 'abacus'], 'san-backbones env'),
+    (['features', 'a.png', '--out', 'f', '--whole', '--size', '64'], 'whole and size exclude each other'),
+    (['features', 'a.png', '--out', 'f', '--random', '--weights', __file__],
+     '--weights and --random exclude each other'),
+    (['features', 'a.png'], '--out'),
+    (['features', 'a.png', '--out', 'maps.safetensors'], '--pool none --out FOLDER'),
+    (['features', 'a.png', '--out', 'nowhere/f'], "no folder 'nowhere'"),
+    (['features', 'a.png', '--out', 'f', '--share', '4/4'], 'expected I/N, 0/4 to 3/4'),
     (['classify', 'a.png', '--weights', 'missing.pth'], 'missing.pth'),
     (['attention', __file__, '--pixel', '3'], 'expected X,Y'),
     (['attention', __file__, '--pixel', '3,4', '--grid', '2'], '--pixel and --grid exclude each other'),
     (['attention', __file__, '--kind', 'features', '--grid', '2'], 'does not take --grid'),
     (['attention', __file__, '--kind', 'heat'], 'heat'),
+    (['attention', __file__, '--html', 'a.png'], 'must end in .html'),
+    (['attention', __file__, '--html', 'a.html', '--grid', '2'], 'neither --grid nor --out'),
+    (['attention', __file__, '--html', 'a.html', '--out', 'a.png'], 'neither --grid nor --out'),
+    (['attention', __file__, '--html', 'a.html', '--kind', 'rollout'], 'for --kind footprint'),
+    (['attention', __file__, '--html', 'a.html', '--pixel', '1,1', '--pixel', '2,2'], 'one --pixel'),
     (['benchmark', '--fused', '--train'], 'leave out --train'),
     (['benchmark', 'san15', 'san20'], "no model 'san20'"),
 ])
@@ -332,11 +354,12 @@ class TestAttention:
 
     def test_calls(self, monkeypatch, tmp_path):
         """What `visualize` is asked for; pixels are those of the picture as it is."""
-        calls = []
+        calls, resolutions = [], []
 
         class Figure:
-            def savefig(self, path):
+            def savefig(self, path, dpi):
                 pathlib.Path(path).write_bytes(b'drawn')
+                resolutions.append(dpi)
 
         def stub(kind):
             def figure(model, image, **options):
@@ -351,7 +374,8 @@ class TestAttention:
         assert run(*model, '--pixel', '90,10', '--pixel', '3,60', '--size', 48, '--block', '-1',
                    '--channel', 1).stdout \
             == 'a-footprint.png\n'
-        run(*model, '--kind', 'rollout', '--grid', 2, '--out', 'b.pdf')
+        run(*model, '--kind', 'rollout', '--grid', 2, '--out', 'b.pdf', '--dpi', 300)
+        assert resolutions == [150, 300]
         assert data(*model, '--kind', 'features')['figure'] == 'a-features.png'
         assert calls == [
             ('footprint', 'SAN', False, (96, 64),
@@ -369,6 +393,79 @@ class TestAttention:
         path = run('attention', 'a.png', '-m', 'test_san_patchwise', '--kind', kind).stdout.strip()
         drawn = np.asarray(Image.open(path))
         assert min(drawn.shape[:2]) > 100 and drawn.std() > 5
+
+    def test_page(self, tmp_path):
+        pytest.importorskip('matplotlib', reason='needs the visualize extra')
+        noise(tmp_path / 'a.png', 64, 96)
+        command = ('attention', 'a.png', '-m', 'test_san_patchwise', '--html', 'a.html')
+        assert run(*command).stdout == 'a.html\n'
+
+        def page():
+            return json.loads(re.search('id="data">(.*?)</script>', (tmp_path / 'a.html').read_text(), re.S)[1])
+
+        assert len(page()['networks'][0]['blocks']) == 5 and not page()['networks'][0]['untrained']
+        assert page()['networks'][0]['name'] == 'test_san_patchwise'
+        options = ('--block', '1.0', '--pixel', '90,10', '--channel', 1, '--size', 48, '--random')
+        assert data(*command, *options)['page'] == 'a.html'
+        network, = page()['networks']
+        block, = network['blocks']
+        assert (block['name'], block['height'], network['untrained']) == ('stages.1.blocks.0', 12, True)
+        assert (page()['pixel'], page()['channel']) == ([90, 10], 1)
+        assert 'channel must be' in run(*command, '--channel', 9, code=1).stderr
+
+
+class TestExport:
+
+    def test_a_program(self, tmp_path):
+        """Of the shipped weights, in torch again."""
+        found = data('export', 'test_san_patchwise', '--to', 'torchscript', '--size', '32x64')
+        assert found['files'] == ['test_san_patchwise.pt'] and found['size'] == [32, 64]
+        assert found['bytes'] == (tmp_path / 'test_san_patchwise.pt').stat().st_size
+        assert found['difference'] < 1e-5 and found['pictures'] in ('3 photographs of scikit-image', 'seeded noise')
+        images = torch.rand(1, 3, 32, 64)
+        model = timm.create_model('test_san_patchwise', pretrained=True).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(torch.jit.load('test_san_patchwise.pt')(images)[0], model(images))
+
+    def test_options(self, tmp_path):
+        model = timm.create_model('test_san_pairwise', num_classes=3).eval()
+        save_file(model.state_dict(), 'mine.safetensors')
+        said = run('export', 'test_san_pairwise', '--to', 'torchscript', '--size', 32, '--checkpoint',
+                   'mine.safetensors', '--out', 'program.pt').stdout
+        assert re.fullmatch(r'program.pt: 0.\d MB, differs from torch by \de-\d\d of the largest value, on .*\n',
+                            re.sub(r'(\d)\.\de', r'\1e', said))
+        images = torch.rand(1, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.jit.load('program.pt')(images)[0], model(images))
+        run('export', 'test_san_pairwise', '--to', 'torchscript', '--size', 32, '--random', '--features', '--out',
+            'maps.pt')
+        assert [tuple(output.shape[1:]) for output in torch.jit.load('maps.pt')(images)] == [
+            (info['num_chs'], 32 // info['reduction'], 32 // info['reduction'])
+            for info in timm.create_model('test_san_pairwise', features_only=True).feature_info.get_dicts()]
+
+    def test_what_differs_is_not_kept(self, tmp_path):
+        said = run('export', 'test_san_patchwise', '--to', 'torchscript', '--size', 64, '--tolerance', 0, code=1).stderr
+        assert 'Error: test_san_patchwise.pt is wrong, and is not kept: TorchScript differs' in said
+        assert not list(tmp_path.glob('*'))
+
+    def test_open_sizes(self, monkeypatch):
+        """What they are is tested where programs are; here, that they are asked for."""
+        from san_backbones import runtimes
+        asked = []
+        monkeypatch.setattr(runtimes, 'export_to', lambda model, *arguments: asked.append(arguments)
+                            or runtimes.Report((), 1e-7, 'seeded noise', '', 0))
+        for options in ((), ('--open-sizes', '--tolerance', 0.1)):
+            run('export', 'test_san_patchwise', '--to', 'torchscript', '--size', '64x32', *options)
+        path = pathlib.Path('test_san_patchwise.pt')
+        assert asked == [('torchscript', path, (64, 32), False, 1e-4), ('torchscript', path, (64, 32), True, 0.1)]
+
+    def test_wrong_usage(self, monkeypatch):
+        assert 'must end in .pt' in run('export', 'test_san_patchwise', '--to', 'torchscript', '--out', 'model.pth',
+                                        code=2).stderr
+        assert 'tensorrt' in run('export', 'test_san_patchwise', '--to', 'tensorrt', code=2).stderr
+        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+        said = run('export', 'test_san_patchwise', '--to', 'ncnn', code=1).stderr
+        assert "pip install 'san-backbones[ncnn]'" in said
 
 
 class TestBenchmark:
@@ -432,7 +529,7 @@ class TestEnv:
         text = run('env').stdout
         assert re.search(rf'^torch +{re.escape(torch.__version__)}$', text, re.M)
         assert re.search(rf'^timm +{re.escape(timm.__version__)}$', text, re.M)
-        assert re.search(r'^path reference, cpu +can run$', text, re.M)
+        assert re.search(r'^backend reference, cpu +can run$', text, re.M)
         loops = data('env')['compiled_loops']
         if loops['serving'] and loops['runtime'] != 'none':
             assert loops['threads'] == torch.get_num_threads()
@@ -446,13 +543,13 @@ class TestEnv:
         from san_backbones.ops.native import library
         monkeypatch.setattr(library, '_load', lambda: (None, 'the dog ate it'))
         text = run('env').stdout
-        assert 'path native, cpu' in text and 'cannot run: the dog ate it' in text
+        assert 'backend native, cpu' in text and 'cannot run: the dog ate it' in text
         loops = data('env')['compiled_loops']
         assert loops['serving'] is None and loops['problem'] == 'the dog ate it' and loops['threads'] is None
         assert loops['found'] == sorted(path.name for path in pathlib.Path(library.__file__).parent.glob('_*.so'))
 
     def test_packages_of_onedl(self, monkeypatch):
-        """Their own names stand in the place of OpenMMLab's, which are not said to be missing then."""
+        """They are listed under their own names, and OpenMMLab's are then not listed as missing."""
         there = {'onedl-mmengine': '0.10.12', 'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1', 'timm': '1.0.31'}
 
         def version(package):
@@ -471,7 +568,7 @@ class TestProgram:
 
     @pytest.mark.parametrize('columns', [80, 120])
     @pytest.mark.parametrize('command', [
-        [], ['list'], ['info'], ['classify'], ['features'], ['attention'], ['benchmark'], ['env'],
+        [], ['list'], ['info'], ['classify'], ['features'], ['attention'], ['app'], ['export'], ['benchmark'], ['env'],
     ], ids=lambda command: command[0] if command else 'none')
     def test_help_fits(self, command, columns, monkeypatch):
         text = run(*command, '--help', env=dict(COLUMNS=str(columns), FORCE_COLOR='1', GITHUB_ACTIONS='true')).stdout
@@ -497,10 +594,10 @@ class TestProgram:
 
     def test_as_a_program(self):
         """In a process of its own, whose output goes into a pipe; typer is not imported with the package."""
-        environment = {**os.environ, 'TERM': 'dumb', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
         code = ('import sys, runpy, san_backbones; assert "typer" not in sys.modules; sys.argv[1:] = ["list", "*15", '
                 '"--json"]; runpy.run_module("san_backbones", run_name="__main__", alter_sys=True)')
-        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                              env=environment(TERM='dumb'))
         assert done.returncode == 0 and done.stderr == ''
         assert [model['name'] for model in json.loads(done.stdout)] == ['san15']
 
@@ -561,3 +658,76 @@ def test_distill_refuses(tmp_path, monkeypatch, arguments, message, code):
     monkeypatch.syspath_prepend(tmp_path)
     result = run('distill', 'nowhere', '--teacher', 'my_teachers:colours', '--out', 'out', *arguments, code=code)
     assert message in ' '.join(result.stderr.replace('│', '').split())
+
+
+class TestStart:
+    """What answers at once: nothing heavy is imported, neither torch and timm nor the package that imports them."""
+
+    @pytest.mark.parametrize('words, code, said', [
+        ('--help', 0, 'Exit codes:'), ('--version', 0, san_backbones.__version__), ('attention --help', 0, '--pixel'),
+        ('lsit', 2, "Did you mean 'list'?"), ('classify', 2, 'Missing argument'), ('list --jsn', 2, '--json'),
+        ('info san15_pachwise', 2, 'similar: san15_patchwise'),
+        ('distill pictures --out a', 2, '--teacher'), ('features a', 2, '--out')])
+    def test_imports_nothing_heavy(self, words, code, said):
+        self.start(words, code, said)
+
+    @pytest.mark.parametrize('line, said', [
+        ('san-backbones inf', 'info'), ('san-backbones info san15_pai', 'san15_pairwise'),
+        ('san-backbones classify --mo', '--model')])
+    def test_completes_without_imports(self, line, said):
+        self.start('', 0, said, _SAN_BACKBONES_COMPLETE='complete_bash', COMP_WORDS=line,
+                   COMP_CWORD=str(line.count(' ')))
+
+    def start(self, words, code, said, **variables):
+        program = ('import atexit, sys\n'
+                   'heavy = {"torch", "timm", "torchvision", "numpy", "PIL", "san_backbones"}\n'
+                   'atexit.register(lambda: print("imported:", *heavy & set(sys.modules)))\n'
+                   'from san_backbones_cli import main; main()')
+        done = subprocess.run([sys.executable, '-c', program, *words.split()], capture_output=True, text=True,
+                              env=environment(TERM='dumb', COLUMNS='120', **variables))
+        assert done.returncode == code and said in done.stdout + done.stderr, done
+        assert done.stdout.splitlines()[-1] == 'imported:'
+
+    def test_names_are_the_packages(self):
+        from san_backbones.cli.weights import our_models
+        from san_backbones_cli.app import MODELS
+        assert list(MODELS) == our_models()
+
+    def test_defaults_of_distill_are_the_settings(self, monkeypatch, tmp_path):
+        from san_backbones import distill
+        given = []
+        monkeypatch.setattr(distill, 'load_teacher', lambda name, weights: None)
+        monkeypatch.setattr(distill, 'distill', lambda *arguments, **options: given.append(arguments[4]) or dict(
+            pictures=0, seconds=0, weights='', signal=None))
+        run('distill', tmp_path, '--teacher', 'any', '--out', 'out', '--device', 'cpu')
+        assert given == [distill.Settings()]
+
+    @pytest.mark.parametrize('name', ['resnet18', 'san15_patchwise.in1k', 'test_san_pairwise'])
+    def test_other_names_are_timms_to_judge(self, name):
+        from san_backbones_cli.app import check_model
+        assert check_model(name) == name
+
+
+def examples():
+    """The commands that every `--help` and the README show."""
+    from typer.main import get_command
+    commands = get_command(app)
+    texts = [(ROOT / 'README.md').read_text(), *(each.help or '' for each in (commands, *commands.commands.values()))]
+    return sorted({line for text in texts
+                   for line in re.findall(r'^ {2,}san-backbones (\S.*?) *(?:#.*)?$', text, re.M)})
+
+
+@pytest.mark.parametrize('line', examples())
+def test_examples_run_as_printed(line, tmp_path):
+    """On a fresh machine: no network, nothing in a cache; they name weights that ship."""
+    if 'features' in line:
+        pytest.importorskip('pyarrow', reason='needs the features extra')
+    if 'attention' in line:
+        pytest.importorskip('matplotlib', reason='needs the visualize extra')
+    for name in ('photo.jpg', 'PICTURES/a.png', 'pictures/a.png'):
+        noise(tmp_path / name)
+    run(*line.split())
+
+
+def test_there_are_examples():
+    assert {line.split()[0] for line in examples()} >= {'list', 'info', 'classify', 'features', 'attention'}

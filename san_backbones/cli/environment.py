@@ -1,4 +1,4 @@
-"""What a bug report needs to know about this machine."""
+"""Collects what a bug report needs to know about this machine."""
 import os
 import pathlib
 import platform
@@ -19,7 +19,8 @@ __all__ = ['facts']
 PACKAGES = (
     'torch', 'timm', 'torchvision', 'huggingface_hub', 'gdown', 'safetensors', 'numpy', 'pillow', 'triton', 'typer',
     'mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'mmpretrain', 'transformers',
-    'segmentation_models_pytorch', 'accelerate', 'lightning', 'onnx', 'onnxscript', 'onnxruntime', 'matplotlib')
+    'segmentation_models_pytorch', 'accelerate', 'lightning', 'onnx', 'onnxscript', 'onnxruntime', 'matplotlib',
+    'pyarrow', 'webdataset', 'ray')
 # OneDL's forks of OpenMMLab, with the same modules
 FORKS = {'mmengine': 'onedl-mmengine', 'mmcv': 'onedl-mmcv', 'mmdet': 'onedl-mmdetection',
          'mmsegmentation': 'onedl-mmsegmentation', 'mmpretrain': 'onedl-mmpretrain'}
@@ -31,7 +32,7 @@ VARIABLES = (
 
 
 def _version(package: str) -> str | None:
-    if package == 'torch':  # says what it was built for, which its metadata need not
+    if package == 'torch':  # its own version names the CUDA build; its metadata may not
         return torch.__version__
     try:
         return metadata.version(package)
@@ -40,7 +41,7 @@ def _version(package: str) -> str | None:
 
 
 def _versions() -> dict[str, str | None]:
-    """Versions by package; of a package that is there as OneDL's fork, under that name."""
+    """Returns versions by package; OneDL's forks are listed under their own names."""
     versions = {}
     for package in PACKAGES:
         found, fork = _version(package), FORKS.get(package)
@@ -51,18 +52,18 @@ def _versions() -> dict[str, str | None]:
 
 
 def _public(text: str) -> str:
-    """What may be pasted in public: without the password of an address and the user's name in a path."""
+    """Removes passwords in addresses and the user's name in paths."""
     home = str(pathlib.Path.home())
     return re.sub(r'//[^/\s]*@', '//', re.sub(re.escape(home) + r'(?=/|\\|$)', '~', text) if len(home) > 1 else text)
 
 
-def _paths(device: str) -> dict[str, str | None]:
-    """Every operator path, and why it cannot compute a float32 inference of each form on a device; None if it can."""
+def _backends(device: str) -> dict[str, str | None]:
+    """Returns for every backend why it cannot run float32 inference of each form on a device; None if it can."""
     reasons: dict[str, str | None] = {}
     for backend in ops.BACKENDS:
         refusals = {}
-        for form, relation in (('pairwise', 'subtraction'), ('patchwise', 'concatenation')):
-            spec = ops.Spec(form == 'pairwise', relation, 'none', 7, 1)
+        for form in ops.relations.FORMS:
+            spec = ops.Spec(form == 'pairwise', ops.relations.names(form)[0], 'none', 7, 1)
             request = ops.Request(spec, torch.device(device), torch.float32, (1, 64, 56, 56), False, False, None)
             refusals[form] = backend.refusal(request)
         told = {form: reason for form, reason in refusals.items() if reason is not None}
@@ -73,10 +74,10 @@ def _paths(device: str) -> dict[str, str | None]:
 
 
 def facts() -> dict[str, Any]:
-    """Versions, the machine, the operator paths with what keeps them from running, and the environment's variables.
+    """Collects versions, the machine, the backends and why they cannot run, and environment variables.
 
     Returns:
-        Plain data. Values of variables are without tokens and passwords, and name the home folder `~`.
+        Plain data. Tokens and passwords are removed from variables, and the home folder is written as `~`.
     """
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     folder = pathlib.Path(native.__file__).parent
@@ -93,6 +94,6 @@ def facts() -> dict[str, Any]:
         compiled_loops=dict(found=builds, serving=native.build() if problem is None else None,
                             **dict(zip(('runtime', 'threads'), native.pool() if problem is None else (None, None))),
                             problem=problem and _public(problem)),
-        paths={device: _paths(device) for device in ('cpu', *(['cuda'] if gpus else []))},
+        paths={device: _backends(device) for device in ('cpu', *(['cuda'] if gpus else []))},
         variables={name: '(set)' if name == 'HF_TOKEN' else _public(os.environ[name])
                    for name in VARIABLES if name in os.environ})

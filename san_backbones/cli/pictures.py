@@ -1,4 +1,4 @@
-"""Pictures as models take them."""
+"""Finds, reads and preprocesses pictures for the commands."""
 import os
 import pathlib
 import re
@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
-from timm.data import create_transform, resolve_data_config
+from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms
 
+from .._pictures import SUFFIXES, config, upright
+
 __all__ = ['SUFFIXES', 'find', 'read', 'transform']
 
-SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
-
-def find(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-    """The files named, and the pictures in the folders named and below them, each folder's in natural order."""
+def find(paths: Iterable[pathlib.Path], suffixes: tuple[str, ...] = SUFFIXES) -> list[pathlib.Path]:
+    """Returns the given files, and the pictures in the given folders and their subfolders in natural order."""
     def natural(path: pathlib.Path) -> list[Any]:
         return [(int(part), '') if part.isdecimal() else (-1, part) for part in re.split(r'(\d+)', str(path))]
 
@@ -25,7 +25,7 @@ def find(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
     for path in paths:
         if path.is_dir():
             inside = (pathlib.Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-            found += sorted((p for p in inside if p.suffix.lower() in SUFFIXES and not p.name.startswith('.')),
+            found += sorted((p for p in inside if p.suffix.lower() in suffixes and not p.name.startswith('.')),
                             key=natural)
         else:
             found.append(path)
@@ -33,23 +33,19 @@ def find(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
 
 
 def read(path: pathlib.Path, channels: int = 3) -> Image.Image:
-    """A picture the right way up, in colour or, for one channel, in grey.
+    """Reads a picture, applies its EXIF orientation, and converts it to RGB, or to grey for one channel.
 
     Raises:
-        OSError: The file is not there or is no picture.
-        ValueError: Its pixels have more than 8 bits, which Pillow would clip; or the model wants other channels.
+        OSError: The file does not exist or is not a picture.
+        ValueError: The pixels have more than 8 bits, which Pillow would clip, or channels is not 1 or 3.
     """
-    if channels not in (1, 3):
-        raise ValueError(f'the model takes {channels} channels, and pictures have 1 or 3')
     with Image.open(path) as picture:
-        if picture.mode.startswith(('I', 'F')):
-            raise ValueError(f'its pixels have more than 8 bits (mode {picture.mode}); convert it to 8 bits first')
-        return ImageOps.exif_transpose(picture).convert('RGB' if channels == 3 else 'L')
+        return upright(picture, channels)
 
 
 def transform(cfg: Mapping[str, Any], size: tuple[int, int] | None = None,
               whole: bool = False) -> tuple[int, Callable[[Image.Image], Tensor]]:
-    """How pictures become tensors (C, H, W) for a model: timm's evaluation transform.
+    """Makes the transform from pictures to tensors (C, H, W) for a model: timm's evaluation transform.
 
     Args:
         cfg: The model's `pretrained_cfg`: size, crop, interpolation, mean and standard deviation.
@@ -59,12 +55,9 @@ def transform(cfg: Mapping[str, Any], size: tuple[int, int] | None = None,
     Returns:
         The number of channels, and the function.
     """
-    channels = cfg['input_size'][0]
-    config = resolve_data_config(dict(input_size=(channels, *size)) if size else {}, pretrained_cfg=dict(cfg))
-    for name in ('mean', 'std'):
-        if len(config[name]) != channels:  # colours' numbers, for a model of grey pictures
-            config[name] = (sum(config[name]) / len(config[name]),) * channels
+    found = config(cfg, size)
+    channels = found['input_size'][0]
     if whole:
-        mean, std = torch.tensor(config['mean']), torch.tensor(config['std'])
+        mean, std = torch.tensor(found['mean']), torch.tensor(found['std'])
         return channels, transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
-    return channels, create_transform(**config, is_training=False)
+    return channels, create_transform(**found, is_training=False)
