@@ -1,4 +1,4 @@
-"""Keeps a training within its time, and says how it is going."""
+"""Keeps a training within a time limit, and prints its progress."""
 
 import time
 
@@ -6,52 +6,58 @@ from mmengine.hooks import Hook
 
 
 class Pace(Hook):
-    """Shows progress, and makes a slow machine finish in time.
+    """Prints progress, and lets a slow machine finish in time.
 
-    The config's schedules (warm-up, decay) count iterations. Where the time runs faster than the iterations, this hook
-    advances the schedules further, in proportion to the time that has gone: the learning rate goes through the same
-    curve in fewer, larger strides, and the training ends when either the iterations or the time are used up. A machine
-    that is fast enough never notices; what it computes does not depend on the clock.
+    The config's schedules (warm-up, decay) count iterations. If time runs faster than iterations, this hook advances
+    the schedules in proportion to the elapsed time: the learning rate follows the same curve in fewer, larger steps,
+    and the training ends when the iterations or the time are used up. On a fast enough machine the hook changes
+    nothing, and results do not depend on the clock.
 
     Args:
-        seconds: Most seconds the training may take.
+        seconds: Most seconds that the training may take.
         say: Called with each line of progress.
         every: Seconds between two such lines.
+        midway: Called once, when half of the training is done; the time that it takes does not count.
     """
 
-    def __init__(self, seconds, say, every=10):
-        self.seconds, self.say, self.every = seconds, say, every
+    def __init__(self, seconds, say, every=10, midway=None):
+        self.seconds, self.say, self.every, self.midway = seconds, say, every, midway
 
     def before_train(self, runner):
         self.start = self.spoke = time.monotonic()
-        self.done = 0    # iterations
-        self.place = 0   # in the schedule: as many iterations, or more where time runs short
+        self.done = 0  # iterations
+        self.position = 0  # in the schedule: equal to `done`, or ahead of it if time runs short
         self.losses = []
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         now = time.monotonic()
         elapsed = now - self.start
         self.done += 1
-        self.place += 1  # by mmengine's own ParamSchedulerHook
+        self.position += 1  # by mmengine's own ParamSchedulerHook
         self.losses.append(outputs['loss'].item())
         due = min(runner.max_iters, int(runner.max_iters * elapsed / self.seconds))
-        while self.place < due:
+        while self.position < due:
             for scheduler in runner.param_schedulers:
                 scheduler.step()
-            self.place += 1
+            self.position += 1
 
-        finished = self.place >= runner.max_iters
+        finished = self.position >= runner.max_iters
         if finished:
             runner.train_loop.stop_training = True
         if finished or self.done == 1 or now - self.spoke >= self.every:
-            left = elapsed / self.place * (runner.max_iters - self.place)
+            left = elapsed / self.position * (runner.max_iters - self.position)
             loss = sum(self.losses) / len(self.losses)
             self.say(f'  iteration {self.done:4d} of {runner.max_iters}   loss {loss:6.3f}   '
                      f'{clock(elapsed)} gone, {clock(left)} to go')
             self.spoke, self.losses = now, []
         self.elapsed = elapsed
+        if self.midway is not None and not finished and self.position >= runner.max_iters / 2:
+            midway, self.midway = self.midway, None
+            midway()
+            away = time.monotonic() - now
+            self.start, self.spoke = self.start + away, self.spoke + away
 
 
 def clock(seconds):
-    """Minutes and seconds, as 4:05."""
+    """Formats seconds as minutes and seconds, such as 4:05."""
     return '{}:{:02d}'.format(*divmod(round(seconds), 60))

@@ -1,13 +1,12 @@
-"""A small instance segmentation data set, made on the spot: textured shapes on real photographs.
+"""Generates a small instance segmentation data set: textured shapes on real photographs.
 
-Every picture is a random crop of a photograph with a few shapes laid over it, back to front. A shape is turned,
-scaled and squashed at random, filled with a crop of another photograph under a tint, lit from one side, and throws
-a soft shadow. Its mask is what can be *seen* of it: shapes in front cut into the masks of those behind, so the
-masks of one picture never overlap, as in COCO.
+Every picture is a random crop of a photograph with a few shapes drawn over it, back to front. A shape is rotated,
+scaled and squashed at random, filled with a tinted crop of another photograph, lit from one side, and casts a soft
+shadow. Its mask covers only its visible part, so the masks of one picture never overlap, as in COCO.
 
-The photographs are files that scikit-image carries in its wheel (nothing is downloaded), all of them CC0, public
-domain, or without known copyright restrictions. Training and validation pictures use different photographs, for
-backgrounds and for textures alike: held out means held out.
+The photographs come with scikit-image's wheel (nothing is downloaded); all of them are CC0, public domain, or without
+known copyright restrictions. Training and validation pictures use different photographs, for backgrounds and for
+textures.
 """
 
 import hashlib
@@ -34,15 +33,15 @@ SUPERSAMPLING = 4            # outlines are drawn this many times larger, so tha
 
 
 def make(folder, train=320, val=40, size=192, seed=0, report=print):
-    """Writes the data set in COCO's format, unless the very same one is already there.
+    """Writes the data set in COCO's format, unless the same one is already there.
 
     Args:
-        folder: Where to write. Holds `annotations/instances_{train,val}.json`, `train/` and `val/` afterwards.
+        folder: The output folder, for `annotations/instances_{train,val}.json`, `train/` and `val/`.
         train: Number of training pictures.
         val: Number of held-out pictures.
         size: Side of the square pictures in pixels.
-        seed: Same seed, same pictures.
-        report: Called with a line of text about what is being done.
+        seed: Random seed; the same seed gives the same pictures.
+        report: Called with a line of text about the progress.
 
     Returns:
         The folder, as a `Path`.
@@ -54,7 +53,7 @@ def make(folder, train=320, val=40, size=192, seed=0, report=print):
     folder = Path(folder)
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     recipe = dict(train=train, val=val, size=size, seed=seed, code=code)
-    note = folder / 'recipe.json'  # written last: a data set that was interrupted has none
+    note = folder / 'recipe.json'  # written last, so an incomplete data set has none
     if note.exists() and note.read_text() == json.dumps(recipe):
         report(f'data set: {train} + {val} pictures of {size}x{size}, made earlier, in {folder}')
         return folder
@@ -79,7 +78,7 @@ def write_split(folder, split, count, size, seed):
     photographs = read_photographs(split)
     images, annotations = [], []
     for image_id in range(1, count + 1):
-        # One stream per picture: a picture stays the same when their number changes.
+        # One generator per picture: a picture does not depend on their number.
         rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(split), image_id])
         picture, kinds, masks = compose(photographs, size, rng)
         name = f'{image_id:06d}.jpg'
@@ -92,7 +91,7 @@ def write_split(folder, split, count, size, seed):
 
 
 def annotate(mask, kind, image_id, annotation_id):
-    """One entry of COCO's annotations. The mask is run-length encoded: visible parts may have holes."""
+    """Makes one entry of COCO's annotations. The mask is run-length encoded, since visible parts may have holes."""
     encoded = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     box, area = rle.toBbox(encoded).tolist(), int(rle.area(encoded))
     encoded['counts'] = encoded['counts'].decode('ascii')
@@ -101,7 +100,7 @@ def annotate(mask, kind, image_id, annotation_id):
 
 
 def read_photographs(split):
-    """The photographs of one split as BGR arrays."""
+    """Reads the photographs of one split as BGR arrays."""
     package = importlib.util.find_spec('skimage')  # finds the folder without importing scikit-image
     folder = Path(package.origin).parent / 'data' if package else Path('skimage/data')
     missing = [name for name in PHOTOGRAPHS[split] if not (folder / name).exists()]
@@ -121,7 +120,7 @@ def compose(photographs, size, rng):
     picture = crop(photographs, size, rng)
     kinds, masks, areas = [], [], []
     for _ in range(rng.integers(SHAPES_PER_PICTURE[0], SHAPES_PER_PICTURE[1] + 1)):
-        for _ in range(20):  # tries to find a place; a crowded picture ends up with fewer shapes
+        for _ in range(20):  # attempts to fit a shape; a crowded picture gets fewer
             kind = KINDS[rng.integers(len(KINDS))]
             centre = size * rng.uniform(0.08, 0.92, 2)
             radius = size * rng.uniform(*RADIUS)
@@ -140,7 +139,7 @@ def compose(photographs, size, rng):
 
 
 def crop(photographs, size, rng):
-    """A random piece of a random photograph at size x size, turned, mirrored and with its colours changed."""
+    """Crops a random part of a random photograph to size x size, rotates and mirrors it, and changes its colours."""
     photograph = photographs[rng.integers(len(photographs))]
     side = int(min(photograph.shape[:2]) * rng.uniform(0.35, 0.95))
     top, left = (rng.integers(length - side + 1) for length in photograph.shape[:2])
@@ -151,9 +150,9 @@ def crop(photographs, size, rng):
 
 
 def outline(kind, rng):
-    """The borders of a shape in the unit circle, turned and squashed at random: arrays of x, y rows.
+    """Returns the borders of a shape in the unit circle, rotated and squashed at random: arrays of x, y rows.
 
-    A second border is that of a hole.
+    A second border encloses a hole.
     """
     transform = rotation(rng) @ np.diag([1.0, rng.uniform(0.75, 1.0)]) @ rotation(rng)
     radii = dict(square=[np.ones(4)], star=[np.tile([1, 0.45], 5)], ring=[np.ones(64), np.full(64, 0.5)])[kind]
@@ -170,14 +169,14 @@ def rotation(rng):
 
 
 def draw(borders, size):
-    """How much of every pixel a shape covers: float32 in [0, 1], size x size."""
+    """Computes how much of every pixel a shape covers: float32 in [0, 1], size x size."""
     large = np.zeros((size * SUPERSAMPLING, size * SUPERSAMPLING), np.uint8)
     cv2.fillPoly(large, [np.round(border * SUPERSAMPLING).astype(np.int32) for border in borders], 255)  # even-odd
     return cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
 def paint(picture, alpha, texture, centre, radius, rng):
-    """Lays one shape over the picture: its shadow, then its tinted texture, lit from a random side."""
+    """Draws one shape over the picture: its shadow, then its tinted texture, lit from a random side."""
     size = len(picture)
     light = rng.uniform(0, 2 * np.pi)
     towards = np.array([np.cos(light), np.sin(light)])

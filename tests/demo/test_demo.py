@@ -1,7 +1,10 @@
-"""The demo: its data set, its errors about other people's data, and a training of three steps."""
+"""The demo: its data set, and a training of three steps."""
 
-import copy
 import json
+import re
+import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,11 +14,8 @@ import pytest
 pytest.importorskip('pycocotools')
 cv2 = pytest.importorskip('cv2')
 
-DEMO = Path(__file__).resolve().parents[2] / 'demo'
-sys.path.insert(0, str(DEMO))
-
-import coco_folder  # noqa: E402
 import shapes  # noqa: E402
+from tests import ROOT, environment  # noqa: E402
 
 SIZE = 96
 
@@ -129,138 +129,22 @@ class TestShapes:
             shapes.read_photographs('train')
 
 
-@pytest.fixture
-def coco():
-    """The least that is in COCO's format."""
-    return dict(
-        images=[dict(id=1, file_name='one.jpg', width=8, height=8)],
-        annotations=[dict(id=1, image_id=1, category_id=3, bbox=[1, 1, 4, 4], area=16, iscrowd=0,
-                          segmentation=[[1, 1, 5, 1, 5, 5, 1, 5]])],
-        categories=[dict(id=3, name='thing')])
-
-
-def write(root, train, val, train_json='annotations/instances_train2017.json',
-          val_json='annotations/instances_val2017.json', train_images='train2017', val_images='val2017'):
-    for name, content, images in (train_json, train, train_images), (val_json, val, val_images):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(content if isinstance(content, str) else json.dumps(content))
-        (root / images).mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(root / images / 'one.jpg'), np.zeros((8, 8, 3), np.uint8))
-
-
-class TestFind:
-
-    @pytest.mark.parametrize('layout', [
-        ('annotations/instances_train2017.json', 'annotations/instances_val2017.json', 'train2017', 'val2017'),
-        ('annotations/instances_train.json', 'annotations/instances_val.json', 'images', 'images'),
-        ('annotations/train.json', 'annotations/val.json', 'images/train', 'images/val'),
-        ('train/_annotations.coco.json', 'valid/_annotations.coco.json', 'train', 'valid'),
-        ('train.json', 'val.json', 'images', 'images'),
-        ('train.json', 'val.json', '.', '.'),
-        ('train/annotations.json', 'val/annotations.json', 'train/images', 'val/images'),
-        ('train.json', 'test.json', 'train', 'test'),
-    ])
-    def test_usual_layouts(self, coco, tmp_path, layout):
-        write(tmp_path, coco, coco, *layout)
-        train, val = coco_folder.find(tmp_path)
-        assert [train.json, val.json] == [tmp_path / name for name in layout[:2]]
-        assert [train.images, val.images] == [tmp_path / name for name in layout[2:]]
-        assert train.classes == ('thing',)
-
-    def test_instances_before_captions(self, coco, tmp_path):
-        write(tmp_path, coco, coco)
-        (tmp_path / 'annotations' / 'captions_train2017.json').write_text('{}')
-        (tmp_path / 'annotations' / 'person_keypoints_train2017.json').write_text('{}')
-        assert coco_folder.find(tmp_path)[0].json.name == 'instances_train2017.json'
-
-    def test_first_pictures(self, coco, tmp_path):
-        coco['images'] = [dict(coco['images'][0], id=number) for number in range(5)]
-        coco['annotations'] = [dict(coco['annotations'][0], id=number, image_id=number) for number in (1, 2, 3)]
-        write(tmp_path, coco, coco)
-        train, _ = coco_folder.find(tmp_path)
-        assert train.first(0, tmp_path) is train
-        few = train.first(2, tmp_path)
-        assert [image['id'] for image in few.coco['images']] == [1, 2]  # 0 has no annotation
-        assert [annotation['id'] for annotation in few.coco['annotations']] == [1, 2]
-        assert json.loads(few.json.read_text()) == few.coco
-
-    def test_not_a_folder(self, tmp_path):
-        with pytest.raises(coco_folder.NotCoco, match='nowhere is not a folder'):
-            coco_folder.find(tmp_path / 'nowhere')
-
-    def test_nothing_there(self, tmp_path):
-        (tmp_path / 'holiday').mkdir()
-        with pytest.raises(coco_folder.NotCoco, match=r'(?s)no train annotations.*instances_train.*holiday/.*none'):
-            coco_folder.find(tmp_path)
-
-    def test_no_validation(self, coco, tmp_path):
-        write(tmp_path, coco, coco)
-        (tmp_path / 'annotations' / 'instances_val2017.json').unlink()
-        with pytest.raises(coco_folder.NotCoco, match=r'(?s)no val annotations.*valid.*instances_train2017.json'):
-            coco_folder.find(tmp_path)
-
-    @pytest.mark.parametrize('content, message', [
-        ('{"images": [', 'not readable as JSON'),
-        ('[1, 2]', 'holds a list, and should'),
-        ('{"info": {}, "images": []}', 'holds an object with images, info, and should'),
-        ('{"images": [], "annotations": [], "categories": []}', 'list of images is empty'),
-    ])
-    def test_not_coco(self, coco, tmp_path, content, message):
-        write(tmp_path, content, coco)
-        with pytest.raises(coco_folder.NotCoco, match=f'instances_train2017.json.*{message}'):
-            coco_folder.find(tmp_path)
-
-    @pytest.mark.parametrize('path, value, message', [
-        (('images', 0, 'file_name'), None, 'image number 0 has no file_name'),
-        (('images', 0, 'width'), None, 'image number 0 has no width'),
-        (('categories', 0, 'name'), None, 'category number 0 has no name'),
-        (('annotations', 0, 'bbox'), None, 'annotation number 0 has no bbox'),
-        (('annotations', 0, 'image_id'), 7, '1 of 1 annotations have an unknown image_id, such as 7'),
-        (('annotations', 0, 'category_id'), 7, '1 of 1 annotations have an unknown category_id, such as 7'),
-        (('annotations', 0, 'segmentation'), None, 'none of them has a mask'),
-        (('annotations', 0, 'segmentation'), [], 'none of them has a mask'),
-        (('annotations', 0, 'segments_info'), [], 'panoptic'),
-    ])
-    def test_broken_entries(self, coco, tmp_path, path, value, message):
-        broken = copy.deepcopy(coco)
-        *parents, key = path
-        entry = broken
-        for parent in parents:
-            entry = entry[parent]
-        if value is None:
-            del entry[key]
-        else:
-            entry[key] = value
-        write(tmp_path, coco, broken)
-        with pytest.raises(coco_folder.NotCoco, match=f'instances_val2017.json.*{message}'):
-            coco_folder.find(tmp_path)
-
-    def test_some_without_mask(self, coco, tmp_path):
-        coco['annotations'].append(dict(coco['annotations'][0], id=2, segmentation=[]))
-        write(tmp_path, coco, coco)
-        with pytest.raises(coco_folder.NotCoco, match='of 2 annotations 1 lack.* annotation 2'):
-            coco_folder.find(tmp_path)
-
-    def test_shared_ids(self, coco, tmp_path):
-        coco['images'] *= 2
-        write(tmp_path, coco, coco)
-        with pytest.raises(coco_folder.NotCoco, match='several image entries share one id'):
-            coco_folder.find(tmp_path)
-
-    def test_missing_pictures(self, coco, tmp_path):
-        two = dict(coco, images=coco['images'] + [dict(coco['images'][0], id=2, file_name='two.jpg')])
-        write(tmp_path, two, coco)
-        with pytest.raises(coco_folder.NotCoco, match='1 of the 2 pictures .*train2017.json.* not in .*: two.jpg'):
-            coco_folder.find(tmp_path)
-        for picture in tmp_path.rglob('one.jpg'):
-            picture.unlink()
-        with pytest.raises(coco_folder.NotCoco, match='none of the 2 pictures .*train2017.json.* such as one.jpg'):
-            coco_folder.find(tmp_path)
-
-    def test_different_categories(self, coco, tmp_path):
-        write(tmp_path, coco, dict(coco, categories=[dict(id=3, name='other')]))
-        with pytest.raises(coco_folder.NotCoco, match=r'(?s)same categories.*thing.*other'):
-            coco_folder.find(tmp_path)
+def write_voc(made, folder):
+    """Writes the boxes of a data set of shapes as VOC's XML, in folders of the splits."""
+    for split in ('train', 'val'):
+        content = load(made, split)
+        names = {category['id']: category['name'] for category in content['categories']}
+        (folder / split).mkdir(parents=True)
+        for image in content['images']:
+            objects = ''
+            for annotation in content['annotations']:
+                if annotation['image_id'] == image['id']:
+                    left, top, width, height = annotation['bbox']
+                    objects += (f'<object><name>{names[annotation["category_id"]]}</name><bndbox>'
+                                f'<xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{left + width}</xmax>'
+                                f'<ymax>{top + height}</ymax></bndbox></object>')
+            shutil.copy(made / split / image['file_name'], folder / split)
+            (folder / split / image['file_name']).with_suffix('.xml').write_text(f'<annotation>{objects}</annotation>')
 
 
 class TestTrain:
@@ -280,6 +164,7 @@ class TestTrain:
         import train
         assert train.score({}) == 'mask AP 0.000, box AP 0.000'
         assert train.score({'coco/segm_mAP': 0.25, 'coco/bbox_mAP': 0.5}) == 'mask AP 0.250, box AP 0.500'
+        assert train.score({}, masks=False) == 'box AP 0.000'
 
     def test_error_without_traceback(self, tmp_path):
         import train
@@ -295,6 +180,8 @@ class TestTrain:
         said = capsys.readouterr().out
         assert before.keys() == after.keys() >= {'coco/segm_mAP', 'coco/bbox_mAP'}
         assert 'train 4 pictures' in said and 'val   2 pictures' in said and 'iteration    3 of 3' in said
+        assert 'from hf-hub:san-backbones/san10_patchwise.distilled\n' in said
+        assert said.index('iteration    1') < said.index('midway    mask AP 0.') < said.index('iteration    3 of 3')
         assert cv2.imread(str(tmp_path / 'sheet.png')) is not None
 
         # What was written is enough to use the detector.
@@ -303,6 +190,91 @@ class TestTrain:
         assert model.dataset_meta['classes'] == shapes.KINDS
         result = inference_detector(model, cv2.imread(str(made / 'val' / '000001.jpg')))
         assert result.pred_instances.masks.shape[1:] == (SIZE, SIZE)
+
+        import timm
+        import san_backbones  # noqa: F401
+
+        # Three steps with a small learning rate leave the weights near those that it started from.
+        shipped = timm.create_model('san10_patchwise.distilled', pretrained=True).state_dict()
+        given = {name: weight for name, weight in model.backbone.state_dict().items() if name in shipped}
+        assert len(given) > 300
+        for name in ('stages.1.conv.weight', 'stages.4.blocks.0.conv.weight'):
+            assert (given[name] - shipped[name]).norm() < .2 * shipped[name].norm()
+
+    @pytest.mark.parametrize('weights, checkpoint', [
+        (None, 'hf-hub:san-backbones/san10_patchwise.distilled'), ('mine.pth', 'mine.pth'), ('random', None)])
+    def test_weights(self, made, tmp_path, weights, checkpoint):
+        """What the network starts from, also in the config for a whole training; random weights are not frozen."""
+        pytest.importorskip('mmdet')
+        from mmengine.config import Config
+
+        import train
+        options = train.parse(['--data', str(made), *(['--weights', weights] if weights else [])])
+        parts = train.get_data(options, lambda line: None)
+        backbone = train.make_config(options, *parts, masks=True).model.backbone
+        train.write_config(tmp_path / 'my_config.py', *parts, True, backbone.init_cfg)
+        own = Config.fromfile(tmp_path / 'my_config.py').model.backbone
+        for cfg in (backbone, own):
+            assert (cfg.init_cfg and cfg.init_cfg.checkpoint) == checkpoint
+        assert (backbone.frozen_stages, backbone.norm_eval) == ((2, True) if checkpoint else (-1, False))
+
+    def test_boxes_of_voc(self, made, tmp_path, capsys, monkeypatch):
+        """A Faster R-CNN, which says so; what it prints at last is pasted and works, from the same folder."""
+        pytest.importorskip('mmdet')
+        pytest.importorskip('typer', reason='needs the cli extra')
+        from mmengine.config import Config
+
+        import train
+        write_voc(made, tmp_path / 'voc')
+        work = tmp_path / 'work'
+        monkeypatch.chdir(ROOT)
+        before, after = train.main(['--data', str(tmp_path / 'voc'), '--iterations', '2', '--size', '64',
+                                    '--val-images', '2', '--weights', 'random', '--work-dir', str(work)])
+        said = capsys.readouterr().out
+        assert 'coco/segm_mAP' not in {*before, *after} and 'mask AP' not in said
+        assert 'was converted' in said and 'a Faster R-CNN is trained' in said and 'FasterRCNN on SANBackbone' in said
+        assert cv2.imread(str(work / 'sheet.png')) is not None and 'from random weights\n' in said
+
+        config = Config.fromfile(work / 'my_config.py')
+        assert config.model.type == 'FasterRCNN' and config.model.roi_head.bbox_head.num_classes == 3
+        assert config.model.backbone.init_cfg is None
+        for part, count in (('train', 6), ('val', 4)):
+            dataset = config[f'{part}_dataloader'].dataset
+            assert tuple(dataset.metainfo.classes) == ('ring', 'square', 'star')
+            assert len(json.loads(Path(dataset.ann_file).read_text())['images']) == count
+            assert len(list(Path(dataset.data_prefix.img).iterdir())) == count
+        commands = [shlex.split(line) for line in said.splitlines()
+                    if re.match(' {4}.*(-m san_backbones|train.py)', line)]
+        assert len(commands) == 4
+        assert all(Path(word).exists() for words in commands for word in words if word.endswith('.py'))
+        done = subprocess.run([sys.executable, *commands[0][1:]], capture_output=True, text=True, env=environment())
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads((work / 'predicted/predictions.json').read_text())['images']) == 4
+        for words in commands[1:3]:
+            train.parse(words[2:])
+        assert commands[3][1:3] == ['-m', 'san_backbones.mm.run'] and str(work / 'my_config.py') in commands[3]
+
+    def test_some_objects_without_a_mask(self):
+        from types import SimpleNamespace
+
+        import train
+        said, part = [], SimpleNamespace(without_masks=0, coco=dict(annotations=[1, 2, 3]))
+        assert train.has_masks(part, part, said.append) and not said
+        some = SimpleNamespace(without_masks=1, coco=part.coco)
+        assert not train.has_masks(part, some, said.append) and '1 of 6 objects have no mask' in said[0]
+
+    def test_sheet_of_many_objects(self, tmp_path, monkeypatch):
+        """Many objects of a picture have no labels, which would cover it; few have. Masks are not needed."""
+        import sheet
+        labels = []
+        monkeypatch.setattr(sheet, 'draw_label', lambda *given: labels.append(given[2]))
+        boxes = np.array([[5., 5, 20, 20]])
+        for count, expected in ((sheet.MOST_LABELS, 2 * sheet.MOST_LABELS), (sheet.MOST_LABELS + 1, 0)):
+            labels.clear()
+            objects = dict(boxes=boxes.repeat(count, 0), labels=np.zeros(count), scores=np.full(count, 0.9))
+            sheet.draw(tmp_path / 'sheet.png', [dict(picture=np.zeros((30, 60, 3), np.uint8), truth=objects,
+                                                     predicted=objects)], ('cell',), 'title')
+            assert len(labels) == expected and cv2.imread(str(tmp_path / 'sheet.png')) is not None
 
     def test_too_slow_a_machine_ends_in_time(self):
         """With no time left, the schedule runs to its end and the training stops."""
