@@ -1,19 +1,18 @@
-"""Where pretrained weights come from, and how they are checked.
+"""Finds pretrained weights and checks them.
 
-A model's weights, say those of `san15_patchwise.in1k`, are looked for in this order:
+The weights of a model, such as `san15_patchwise.in1k`, are searched in this order:
 
 1. the folder that the environment variable SAN_BACKBONES_WEIGHTS names, as `san15_patchwise.in1k/model.safetensors` or
    `san15_patchwise.in1k.safetensors`;
 2. the weights that ship with the package;
 3. the Hugging Face Hub, repository `san-backbones/san15_patchwise.in1k` (SAN_BACKBONES_HUB_ORG names another
-   organisation, HF_ENDPOINT another server), through huggingface_hub: its cache, tokens, offline mode, progress bar. It
-   is not asked for what the manifest knows not to be there yet, nor for what 4. left on this machine;
-4. the file that the authors published, on Google Drive, converted and kept when it is first used
-   (`san_backbones.weights.authors`). What is kept is taken before the Hub is asked, unless another organisation is
-   named.
+   organisation, HF_ENDPOINT another server), through huggingface_hub with its cache, tokens, offline mode and progress
+   bar. The Hub is not asked if the manifest says that it does not have the weights yet;
+4. the authors' file on Google Drive, converted on first use and kept (`san_backbones.weights.authors`). A kept file is
+   used before the Hub is asked, unless another organisation is named.
 
-Files are safetensors but for the authors', of which only tensors are read. Where the manifest pins a digest, the file
-must have it.
+All files are safetensors except the authors', from which only tensors are read. If the manifest pins a digest, the file
+must match it.
 """
 import atexit
 import errno
@@ -41,27 +40,27 @@ FILENAME = 'model.safetensors'
 FOLDER_VARIABLE = 'SAN_BACKBONES_WEIGHTS'
 ORGANISATION_VARIABLE = 'SAN_BACKBONES_HUB_ORG'
 ORGANISATION = 'san-backbones'
-# of the authors' files
+# for the authors' files
 AUTHORS_VARIABLE = 'SAN_BACKBONES_AUTHORS'
 MIRROR_VARIABLE = 'SAN_BACKBONES_AUTHORS_URL'
 CACHE_VARIABLE = 'SAN_BACKBONES_CACHE'
 
 HUB = 'https://huggingface.co'
-FULL = {errno.ENOSPC, errno.EDQUOT}  # of a disk, or of one's share of it
+FULL = {errno.ENOSPC, errno.EDQUOT}  # no space on the disk, or in the user's quota
 _logger = logging.getLogger('san_backbones.hub')
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
 class WeightsError(RuntimeError):
-    """Pretrained weights that cannot be had, or are not what they should be; the message says what to do."""
+    """Pretrained weights are not available or not the expected ones; the message says what to do."""
 
 
 class Unavailable(WeightsError):
-    """Weights that a place does not have or give, as against wrong ones: another place may have them.
+    """One source does not provide the weights, but another may; wrong weights are a plain WeightsError.
 
     Args:
-        problem: What was asked for where, and what came of it; a sentence without its full stop.
-        model: Whose weights they are; the message goes on with the ways out.
+        problem: What was requested from where, and the result; a sentence without its full stop.
+        model: The model's name; the message goes on with what to do.
     """
 
     def __init__(self, problem: str, model: str):
@@ -70,16 +69,16 @@ class Unavailable(WeightsError):
 
 
 def shipped() -> pathlib.Path:
-    """The folder `weights` of an installed package, or of the checkout; of one in an archive (a zipapp), a copy."""
+    """Returns the folder of shipped weights: of the installed package, its unpacked archive, or the checkout."""
     installed = _PACKAGE / '.weights'
     if installed.is_dir():
         return installed
-    return _copied() or _PACKAGE.parent / 'weights'
+    return _unpack_shipped() or _PACKAGE.parent / 'weights'
 
 
 @functools.cache
-def _copied() -> pathlib.Path | None:
-    """A copy of the weights in an archive that the package is in, for the life of this process."""
+def _unpack_shipped() -> pathlib.Path | None:
+    """Unpacks the weights if the package is inside an archive (a zipapp), for the life of this process; else None."""
     folder = importlib.resources.files(__package__) / '.weights'
     if not folder.is_dir():
         return None
@@ -99,7 +98,7 @@ def _copied() -> pathlib.Path | None:
 
 @functools.cache
 def manifest() -> dict[str, dict[str, Any]]:
-    """What is known about each model's weights, by name and tag, say 'san15_patchwise.in1k'."""
+    """Reads the manifest: what is known about each model's weights, by name and tag ('san15_patchwise.in1k')."""
     path = shipped() / 'manifest.json'
     if not path.is_file():
         return {}
@@ -107,12 +106,12 @@ def manifest() -> dict[str, dict[str, Any]]:
 
 
 def repository(model: str) -> str:
-    """The Hub repository of a model's weights, `ORGANISATION/MODEL`."""
+    """Returns the Hub repository of a model's weights, `ORGANISATION/MODEL`."""
     return f'{os.environ.get(ORGANISATION_VARIABLE) or ORGANISATION}/{model}'
 
 
 def digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Computes the SHA-256 of a file, in hexadecimal."""
     result = hashlib.sha256()
     with open(path, 'rb') as file:
         for block in iter(lambda: file.read(1 << 20), b''):
@@ -121,22 +120,22 @@ def digest(path: str | os.PathLike[str]) -> str:
 
 
 def known_unpublished(model: str) -> bool:
-    """Whether the manifest knows that the Hub does not have a model's weights. Another Hub or organisation may."""
+    """Whether the manifest says that the Hub lacks a model's weights; another Hub or organisation may have them."""
     entry = manifest().get(model) or {}
     return ('drive_id' in entry and entry['sha256'] is None and constants.ENDPOINT == HUB
             and repository(model) == f'{ORGANISATION}/{model}')
 
 
 def authors_off() -> bool:
-    """Whether SAN_BACKBONES_AUTHORS turns the authors' files off, with what is kept of them."""
+    """Whether SAN_BACKBONES_AUTHORS turns off the authors' files, including kept ones."""
     return os.environ.get(AUTHORS_VARIABLE, '').strip().lower() in ('0', 'false', 'no', 'off')
 
 
 def ways_out(model: str) -> str:
-    """What to do where a model's weights cannot be had, and the switches that decide where they come from."""
+    """Says what to do if a model's weights are not available, and which variables choose their source."""
     name = model.partition('.')[0]
     switches = f'{AUTHORS_VARIABLE}=1 ' * authors_off() + 'HF_HUB_OFFLINE=0 ' * constants.HF_HUB_OFFLINE
-    return (f'To get them: {switches}san-backbones weights get {name}. To convert a file that you have: san-backbones '
+    return (f'To get them: {switches}san-backbones weights get {name}\nTo convert a file that you have: san-backbones '
             f'weights convert model_best.pth --model {name} --out FOLDER/{model}, then set {FOLDER_VARIABLE}=FOLDER. '
             f"Or name a mirror of the authors' files ({MIRROR_VARIABLE}) or of the Hub (HF_ENDPOINT), another "
             f"organisation ({ORGANISATION_VARIABLE}), another cache ({CACHE_VARIABLE}). {AUTHORS_VARIABLE}=0 turns the "
@@ -145,17 +144,17 @@ def ways_out(model: str) -> str:
 
 def check(path: str | os.PathLike[str], model: str, origin: str, sha256: str | None = None,
           named_by: str = 'the manifest') -> None:
-    """Makes sure that a file is the safetensors file it should be.
+    """Checks that a file is the expected safetensors file.
 
     Args:
         path: The file.
-        model: Whose weights it should hold.
+        model: The model whose weights it should hold.
         origin: Where it comes from, for messages.
-        sha256: The digest that it must have, if one is known.
-        named_by: Who says so, for messages.
+        sha256: The expected digest, if known.
+        named_by: What pins the digest, for messages.
 
     Raises:
-        WeightsError: It is not one, cannot be read, or `sha256` is given and not its digest.
+        WeightsError: The file is not safetensors, cannot be read, or has another digest.
     """
     try:
         found = None if sha256 is None else digest(path)
@@ -177,10 +176,10 @@ def check(path: str | os.PathLike[str], model: str, origin: str, sha256: str | N
 
 
 def find_local(model: str) -> pathlib.Path | None:
-    """The model's file in the folder named by the environment or in the package, checked; None if it is in neither.
+    """Finds and checks the model's file in the folder named by the environment or in the package; None if neither.
 
     Raises:
-        WeightsError: The folder named is not there, or the file found in it is not what it should be.
+        WeightsError: The named folder does not exist, or the file in it is not the expected one.
     """
     folders = [(shipped(), 'the package')]
     named = os.environ.get(FOLDER_VARIABLE)
@@ -201,8 +200,8 @@ def find_local(model: str) -> pathlib.Path | None:
     return None
 
 
-def _reason(error: BaseException, where: str, filename: str, revision: str | None, cache: str) -> str:
-    """What went wrong, in words for who asked for the weights."""
+def _explain(error: BaseException, where: str, filename: str, revision: str | None, cache: str) -> str:
+    """Explains to the user why a download failed."""
     cause = error.__cause__ or error
     status = getattr(getattr(cause, 'response', None), 'status_code', None)
     numbers = {getattr(error, 'errno', None), getattr(cause, 'errno', None)}
@@ -231,12 +230,12 @@ def _reason(error: BaseException, where: str, filename: str, revision: str | Non
 
 
 def discard(error: WeightsError, *paths: str | os.PathLike[str]) -> WeightsError:
-    """Removes files of a cache that are not what they should be, lest the next call finds them again.
+    """Removes wrong files from a cache, so that the next call does not find them again.
 
-    Those that could not be read stay: they may be good, and readable the next time.
+    Files that could not be read stay: they may be good, and readable next time.
 
     Returns:
-        The error, with what became of the files.
+        The error, which also says what happened to the files.
     """
     if isinstance(error.__cause__, OSError):
         return WeightsError(f'{error} The file was left in the cache: it may be readable the next time.')
@@ -263,20 +262,20 @@ def fetch(
 
     Args:
         repository: ORGANISATION/NAME.
-        model: Whose weights they are, for messages.
+        model: The model's name, for messages.
         revision: Branch, tag or commit; None for the main branch.
-        sha256: Digest that the file must have; None for that which the Hub names it by, if it does. A file with another
-            is removed from the cache.
+        sha256: The expected digest; None for the one in the file's name in the cache, if there is one. A file with
+            another digest is removed from the cache.
         filename: The file in the repository.
         cache_dir: Another cache than huggingface_hub's.
-        local_files_only: Take it from the cache or not at all.
+        local_files_only: Use only the cache.
 
     Returns:
         Path of the file in the cache.
 
     Raises:
-        Unavailable: It cannot be had; the message says which file from where, and what to do.
-        WeightsError: It is not what it should be.
+        Unavailable: It cannot be downloaded; the message says which file from where, and what to do.
+        WeightsError: It is not the expected file.
     """
     where = constants.ENDPOINT
     origin = f'{where}/{repository}' + (f'@{revision}' if revision else '')
@@ -285,14 +284,14 @@ def fetch(
             repository, filename, revision=revision, cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             library_name='san-backbones', local_files_only=local_files_only)
     except Exception as error:
-        reason = _reason(error, where, filename, revision, str(cache_dir or constants.HF_HUB_CACHE))
+        reason = _explain(error, where, filename, revision, str(cache_dir or constants.HF_HUB_CACHE))
         raise Unavailable(f'cannot get {filename}, the weights of {model}, from {origin}: {reason}', model) from error
     if not filename.endswith('.safetensors'):
         raise WeightsError(f'{filename} of {origin} is not a safetensors file, and no other kind is read. '
                            f'{ways_out(model)}')
     try:
         check(path, model, origin, sha256)
-        name = os.path.basename(os.path.realpath(path))  # of large files, their digest
+        name = os.path.basename(os.path.realpath(path))  # large files are named by their digest
         if sha256 is None and re.fullmatch('[0-9a-f]{64}', name) and digest(path) != name:
             raise WeightsError(f'{path}, from {origin}, is not the file that the Hub has: SHA-256 {digest(path)}, '
                                f'expected {name}. {ways_out(model)}')
@@ -302,18 +301,16 @@ def fetch(
 
 
 def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike[str] | None = None) -> str:
-    """The file with the weights that a cfg's `hf_hub_id`, or what follows `hf-hub:`, names.
+    """Returns the path of the weights that a cfg's `hf_hub_id`, or the name after `hf-hub:`, stands for.
 
     Args:
-        source: ORGANISATION/NAME[@REVISION]. One of `ORGANISATION` is looked for in the local folders first, unless it
-            names a revision, then in the cache of what was made of the authors' files (unless the environment names
-            another organisation), then on the Hub at the organisation that the environment names, then where the
-            authors put it.
+        source: ORGANISATION/NAME[@REVISION]. For this package's own organisation, all sources are searched in the order
+            that the module describes; with a revision, only the Hub.
         filename: The file in the repository.
-        cache_dir: Another cache than huggingface_hub's; what comes from the authors' files is kept below it too.
+        cache_dir: Another cache than huggingface_hub's; weights made from the authors' files are kept below it too.
 
     Returns:
-        Its path.
+        The path.
 
     Raises:
         WeightsError: As `find_local`, `fetch` and `san_backbones.weights.authors.weights`.
@@ -333,12 +330,12 @@ def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike[
     entry = manifest().get(model) or {}
     pinned = entry.get('sha256')
     if 'drive_id' in entry:
-        return _of_the_authors(name, model, pinned, cache_dir)
+        return _authors_weights(name, model, pinned, cache_dir)
     return fetch(name, model, None, pinned, filename, cache_dir)
 
 
-def _of_the_authors(name: str, model: str, pinned: str | None, cache_dir: str | os.PathLike[str] | None) -> str:
-    """Weights that their authors published: those made of their file before, or the Hub's, or made now."""
+def _authors_weights(name: str, model: str, pinned: str | None, cache_dir: str | os.PathLike[str] | None) -> str:
+    """Returns weights that the authors published: converted earlier, from the Hub, or converted now."""
     from .weights import authors
     if name == f'{ORGANISATION}/{model}' and not authors_off():  # another organisation may have other weights
         made = authors.cached(model, cache_dir)

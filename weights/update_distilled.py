@@ -68,6 +68,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', type=pathlib.Path, help="a distillation's --out")
     parser.add_argument('--weights', type=pathlib.Path, metavar='FILE', help='instead of its model.safetensors')
+    parser.add_argument('--before', type=int, default=0, metavar='PICTURES',
+                        help='that the weights had seen where the run started from')
+    parser.add_argument('--hours', type=float, default=0, help='of those before, and of runs between')
     parser.add_argument('--model', default='san10_patchwise')
     options = parser.parse_args()
     weights = options.weights or options.run / 'model.safetensors'
@@ -76,10 +79,11 @@ def main():
     about = torch.load(options.run / 'last.pt', map_location='cpu', weights_only=True)['about']
     log = [json.loads(line) for line in (options.run / 'log.jsonl').read_text().splitlines()]
     log = [line for line in log if line['pictures'] <= pictures] or log
+    pictures += options.before
     settings = about['settings']
     name = f'{options.model}.distilled'
     text = TEXT.format(
-        name=name, pictures=f'{pictures:,}', hours=log[-1]['seconds'] / 3600, scores=scores(pictures),
+        name=name, pictures=f'{pictures:,}', hours=log[-1]['seconds'] / 3600 + options.hours, scores=scores(pictures),
         pixels=' and '.join(dict.fromkeys(str(size['pixels']) for size in settings['sizes'])),
         settings='\n'.join(f'| `{key}` | {json.dumps(value)} |' for key, value in settings.items()))
     done = convert(weights, options.model, ROOT / 'weights' / name, tag='distilled', license='apache-2.0', text=text,

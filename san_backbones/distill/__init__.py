@@ -1,4 +1,4 @@
-"""Distillation: a network learns from a trained one on pictures without labels."""
+"""Distillation: a network learns from a trained one, on pictures without labels."""
 from .networks import Answer, Teacher, load_teacher
 from .training import Settings, Size, distill
 

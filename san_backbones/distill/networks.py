@@ -1,4 +1,4 @@
-"""Teacher and student, and what the student is to have in common with the teacher."""
+"""The teacher, the student, and the loss between them."""
 import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,22 +16,22 @@ LEVELS = (8, 16, 32)  # strides of the feature maps that are compared
 
 
 class Answer(NamedTuple):
-    """What a network makes of pictures: logits (N, C), pooled features (N, F) and feature maps by stride."""
+    """The outputs of a network: logits (N, C), pooled features (N, F), and feature maps by stride."""
     logits: Tensor | None
     pooled: Tensor | None
     maps: dict[int, Tensor]
 
 
 def load_teacher(name: str, weights: str | os.PathLike[str] | None = None) -> Any:
-    """A teacher by its name.
+    """Loads a teacher by name.
 
     Args:
-        name: A timm model, or MODULE:FUNCTION, where the function takes nothing and returns a timm model or a callable.
-        weights: A file with the timm model's weights; None takes those that timm knows.
+        name: A timm model, or MODULE:FUNCTION, a function without arguments that returns a timm model or a callable.
+        weights: A file with weights for the timm model; None takes timm's pretrained ones.
 
     Raises:
-        ValueError: There is none of this name.
-        RuntimeError: Its weights cannot be had or do not fit.
+        ValueError: There is no such teacher.
+        RuntimeError: Its weights are not available or do not fit.
     """
     module, _, function = name.partition(':')
     if function and module not in ('hf-hub', 'hf_hub', 'local-dir', 'timm'):
@@ -50,14 +50,14 @@ def load_teacher(name: str, weights: str | os.PathLike[str] | None = None) -> An
     return timm.create_model(name, pretrained=True)
 
 
-def _levels(model: Any, who: str, wanted: Sequence[int]) -> dict[int, int]:
-    """Places in forward_intermediates, by stride; the last of each stride."""
+def _level_indices(model: Any, who: str, wanted: Sequence[int]) -> dict[int, int]:
+    """Returns the index in forward_intermediates for each stride; the last one of that stride."""
     info = getattr(model, 'feature_info', None)
     if not callable(getattr(model, 'forward_intermediates', None)) or info is None:
         raise ValueError(f'the {who} {type(model).__name__} has no feature maps: timm gives it no '
                          'forward_intermediates and feature_info; ask for logits only (levels=())')
     reductions = info.reduction() if callable(getattr(info, 'reduction', None)) else [i['reduction'] for i in info]
-    found = {stride: place for place, stride in enumerate(reductions)}
+    found = {stride: index for index, stride in enumerate(reductions)}
     missing = [stride for stride in wanted if stride not in found]
     if missing:
         raise ValueError(f'the {who} {type(model).__name__} has no feature map at stride '
@@ -66,12 +66,12 @@ def _levels(model: Any, who: str, wanted: Sequence[int]) -> dict[int, int]:
     return {stride: found[stride] for stride in wanted}
 
 
-def _answer(model: Any, places: dict[int, int], x: Tensor, pooled: bool, logits: bool = True) -> Answer:
-    if places:
-        indices = sorted(places.values())
+def _answer(model: Any, levels: dict[int, int], x: Tensor, pooled: bool, logits: bool = True) -> Answer:
+    if levels:
+        indices = sorted(levels.values())
         last, maps = model.forward_intermediates(x, indices=indices)
-        by_place = dict(zip(indices, maps))
-        found = {stride: by_place[place] for stride, place in places.items()}
+        by_index = dict(zip(indices, maps))
+        found = {stride: by_index[index] for stride, index in levels.items()}
     else:
         last, found = model.forward_features(x) if hasattr(model, 'forward_features') else None, {}
     if last is None:
@@ -81,17 +81,17 @@ def _answer(model: Any, places: dict[int, int], x: Tensor, pooled: bool, logits:
 
 
 class Teacher(nn.Module):
-    """A frozen network that answers.
+    """A frozen network whose outputs the student learns.
 
     Args:
         model: A timm model, or a callable that takes normalised images (N, 3, size, size) and returns logits (N, C), or
-            a pair of them (or None) and a list of feature maps (N, C', H, W), whose strides are told by their sizes.
-        levels: Strides of the maps asked for.
-        mean: Of the pixels, in [0, 1], that it expects; None for those of the timm model, else ImageNet's.
+            a pair of logits or None and a list of feature maps (N, C', H, W). Their sizes give their strides.
+        levels: Strides of the feature maps to compare.
+        mean: Mean of pixels in [0, 1] for the normalisation; None takes the timm model's, else ImageNet's.
         std: Their standard deviation.
 
     Raises:
-        ValueError: It has no feature map at one of the levels.
+        ValueError: The model has no feature map at one of the levels.
     """
 
     mean: Tensor
@@ -103,7 +103,8 @@ class Teacher(nn.Module):
         self.model: Any = model
         self.levels: tuple[int, ...] = tuple(levels)
         self.is_timm: bool = isinstance(model, nn.Module) and hasattr(model, 'forward_head')
-        self.places: dict[int, int] = _levels(model, 'teacher', self.levels) if self.is_timm and self.levels else {}
+        self.indices: dict[int, int] = _level_indices(
+            model, 'teacher', self.levels) if self.is_timm and self.levels else {}
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         for name, value, default in (('mean', mean, IMAGENET_DEFAULT_MEAN), ('std', std, IMAGENET_DEFAULT_STD)):
             values = torch.tensor(value or cfg.get(name) or default)
@@ -113,11 +114,11 @@ class Teacher(nn.Module):
         self.classifier: Any = classifier if isinstance(classifier, nn.Linear) else None
 
     def train(self, mode: bool = True) -> 'Teacher':
-        """Stays in eval mode."""
+        """Keeps the teacher in eval mode."""
         return super().train(False)
 
     def ends_in_classifier(self, answer: Answer) -> bool:
-        """Whether the logits are a linear map of the pooled features, and of nothing else."""
+        """Whether the logits are a linear map of the pooled features."""
         if self.classifier is None or answer.pooled is None or answer.logits is None:
             return False
         found = F.linear(answer.pooled, self.classifier.weight, self.classifier.bias)
@@ -125,10 +126,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Answer:
-        """Images (N, 3, size, size), uint8, to an answer in float32."""
+        """Images (N, 3, size, size), uint8, to an `Answer` in float32."""
         x = (images - self.mean) / self.std
         if self.is_timm:
-            answer = _answer(self.model, self.places, x, self.classifier is not None)
+            answer = _answer(self.model, self.indices, x, self.classifier is not None)
         else:
             result = self.model(x)
             logits, maps = result if isinstance(result, (tuple, list)) else (result, [])
@@ -143,8 +144,8 @@ class Teacher(nn.Module):
 
 
 class Standardised(nn.Module):
-    """Centres and scales the teacher's channels by numbers that are taken from some pictures once, so that the squared
-    error of nothing learnt is 1 for every teacher.
+    """Standardises the teacher's channels by statistics of some pictures, so that for every teacher the squared error
+    of an untrained student is 1.
     """
 
     mean: Tensor
@@ -156,33 +157,33 @@ class Standardised(nn.Module):
         self.register_buffer('scale', torch.ones(channels))
 
     def set(self, count: Tensor, total: Tensor, squares: Tensor) -> None:
-        """Takes them from the number of values of each channel, (C,), their sum and the sum of their squares."""
+        """Sets mean and scale from the count, the sum and the sum of squares of each channel's values, (C,) each."""
         mean = total / count
         std = ((squares - count * mean.square()) / (count - 1)).clamp(min=0).sqrt()
         self.mean.copy_(mean)
-        self.scale.copy_(1 / std.clamp(min=1e-3 * float(std.max()) + 1e-12))  # what hardly moves is not blown up
+        self.scale.copy_(1 / std.clamp(min=1e-3 * float(std.max()) + 1e-12))  # does not amplify near-constant channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, H, W) or pooled features (N, C) to the same, centred and scaled."""
+        """Standardises feature maps (N, C, H, W) or pooled features (N, C)."""
         shape = (-1,) + (1,) * (x.dim() - 2)
         return (x - self.mean.view(shape)) * self.scale.view(shape)
 
 
 class Student(nn.Module):
-    """The network that learns, with projections that are thrown away.
+    """The network that learns, with projections that are used in training only.
 
-    Where the teacher ends in a linear classifier, it is taken over, frozen: the student learns the features in front
-    of it, by a linear map, and so knows classes that no picture shows (Chen et al., Knowledge Distillation with the
-    Reused Teacher Classifier, CVPR 2022). `export` multiplies the two into the student's own classifier.
+    If the teacher ends in a linear classifier, the student reuses it, frozen, and learns the features before it through
+    a linear map. So it also knows classes that no picture shows (Chen et al., Knowledge Distillation with the Reused
+    Teacher Classifier, CVPR 2022). `export` multiplies the two into the student's own classifier.
 
     Args:
         model: A timm model (SAN or another) with as many classes as the teacher.
         teacher: The teacher.
         example: Its answer to some pictures.
-        reuse: Take the teacher's classifier over.
+        reuse: Reuse the teacher's classifier.
 
     Raises:
-        ValueError: The model has no feature map at a level of the teacher's.
+        ValueError: The model has no feature map at one of the teacher's levels.
     """
 
     classifier_weight: Tensor
@@ -191,8 +192,8 @@ class Student(nn.Module):
     def __init__(self, model: Any, teacher: Teacher, example: Answer, reuse: bool = True):
         super().__init__()
         self.model: Any = model
-        self.places: dict[int, int] = _levels(model, 'student', teacher.levels) if teacher.levels else {}
-        channels = {stride: model.feature_info[place]['num_chs'] for stride, place in self.places.items()}
+        self.indices: dict[int, int] = _level_indices(model, 'student', teacher.levels) if teacher.levels else {}
+        channels = {stride: model.feature_info[index]['num_chs'] for stride, index in self.indices.items()}
         self.projections: nn.ModuleDict = nn.ModuleDict({
             str(stride): nn.Conv2d(channels[stride], example.maps[stride].shape[1], 1) for stride in channels})
         self.targets: Any = nn.ModuleDict({
@@ -202,7 +203,7 @@ class Student(nn.Module):
         if reuse and teacher.ends_in_classifier(example):
             classifier = teacher.classifier
             model.get_classifier().requires_grad_(False)  # not used before `export`
-            # pooled features of ReLUs have large means: standardised, the linear map learns from the first step
+            # pooled ReLU outputs have large means; standardised, the linear map learns from the first step
             self.centred = nn.BatchNorm1d(model.head_hidden_size, affine=False)
             self.embed = nn.Linear(model.head_hidden_size, classifier.in_features)
             nn.init.zeros_(self.embed.weight)
@@ -214,7 +215,7 @@ class Student(nn.Module):
                                  else bias.detach().clone(), persistent=False)
 
     def measure(self, answers: Iterable[Answer]) -> None:
-        """Takes the scales of the teacher's features."""
+        """Measures mean and scale of the teacher's features."""
         sums: dict[str, Any] = {}
         for answer in answers:
             for name in self.targets:
@@ -226,29 +227,29 @@ class Student(nn.Module):
             self.targets[name].set(*part)
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
-        """Normalised images (N, 3, H, W) to logits, and to pooled features and maps (by stride) as they are compared
-        with the teacher's standardised ones; None for what there is not.
+        """Normalised images (N, 3, H, W) to logits, and to pooled features and feature maps (by stride) for comparison
+        with the teacher's standardised ones; None for missing outputs.
         """
         reuses = self.embed is not None
-        answer = _answer(self.model, self.places, x, reuses, not reuses)
+        answer = _answer(self.model, self.indices, x, reuses, not reuses)
         maps = {str(stride): self.projections[str(stride)](each) for stride, each in answer.maps.items()}
         if self.embed is None:
             return answer.logits, None, maps
-        pooled = self.embed(self.centred(answer.pooled))  # of the standardised features
+        pooled = self.embed(self.centred(answer.pooled))  # standardised
         features = pooled / self.targets['pooled'].scale + self.targets['pooled'].mean
         return F.linear(features, self.classifier_weight, self.classifier_bias), pooled, maps
 
     def losses(self, x: Tensor, answer: Answer, temperature: float) -> dict[str, Tensor]:
-        """Each part of the loss, a scalar.
+        """Computes the parts of the loss, one scalar each.
 
         Args:
             x: Normalised images, (N, 3, H, W).
-            answer: The teacher's, to the same views.
-            temperature: That logits are divided by.
+            answer: The teacher's answer to the same views.
+            temperature: Divides the logits.
 
         Returns:
-            'logits', the KL divergence times the temperature's square; 'pooled' and each stride, the mean squared error
-            of standardised features, 1 where nothing is learnt. Those that there are.
+            'logits', the KL divergence times the squared temperature; 'pooled' and each stride, the mean squared error
+            of standardised features, 1 without learning. Parts without outputs are left out.
         """
         logits, pooled, maps = self(x)
         found = {}
@@ -274,15 +275,15 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor], images: Iterable[Tensor]) -> None:
-        """Starts from a model's weights, as `export` gives them. Of the projections it takes that of pooled features,
-        as far as the classifier tells it.
+        """Starts from a model's weights, as `export` returns them. The map to pooled features is recovered from the
+        classifier; the other projections are not.
 
         Args:
             weights: State dict of the model.
-            images: Normalised, (N, 3, size, size), some at a time, to take the statistics of pooled features from.
+            images: Batches of normalised images (N, 3, size, size), for the statistics of the pooled features.
 
         Raises:
-            RuntimeError: They are another model's.
+            RuntimeError: The weights are another model's.
         """
         self.model.load_state_dict(weights)
         if self.embed is None:
@@ -293,7 +294,7 @@ class Student(nn.Module):
         self.centred.running_var.copy_(pooled.var(0))
         mean, scale, last = self._linear_maps()
         classifier = self.model.get_classifier()
-        # of all maps to standardised features from which the teacher's classifier makes this one, about the least
+        # approximately the smallest map whose product with the teacher's classifier is this classifier
         product = last @ last.T
         product += 1e-4 * product.diagonal().mean() * torch.eye(len(last)).to(last)
         inverse = last.T @ torch.linalg.inv(product)
@@ -302,18 +303,18 @@ class Student(nn.Module):
         self.embed.bias.copy_(inverse @ rest)
 
     def _linear_maps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and reciprocal standard deviation of the student's pooled features, and the teacher's classifier on
-        standardised features, in float64."""
+        """Returns mean and reciprocal standard deviation of the student's pooled features, and the teacher's classifier
+        on standardised features, in float64."""
         return (self.centred.running_mean.double(), (self.centred.running_var.double() + self.centred.eps).rsqrt(),
                 self.classifier_weight.double() / self.targets['pooled'].scale.double())
 
     def _teachers_bias(self) -> Tensor:
-        """Logits where all standardised features are 0."""
+        """Returns the logits for standardised features of 0."""
         return self.classifier_bias.double() + self.classifier_weight.double() @ self.targets['pooled'].mean.double()
 
     @torch.no_grad()
     def export(self) -> dict[str, Tensor]:
-        """The model's own state dict, with the classifier that it was given."""
+        """Returns the model's state dict; its classifier is the product of the learned map and the teacher's."""
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         if self.embed is not None:
             prefix = self._classifier_name

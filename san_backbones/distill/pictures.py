@@ -1,7 +1,7 @@
-"""Unlabelled pictures: where they lie, decoded once, and the views of them that training takes.
+"""Unlabelled pictures: found, decoded once, and cropped to views for training.
 
-Everything is a function of a sample's number: which picture it shows, how it is cut and whether it is mirrored. So
-training goes on where it stopped by remembering one number, and several processes share the work by dividing numbers.
+A sample's number determines its picture, crop and mirroring. So a stopped training continues from one saved number, and
+processes share the work by dividing the numbers.
 """
 import hashlib
 import io
@@ -13,57 +13,25 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .._files import written_whole
+from .._files import atomic_write
+from .._pictures import SUFFIXES, File, is_picture, members, read, upright, walk
 
-__all__ = ['SUFFIXES', 'Files', 'Store', 'Views']
+__all__ = ['Files', 'Store', 'Views']
 
-SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
-
-
-class _File(NamedTuple):
-    """A picture of `size` bytes: a file of its own, a member of a zip, or bytes of a tar from `offset` on."""
-    path: str
-    size: int
-    member: str = ''
-    offset: int = -1
-
-
-def _is_picture(name: str) -> bool:
-    base = name.rpartition('/')[2]
-    return base.lower().endswith(SUFFIXES) and not base.startswith('.')
-
-
-def _in(path: pathlib.Path) -> Iterator[_File]:
+def _list_files(path: pathlib.Path) -> Iterator[File]:
     if path.is_dir():
-        for folder, folders, names in os.walk(path):
-            folders.sort()
-            for name in sorted(names):
-                inside = pathlib.Path(folder, name)
-                if _is_picture(name):
-                    yield _File(str(inside), inside.stat().st_size)
-                elif name.endswith(('.zip', '.tar')) and not name.startswith('.'):
-                    yield from _in(inside)
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for info in sorted(archive.infolist(), key=lambda info: info.filename):
-                if _is_picture(info.filename):
-                    yield _File(str(path), info.file_size, info.filename)
-    elif tarfile.is_tarfile(path):
-        try:
-            with tarfile.open(path, 'r:') as tar:
-                members = [member for member in tar if member.isfile() and _is_picture(member.name)]
-        except tarfile.ReadError:
-            raise ValueError(f'{path} is a compressed tar, whose pictures cannot be read one by one: unpack it, or '
-                             'make a plain .tar of it') from None
-        yield from (_File(str(path), member.size, member.name, member.offset_data) for member in members)
-    elif _is_picture(path.name):
-        yield _File(str(path), path.stat().st_size)
+        for inside in walk(path):
+            yield from _list_files(pathlib.Path(inside))
+    elif is_picture(path.name):
+        yield File(str(path), path.stat().st_size)
+    elif zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
+        yield from members(path)
     else:
         raise ValueError(f'{path} is neither a folder, nor a zip or tar file (of a WebDataset), nor a picture')
 
@@ -72,22 +40,21 @@ class Files:
     """The pictures of folders (and of zips and tars in them), zips and tars (the shards of a WebDataset), sorted.
 
     Args:
-        sources: Their paths; 'PATH//PART' takes only pictures whose path within it begins with PART.
+        sources: Their paths; 'PATH//PART' takes only pictures whose path inside begins with PART.
 
     Raises:
-        FileNotFoundError: One is not there.
-        ValueError: One is none of these, or holds no picture.
+        FileNotFoundError: A source does not exist.
+        ValueError: A source is of another kind, or holds no picture.
     """
 
     def __init__(self, sources: Sequence[str | os.PathLike[str]]):
-        self._files: list[_File] = []
-        self._zips: dict[str, zipfile.ZipFile] = {}
+        self._files: list[File] = []
         for source in sources:
             name, _, part = str(source).partition('//')
             path = pathlib.Path(name)
             if not path.exists():
                 raise FileNotFoundError(f'{path} is not there: expected a folder, zip or tar file with pictures')
-            found = [file for file in _in(path) if not part or _within(file, path).startswith(part)]
+            found = [file for file in _list_files(path) if not part or _within(file, path).startswith(part)]
             if not found:
                 where = f' whose path begins with {part!r}' if part else ''
                 raise ValueError(f'{path} holds no picture{where}: expected files that end in {", ".join(SUFFIXES)}')
@@ -97,46 +64,32 @@ class Files:
         return len(self._files)
 
     def digest(self) -> str:
-        """Of the names and sizes, to tell whether these are the pictures of a run before."""
+        """Returns a digest of names and sizes, to compare with the pictures of an earlier run."""
         result = hashlib.sha256()
         for file in self._files:
             result.update(f'{os.path.basename(file.path)}\0{file.member}\0{file.size}\n'.encode())
         return result.hexdigest()[:16]
 
     def read(self, index: int) -> Image.Image:
-        """A picture the right way up, in colour.
+        """Reads a picture as RGB, with its EXIF orientation applied.
 
         Raises:
-            Exception: Pillow cannot read it, in one of several ways.
+            Exception: Pillow cannot read it; it raises many kinds of errors.
         """
-        file = self._files[index]
-        if file.offset >= 0:
-            with open(file.path, 'rb') as archive:
-                archive.seek(file.offset)
-                data = archive.read(file.size)
-        elif file.member:
-            if file.path not in self._zips:  # whose table of contents may take longer to read than a picture
-                self._zips[file.path] = zipfile.ZipFile(file.path)
-            data = self._zips[file.path].read(file.member)
-        else:
-            data = pathlib.Path(file.path).read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.mode.startswith(('I', 'F')):
-                raise ValueError(f'its pixels have more than 8 bits (mode {picture.mode})')
-            return ImageOps.exif_transpose(picture).convert('RGB')
+        with Image.open(io.BytesIO(read(self._files[index]))) as picture:
+            return upright(picture)
 
     def name(self, index: int) -> str:
-        """Path, and the path within an archive."""
-        file = self._files[index]
-        return f'{file.path}//{file.member}' if file.member else file.path
+        """Returns PATH, or ARCHIVE//MEMBER."""
+        return self._files[index].name
 
 
-def _within(file: _File, source: pathlib.Path) -> str:
+def _within(file: File, source: pathlib.Path) -> str:
     return file.member or pathlib.Path(file.path).relative_to(source).as_posix()
 
 
 def shrink(picture: Image.Image, side: int) -> Image.Image:
-    """The shorter side at most `side` pixels, the longer at most twice that: what is beyond is cut off."""
+    """Scales the shorter side to at most `side` pixels, after cropping the longer to at most twice the shorter."""
     width, height = picture.size
     longest = 2 * min(width, height)
     if max(width, height) > longest:
@@ -151,7 +104,7 @@ def shrink(picture: Image.Image, side: int) -> Image.Image:
 
 
 class Store:
-    """Pictures decoded once, in a file of bytes that is mapped into memory.
+    """Decoded pictures in a memory-mapped file.
 
     Args:
         path: `pictures.bin`, with `pictures.npz` beside it.
@@ -176,17 +129,17 @@ class Store:
 
     @classmethod
     def of(cls, files: Files, side: int, path: str | os.PathLike[str], tell: Callable[[str], None]) -> 'Store':
-        """The store at `path`, made unless it is there and of these pictures.
+        """Opens the store at `path`; makes it unless it exists for these pictures.
 
         Args:
             files: The pictures.
-            side: Longest that a shorter side may be, in pixels.
-            path: Where the bytes go.
-            tell: Takes lines about progress and pictures left out.
+            side: Longest shorter side, in pixels.
+            path: The file to write.
+            tell: Called with lines about progress and skipped pictures.
 
         Raises:
             ValueError: No picture can be read.
-            OSError: The disk has no room.
+            OSError: The disk does not have enough space.
         """
         path = pathlib.Path(path)
         wanted = dict(files=files.digest(), side=side)
@@ -198,8 +151,8 @@ class Store:
         needed, free = len(files) * side * side * 4, shutil.disk_usage(path.parent).free
         if needed > free:
             raise OSError(f'{len(files)} decoded pictures of {side} pixels need about {needed / 1e9:.1f} GB, and '
-                          f'{path.parent} has {free / 1e9:.1f} GB free: take fewer, smaller sizes, or another place')
-        path.with_suffix('.npz').unlink(missing_ok=True)  # which must not be found beside other bytes
+                          f'{path.parent} has {free / 1e9:.1f} GB free: take fewer, smaller sizes, or another folder')
+        path.with_suffix('.npz').unlink(missing_ok=True)  # must never exist beside the new pictures.bin
         shapes: list[tuple[int, ...]] = []
         offsets: list[int] = []
         broken: list[str] = []
@@ -208,11 +161,11 @@ class Store:
         def decode(index: int) -> np.ndarray | Exception:
             try:
                 return np.asarray(shrink(files.read(index), side))
-            except Exception as error:  # Pillow raises of every kind
+            except Exception as error:  # Pillow raises many kinds of errors
                 return error
 
-        # threads: Pillow lets go of the lock while it decodes
-        with written_whole(path) as part, open(part, 'wb') as file, \
+        # threads are enough: Pillow releases the GIL while it decodes
+        with atomic_write(path) as part, open(part, 'wb') as file, \
                 ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             for first in range(0, len(files), 1000):
                 for index, pixels in enumerate(pool.map(decode, range(first, min(first + 1000, len(files)))), first):
@@ -231,19 +184,19 @@ class Store:
                 raise ValueError(f'none of the {len(files)} pictures can be read; the first: {broken[0]}')
         about = json.dumps(dict(wanted, broken=broken[:100], left_out=len(broken)))
         heights, widths = np.array(shapes, np.int32).T
-        with written_whole(path.with_suffix('.npz')) as part:
+        with atomic_write(path.with_suffix('.npz')) as part:
             np.savez(part, offsets=np.array(offsets, np.int64), heights=heights, widths=widths, about=about)
         return cls(path)
 
 
 class Views:
-    """Random views of pictures: a crop, mirrored or not, at two sizes.
+    """Random views of pictures: a crop, mirrored or not, at several sizes.
 
     Args:
         store: Pictures, by index.
-        seed: Of everything random.
-        scale: Least and largest area of a crop, as parts of the picture's.
-        ratio: Least and largest width by height of a crop.
+        seed: Random seed.
+        scale: Smallest and largest area of a crop, as a part of the picture's.
+        ratio: Smallest and largest aspect ratio (width / height) of a crop.
     """
 
     def __init__(self, store: Sequence[Image.Image] | Store, seed: int = 0, scale: tuple[float, float] = (.4, 1.),
@@ -252,18 +205,18 @@ class Views:
         self.seed: int = seed
         self.scale: tuple[float, float] = scale
         self.ratio: tuple[float, float] = ratio
-        self._order = -1, np.arange(0)  # of an epoch
+        self._order = -1, np.arange(0)  # epoch, and its permutation
 
     def _picture(self, number: int) -> int:
-        epoch, place = divmod(number, len(self.store))
+        epoch, position = divmod(number, len(self.store))
         known, order = self._order
-        if epoch != known:  # every picture once, then again in another order
+        if epoch != known:  # each epoch has every picture once, in a new order
             order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.store))
-            self._order = epoch, order  # at once: threads share it
-        return int(order[place])
+            self._order = epoch, order  # in one assignment: threads share it
+        return int(order[position])
 
     def sample(self, number: int, sizes: Sequence[int]) -> list[np.ndarray]:
-        """One view at each of these sizes, as (size, size, 3) uint8."""
+        """Returns the same view at each of the sizes, as (size, size, 3) uint8."""
         picture = self.store[self._picture(number)]
         draw = np.random.default_rng((self.seed, 2, number))
         width, height = picture.size
@@ -282,6 +235,6 @@ class Views:
         return [view[:, ::-1] if mirrored else view for view in views]
 
     def batch(self, numbers: Sequence[int], sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Views (N, 3, size, size), uint8 in channels_last, one tensor for each size."""
+        """Returns views (N, 3, size, size), uint8 in channels_last, one tensor for each size."""
         views = [self.sample(number, sizes) for number in numbers]
         return [torch.from_numpy(np.stack(each)).permute(0, 3, 1, 2) for each in zip(*views)]

@@ -18,7 +18,7 @@ import torch.distributed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from .._files import written_whole
+from .._files import atomic_write
 from .networks import LEVELS, Answer, Student, Teacher, load_teacher
 from .pictures import Files, Store, Views
 
@@ -27,19 +27,19 @@ __all__ = ['Settings', 'Size', 'distill']
 CHECKPOINT = 'last.pt'
 WEIGHTS = 'model.safetensors'
 LOG = 'log.jsonl'
-MEASURED = 256  # pictures from which the scales of the teacher's features are taken
-STRIDE = 32  # of teachers, whose pictures have sides of a multiple of it
+MEASURED = 256  # pictures for the statistics of the teacher's features
+STRIDE = 32  # the sides of the teacher's pictures are multiples of it
 PRECISIONS = ('fp32', 'bf16')
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A side of the student's pictures, and for how long.
+    """A size of the student's pictures, and how long it is used.
 
     Args:
-        pixels: The side.
-        batch: Pictures of a step, of all processes.
-        pictures: How many are seen at this size before the next one; None for all that follow.
+        pixels: Side of the pictures.
+        batch: Pictures per step, over all processes.
+        pictures: How many pictures to train on before the next size; None for all.
     """
     pixels: int
     batch: int = 64
@@ -47,10 +47,10 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> 'Size':
-        """PIXELS[xBATCH][:PICTURES], say '64', '64x32' or '48x64:100000'.
+        """Parses PIXELS[xBATCH][:PICTURES], such as '64', '64x32' or '48x64:100000'.
 
         Raises:
-            ValueError: It is something else.
+            ValueError: The text has another form.
         """
         size, colon, pictures = text.partition(':')
         pixels, times, batch = size.partition('x')
@@ -62,32 +62,33 @@ class Size:
 
 @dataclasses.dataclass
 class Settings:
-    """What decides the result of a distillation. It is kept in checkpoints, and must be the same to go on with one.
+    """Settings that determine the result of a distillation. Checkpoints hold them, and a run that continues needs the
+    same.
 
     Args:
-        sizes: Sides of the student's pictures, one after the other; the last one stays.
-        teacher_scale: Side of the teacher's pictures as a multiple of the student's, rounded to one of 32.
-        teacher_size: That side in pixels, for teachers that take one size only.
-        crop: Least part of a picture's area that a view shows, in (0, 1].
-        levels: Strides of the feature maps that are compared; none for logits alone. A `Teacher` brings its own.
-        reuse: Where the teacher ends in a linear classifier, take it over, frozen, and learn the features in front of
-            it (Chen et al., Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022).
-        temperature: That logits of both are divided by.
-        weights: Of the parts of the loss: logits, pooled features, each feature map.
-        lr: Highest learning rate of AdamW.
-        projection_lr: That of what is thrown away, as a part of `lr`.
-        weight_decay: Of parameters of two dimensions and more.
+        sizes: Sizes of the student's pictures, one after the other; the last one stays.
+        teacher_scale: Side of the teacher's pictures as a multiple of the student's, rounded to a multiple of 32.
+        teacher_size: Side of the teacher's pictures in pixels, for teachers with a fixed size.
+        crop: Smallest part of a picture's area that a view shows, in (0, 1].
+        levels: Strides of the feature maps that are compared; () for logits only. A `Teacher` brings its own.
+        reuse: If the teacher ends in a linear classifier, reuse it, frozen, and learn the features before it (Chen et
+            al., Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022).
+        temperature: Divides the logits of both.
+        weights: Weights of the parts of the loss: logits, pooled features, each feature map.
+        lr: Peak learning rate of AdamW.
+        projection_lr: Learning rate of the projections, as a part of `lr`.
+        weight_decay: Weight decay of parameters with two or more dimensions.
         warmup: Pictures over which the learning rate grows.
-        decay: Part of the training, at its end, over which the learning rate falls to 0 as a cosine does; 1 for all of
-            it. A training without an end has no such part.
+        decay: Last part of the training, over which the learning rate falls to 0 as a cosine; 1 for all of it. Without
+            an end of the training it does not fall.
         clip: Largest norm of the gradient; 0 for any.
-        ema: Part of the averaged weights that a step keeps, less in the first steps.
-        seed: Of everything random.
-        precision: Of the student, 'fp32' or 'bf16' (autocast).
-        teacher_precision: Of the teacher.
+        ema: Decay of the averaged weights per step, lower in the first steps.
+        seed: Random seed.
+        precision: Precision of the student, 'fp32' or 'bf16' (autocast).
+        teacher_precision: Precision of the teacher.
 
     Raises:
-        ValueError: One is out of range.
+        ValueError: A setting is out of range.
     """
     sizes: tuple[Size, ...] = (Size(64),)
     teacher_scale: float = 2.
@@ -131,7 +132,7 @@ class Settings:
                 raise ValueError(f'{name}: expected {expected}, got {getattr(self, name)!r}')
 
     def size(self, seen: int) -> Size:
-        """What holds after `seen` pictures."""
+        """Returns the size in use after `seen` pictures."""
         for size in self.sizes[:-1]:
             if seen < (size.pictures or 0):
                 return size
@@ -139,11 +140,11 @@ class Settings:
         return self.sizes[-1]
 
     def teacher_pixels(self, size: Size) -> int:
-        """The side of the teacher's pictures."""
+        """Returns the side of the teacher's pictures."""
         return self.teacher_size or max(STRIDE, round(size.pixels * self.teacher_scale / STRIDE) * STRIDE)
 
     def rate(self, seen: int, done: float) -> float:
-        """The learning rate after `seen` pictures, where a part `done` of the training is over, 0 to 1."""
+        """Returns the learning rate after `seen` pictures and a part `done` of the training, 0 to 1."""
         rate = self.lr * min(1., (seen + 1) / max(1, self.warmup))
         if self.decay and done > 1 - self.decay:
             rate *= .5 * (1 + math.cos(math.pi * min(1., (done - 1 + self.decay) / self.decay)))
@@ -151,7 +152,7 @@ class Settings:
 
 
 class _Losses(nn.Module):
-    """What DistributedDataParallel wraps."""
+    """The losses as a module, for DistributedDataParallel."""
 
     def __init__(self, student: Student, temperature: float):
         super().__init__()
@@ -162,7 +163,7 @@ class _Losses(nn.Module):
 
 
 class _Trainer:
-    """The state of a training, and what a step does to it."""
+    """The state of a training, and its steps."""
 
     def __init__(self, model: str | nn.Module, teacher: Teacher, views: Views, settings: Settings,
                  device: torch.device, workers: int):
@@ -175,7 +176,7 @@ class _Trainer:
                 raise ValueError(f'{self.world} processes cannot share batches of {size.batch} pictures evenly: '
                                  'expected a multiple')
         self.seen, self.steps, self.seconds = 0, 0, 0.
-        self.begun, self.before = 0, 0.  # pictures and seconds of the run from which this one started
+        self.begun, self.before = 0, 0.  # pictures and seconds of an earlier run that this one started from
         self.pool = ThreadPoolExecutor(workers) if workers else None
         self.coming: dict[int, list[Future]] = {}
         torch.manual_seed(settings.seed)
@@ -213,25 +214,25 @@ class _Trainer:
         return (images.to(self.device) - self.mean) / self.std
 
     def _answers(self) -> Iterator[Answer]:
-        """The teacher's, to the first pictures."""
+        """Yields the teacher's answers to the first pictures."""
         pixels = self.settings.teacher_pixels(self.settings.sizes[0])
         count = min(MEASURED, max(32, 4 * len(self.views.store)))
         for first in range(0, count, 32):
             yield self._teach(self.views.batch(range(first, first + 32), [pixels])[0])
 
     def size(self) -> Size:
-        """The present one."""
+        """Returns the current size."""
         return self.settings.size(self.seen - self.begun)
 
     def _share(self, seen: int) -> tuple[range, list[int], int]:
-        """This process's samples of a step, the sizes of their views, and the first sample of the next step."""
+        """Returns this process's samples of a step, the sizes of their views, and the next step's first sample."""
         size = self.settings.size(seen - self.begun)
         batch = size.batch // self.world
         first = seen + self.rank * batch
         return range(first, first + batch), [size.pixels, self.settings.teacher_pixels(size)], seen + size.batch
 
     def _batch(self) -> list[Tensor]:
-        """The views of this step. Threads, if there are any, make those of the next two meanwhile."""
+        """Returns the views of this step; threads, if any, prepare those of the next two."""
         numbers, sizes, _ = self._share(self.seen)
         if self.pool is None:
             return self.views.batch(numbers, sizes)
@@ -245,18 +246,18 @@ class _Trainer:
         return [torch.cat(parts) for parts in zip(*(part.result() for part in self.coming.pop(self.seen)))]
 
     def step(self, done: float) -> dict[str, float]:
-        """One step, with a part `done` of the training over.
+        """Trains one step after a part `done` of the training.
 
         Returns:
-            The parts of the loss of this process, the norm of the gradient and the learning rate.
+            The parts of this process's loss, the norm of the gradient and the learning rate.
 
         Raises:
-            FloatingPointError: The loss or the gradient is not finite. Nothing was changed.
+            FloatingPointError: The loss or the gradient is not finite. The weights are unchanged.
         """
         settings = self.settings
         small, large = self._batch()
         answer = self._teach(large)
-        # of dropout and stochastic depth
+        # for dropout and stochastic depth
         torch.manual_seed((settings.seed * 1_000_003 + self.seen + self.rank) % 2 ** 63)
         self.student.train()
         rate = settings.rate(self.seen - self.begun, done)
@@ -280,13 +281,13 @@ class _Trainer:
         return {name: float(part.detach()) for name, part in parts.items()} | dict(norm=norm, lr=rate)
 
     def state(self) -> dict[str, Any]:
-        """Everything that going on needs, but the settings."""
+        """Returns everything that a run needs to continue, except the settings."""
         return dict(student=self.student.state_dict(), averaged=self.averaged.module.state_dict(),
                     optimizer=self.optimizer.state_dict(), seen=self.seen, steps=self.steps, seconds=self.seconds,
                     begun=self.begun, before=self.before)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Continues from a state."""
         self.student.load_state_dict(state['student'])
         self.averaged.module.load_state_dict(state['averaged'])
         self.optimizer.load_state_dict(state['optimizer'])
@@ -295,10 +296,10 @@ class _Trainer:
         self.before = state.get('before', 0.)
 
     def start(self, path: pathlib.Path) -> None:
-        """Starts from another run's checkpoint, with all it has learnt, or from a model's weights.
+        """Starts from another run's checkpoint or from a model's weights.
 
         Raises:
-            RuntimeError: It cannot be read, or is of another network.
+            RuntimeError: The file cannot be read, or is another network's.
         """
         try:
             if path.suffix == '.safetensors':
@@ -313,14 +314,14 @@ class _Trainer:
         self.begun, self.before, self.seconds = self.seen, self.before + self.seconds, 0.
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged weights by the student's own names; matrices in half precision."""
+        """Returns the averaged weights under the student's names, with matrices in half precision."""
         return {name: (each.half() if each.is_floating_point() and each.dim() > 1 else each).cpu().contiguous()
                 for name, each in self.averaged.module.export().items()}
 
 
 @contextlib.contextmanager
-def _stops() -> Iterator[list[str]]:
-    """A list that a signal to end puts its name into, instead of ending the process; a second one does that."""
+def _catch_signals() -> Iterator[list[str]]:
+    """Yields a list that gets the name of the first SIGINT or SIGTERM; a second signal ends the process."""
     found: list[str] = []
     kept: dict[Any, Any] = {}
 
@@ -338,7 +339,7 @@ def _stops() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def _same(mine: dict[str, Any], its: dict[str, Any], path: pathlib.Path) -> None:
+def _check_same(mine: dict[str, Any], its: dict[str, Any], path: pathlib.Path) -> None:
     mine, its = ({**about['settings'], **{k: v for k, v in about.items() if k != 'settings'}} for about in (mine, its))
     wrong = [f'{name} {its.get(name)!r}, now {value!r}' for name, value in mine.items() if its.get(name) != value]
     if wrong:
@@ -351,12 +352,12 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise RuntimeError('there is no such file') from None
-    except Exception as error:  # torch raises of every kind
+    except Exception as error:  # torch raises many kinds of errors
         raise RuntimeError(f'{path} cannot be read as a checkpoint of a distillation ({error})') from error
 
 
 def _save(trainer: _Trainer, about: dict[str, Any], out: pathlib.Path, keep: bool) -> None:
-    with written_whole(out / CHECKPOINT) as part:
+    with atomic_write(out / CHECKPOINT) as part:
         torch.save(dict(trainer.state(), about=about), part)
     weights = safetensors.torch.save(trainer.weights(), dict(format='pt', pictures=str(trainer.seen)))
     paths = [out / WEIGHTS]
@@ -364,12 +365,12 @@ def _save(trainer: _Trainer, about: dict[str, Any], out: pathlib.Path, keep: boo
         (out / 'kept').mkdir(exist_ok=True)
         paths.append(out / 'kept' / f'{trainer.seen:09}.safetensors')
     for path in paths:
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             part.write_bytes(weights)
 
 
 class _Report:
-    """Means of what the steps gave, told and logged now and then."""
+    """Averages the results of steps, and logs and prints them at intervals."""
 
     def __init__(self, trainer: _Trainer, out: pathlib.Path, tell: Callable[[str], None]):
         self.trainer, self.out, self.tell = trainer, out, tell
@@ -418,38 +419,38 @@ def distill(
         tell: Callable[[str], None] = print,
         tell_seconds: float = 30.,
 ) -> dict[str, Any]:
-    """Trains a network to answer as a teacher does, on pictures without labels. Goes on with what lies in `out`.
+    """Trains a network on pictures without labels to give a teacher's outputs. Continues the run in `out`, if any.
 
-    `out` gets `last.pt`, from which a run that was stopped or killed goes on to the same bits (on one device, with
-    `pictures` for an end: a clock is never the same twice); `model.safetensors`, the averaged weights, matrices in half
-    precision; `log.jsonl`; and `kept/`, averaged weights on the way. SIGINT and SIGTERM save and end. Where
-    torch.distributed is initialised, processes share the batches.
+    `out` gets `last.pt`, from which a stopped or killed run continues, bit for bit if it runs on one device and
+    `pictures` sets its end; `model.safetensors`, the averaged weights, with matrices in half precision; `log.jsonl`;
+    and `kept/`, earlier averaged weights. SIGINT and SIGTERM save and end. If torch.distributed is initialised,
+    processes share the batches.
 
     Args:
-        model: The student, a timm model or the name of one.
-        teacher: A `Teacher`, what `Teacher` takes, or a name for `load_teacher`.
-        sources: Folders (with the zips and tars in them), zips, tars (shards of a WebDataset) of pictures; PATH//PART
-            for those whose path within begins with PART. Those that cannot be read are left out.
-        out: A folder.
-        settings: What decides the result.
-        pictures: End after so many, counted from the start; the same picture counts each time.
-        minutes: End after so many of training, those of runs that were gone on with included.
-        start: Checkpoint of another run, of which weights and optimizer are taken; or a model's .safetensors.
-        save_minutes: Time between checkpoints.
-        keep_pictures: Pictures between averaged weights that are kept.
-        store: Where decoded pictures go, for several runs; `pictures.bin` in `out` by default.
-        workers: Threads that cut views; with none, they are cut in between.
-        device: CUDA where there is a GPU, else the CPU, by default.
-        tell: Takes lines of progress.
-        tell_seconds: Time between them.
+        model: The student, a timm model or its name.
+        teacher: A `Teacher`, a model for `Teacher`, or a name for `load_teacher`.
+        sources: Folders (also with zips and tars in them), zips or tars (shards of a WebDataset) of pictures;
+            PATH//PART for paths inside that begin with PART. Pictures that cannot be read are skipped.
+        out: The output folder.
+        settings: Settings that determine the result.
+        pictures: End after so many pictures, counted from the start; repeated ones count again.
+        minutes: End after so many minutes of training, including those before an interruption.
+        start: Checkpoint of another run, for its weights and optimizer; or a model's .safetensors.
+        save_minutes: Minutes between checkpoints.
+        keep_pictures: Keep a copy of the averaged weights every so many pictures.
+        store: File for the decoded pictures, to share between runs; default `pictures.bin` in `out`.
+        workers: Threads that crop views; 0 crops them in the main thread.
+        device: Default CUDA if available, else the CPU.
+        tell: Called with lines of progress.
+        tell_seconds: Seconds between them.
 
     Returns:
-        `pictures` seen, `seconds`, the `signal` that ended it or None, `left_out`, how many pictures are broken, and
-        where the `weights` are.
+        `pictures` seen, `seconds`, the `signal` that ended the run or None, `left_out`, the number of unreadable
+        pictures, and `weights`, the path of the weights.
 
     Raises:
-        ValueError: Something given is not as it must be, or the checkpoint in `out` was made with other settings.
-        OSError: A source is missing, or a disk full.
+        ValueError: An argument is wrong, or the checkpoint in `out` was made with other settings.
+        OSError: A source is missing, or a disk is full.
         RuntimeError: A checkpoint or the teacher's weights cannot be read.
         FloatingPointError: The training diverged.
     """
@@ -483,9 +484,9 @@ def distill(
     about['processes'] = trainer.world
     if (out / CHECKPOINT).exists():
         state = _read(out / CHECKPOINT)
-        _same(about, state['about'], out / CHECKPOINT)
+        _check_same(about, state['about'], out / CHECKPOINT)
         trainer.load(state)
-        tell(f'goes on with {out / CHECKPOINT}, behind {trainer.seen} pictures')
+        tell(f'continues from {out / CHECKPOINT}, after {trainer.seen} pictures')
     elif start is not None:
         trainer.start(pathlib.Path(start))
         tell(f'starts from {start}' + f', which has seen {trainer.seen} pictures' * bool(trainer.seen))
@@ -500,14 +501,14 @@ def distill(
 
     report = _Report(trainer, out, tell)
     kept, saved, last = trainer.seen, time.monotonic(), time.monotonic()
-    with _stops() as stops:
+    with _catch_signals() as stops:
         while True:
             now = time.monotonic()
             trainer.seconds += now - last
             last = now
             done = part_done()
             ends = done >= 1 or bool(stops)
-            if distributed:  # by the first process's clock and signals
+            if distributed:  # all follow the first process's clock and signals
                 decided = torch.tensor([done, ends], dtype=torch.float64, device=device)
                 torch.distributed.broadcast(decided, 0)
                 done, ends = float(decided[0]), bool(decided[1])

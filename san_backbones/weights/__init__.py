@@ -1,4 +1,4 @@
-"""The authors' weights, and weights of one's own: getting, converting, verifying and publishing them.
+"""Commands to get, convert, verify and publish the authors' weights and your own.
 
-`san-backbones weights` runs the commands; `python -m san_backbones.weights` does too, and `weights/*.py` of a checkout.
+Run them by `san-backbones weights`, `python -m san_backbones.weights`, or `weights/*.py` of a checkout.
 """

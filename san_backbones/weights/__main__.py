@@ -1,4 +1,4 @@
-"""`san-backbones weights COMMAND`, without the extra that the rest of the command line needs."""
+"""Runs `san-backbones weights COMMAND`; it does not need the extra 'cli'."""
 import importlib
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ COMMANDS = dict(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that the arguments name; returns its exit status, 2 if there is no such command."""
+    """Runs the command in the arguments and returns its exit status, 2 for an unknown command."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name in COMMANDS:
         return importlib.import_module(f'{__package__}.{name}').main(rest)

@@ -1,4 +1,4 @@
-"""Model cards: README.md of a model's repository on the Hugging Face Hub."""
+"""Writes model cards: README.md of a model's repository on the Hugging Face Hub."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -6,11 +6,11 @@ from ..san import DEPTHS
 
 AUTHORS = 'https://github.com/hszhao/SAN'
 PAPER = 'https://arxiv.org/abs/2004.13621'
-OUTSIDE_ARCH = ('position_ref_size', 'output_stride', 'out_indices')  # arguments of SANBackbone itself, not of its arch
+OUTSIDE_ARCH = ('position_ref_size', 'output_stride', 'out_indices')  # arguments of SANBackbone beside its arch
 
 
 def front_matter(tags: Sequence[str], task: str, license: str | None, datasets: Sequence[str] = ()) -> str:
-    """The YAML block that the Hub reads."""
+    """Returns the YAML block that the Hub reads."""
     lines = ['---'] + [f'license: {license}'] * bool(license)
     lines += ['library_name: timm', f'pipeline_tag: {task}', 'tags:']
     lines += [f'- {tag}' for tag in (task, 'timm', *tags)]
@@ -20,7 +20,7 @@ def front_matter(tags: Sequence[str], task: str, license: str | None, datasets: 
 
 
 def backbone(architecture: str, options: Mapping[str, Any]) -> str:
-    """The arguments of SANBackbone that rebuild the model, as they stand in a config."""
+    """Returns the arguments of SANBackbone that rebuild the model, as written in a config."""
     inside = {key: value for key, value in options.items() if key not in OUTSIDE_ARCH}
     outside = {key: value for key, value in options.items() if key in OUTSIDE_ARCH}
     arch: Any = architecture
@@ -31,7 +31,7 @@ def backbone(architecture: str, options: Mapping[str, Any]) -> str:
 
 
 def usage(architecture: str, repository: str, num_classes: int, options: Mapping[str, Any]) -> str:
-    """How to load the model with timm, MMDetection and MMSegmentation."""
+    """Describes how to load the model with timm, MMDetection and MMSegmentation."""
     stages = len(options.get('depths', DEPTHS['san15']))
     out_indices = tuple(range(min(1, stages - 1), stages))
     text = f"""## Usage
@@ -97,7 +97,7 @@ CITATION = """## Citation
 
 
 def table(models: Mapping[str, Mapping[str, Any]], model: str) -> str:
-    """The paper's accuracies of all models of the manifest, this one in bold."""
+    """Returns a table of the paper's accuracies for all models of the manifest, this one in bold."""
     lines = ['| model | parameters | top-1 | top-5 |', '| --- | --- | --- | --- |']
     for name, entry in models.items():
         if 'paper_top1' not in entry:
@@ -109,13 +109,13 @@ def table(models: Mapping[str, Mapping[str, Any]], model: str) -> str:
 
 
 def accuracy(entry: Mapping[str, Any], sha256: str) -> str:
-    """What is known about the accuracy of the weights with this digest."""
+    """Says what is known about the accuracy of the weights with this digest."""
     measured = entry.get('measured')
     if measured and measured['sha256'] == sha256:
         return (f"These weights, measured with `san-backbones weights verify` on the {measured['images']} "
                 f"validation images: top-1 {measured['top1']:.2f}, top-5 {measured['top5']:.2f}.")
-    return ('The figures are those of the paper: nobody has measured this copy. `san-backbones weights verify` does, '
-            'on a folder with the validation images.')
+    return ('The figures are those of the paper: this copy has not been measured. `san-backbones weights verify` does '
+            'it, on a folder with the validation images.')
 
 
 def released(
@@ -125,11 +125,11 @@ def released(
         source_sha256: str,
         sha256: str,
 ) -> str:
-    """The card of the authors' weights.
+    """Returns the card of the authors' weights.
 
     Args:
         model: Name and tag, a key of `models`.
-        models: The manifest's.
+        models: The models of the manifest.
         repository: ORGANISATION/NAME, for the examples.
         source_sha256: Digest of the authors' file.
         sha256: Digest of model.safetensors.
@@ -178,7 +178,7 @@ def own(
         license: str | None,
         text: str | None,
 ) -> str:
-    """The card of weights that were trained with this package.
+    """Returns the card of weights that were trained with this package.
 
     Args:
         name: Title.
@@ -186,7 +186,7 @@ def own(
         repository: ORGANISATION/NAME, for the examples.
         source_sha256: Digest of the checkpoint.
         num_classes: 0 for a backbone.
-        options: Arguments in which the structure differs from the architecture's own.
+        options: Arguments that differ from the architecture's own.
         license: As the Hub spells it, or None.
         text: Markdown about the weights, or None.
     """

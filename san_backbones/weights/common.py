@@ -1,4 +1,5 @@
-"""What the commands beside this file share: the manifest's file, files that appear whole or not at all, errors."""
+"""Shared by the commands in this folder: the manifest, complete or no files, errors."""
+import argparse
 import contextlib
 import functools
 import json
@@ -19,9 +20,17 @@ MANIFEST = hub.shipped() / 'manifest.json'
 TAG = 'in1k'  # of the authors' weights
 
 
+def parser(command: str, text: str) -> argparse.ArgumentParser:
+    """Returns a parser for `san-backbones weights COMMAND`, with the docstring of its module as help."""
+    lines = text.splitlines()
+    return argparse.ArgumentParser(
+        prog=f'san-backbones weights {command}', description=lines[0], epilog='\n'.join(lines[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 @contextlib.contextmanager
-def _alone_in(folder: pathlib.Path) -> Iterator[None]:
-    """Waits until no other process is in this block, with this folder; a process that dies leaves it."""
+def _lock_folder(folder: pathlib.Path) -> Iterator[None]:
+    """Locks a folder for one process at a time; the lock ends with the process."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -36,19 +45,19 @@ def _alone_in(folder: pathlib.Path) -> Iterator[None]:
 
 
 def replace_files(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
-    """Writes files into a folder, made if it is not there; those that hold the same already stay.
+    """Writes files into a folder, which is made if needed; unchanged files are not touched.
 
-    All of them are written beside their places before the first is moved. Of several that change, the last is moved
-    last, and what lay in its place is removed first: an interruption leaves all as it was, or all as it is to be, or
-    the last file missing, but never the last of one set beside others of another. The next call overwrites what lies
-    beside. Processes that write into the same folder wait for one another.
+    All files are written under temporary names and then moved. If several change, the old version of the last file is
+    removed first and its new version moved last. So an interruption leaves all old files, all new files, or the last
+    file missing, but never the last file of one set with other files of the other. The next call overwrites leftover
+    temporary files. Processes that write into the same folder wait for each other.
 
     Raises:
         WeightsError: They cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder):
+        with _lock_folder(folder):
             _replace_files(folder, contents)
     except OSError as error:
         raise WeightsError(f'cannot write {", ".join(contents)} to {folder} ({error}); make room or name a folder that '
@@ -76,10 +85,10 @@ def _replace_files(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The manifest's models by name and tag, read anew: the commands change the file.
+    """Reads the manifest's models by name and tag, without a cache: the commands change the file.
 
     Raises:
-        WeightsError: There is no such file, or it is no manifest.
+        WeightsError: The file does not exist or is not a manifest.
     """
     try:
         return dict(json.loads(path.read_text(encoding='utf-8'))['models'])
@@ -89,13 +98,13 @@ def read_manifest(path: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def record(path: pathlib.Path, model: str, **fields: Any) -> None:
-    """Sets fields of a model in the manifest, leaving the rest of it as it is, and what another process wrote there.
+    """Sets fields of a model in the manifest, and keeps the rest, including what other processes wrote.
 
     Raises:
         WeightsError: It cannot be written.
     """
     try:
-        with _alone_in(path.parent):
+        with _lock_folder(path.parent):
             content = json.loads(path.read_text(encoding='utf-8'))
             content['models'][model].update(fields)
             _replace_files(path.parent, {path.name: (json.dumps(content, indent=2) + '\n').encode()})
@@ -104,16 +113,16 @@ def record(path: pathlib.Path, model: str, **fields: Any) -> None:
 
 
 def architecture_of(model: str) -> str:
-    """'san15_patchwise' of 'san15_patchwise.in1k', 'san15_patchwise', 'san15'."""
+    """Returns 'san15_patchwise' for 'san15_patchwise.in1k', 'san15_patchwise' and 'san15'."""
     name = model.partition('.')[0]
     return f'{name}_patchwise' if name in DEPTHS else name
 
 
 def repository_of(model: str) -> str:
-    """The Hub repository that a model's default weights, or those of its tag, belong to: 'san-backbones/...'.
+    """Returns the Hub repository of a model's weights, or of those with its tag: 'san-backbones/...'.
 
     Raises:
-        WeightsError: There is no such model, or no weights of it.
+        WeightsError: There is no such model, or it has no weights.
     """
     name, _, tag = model.partition('.')
     ours = timm.list_models(module='san')
@@ -124,12 +133,12 @@ def repository_of(model: str) -> str:
     except RuntimeError as error:
         raise WeightsError(str(error)) from error
     if not source:
-        raise WeightsError(f'{model} has no pretrained weights: it is there for tests')
+        raise WeightsError(f'{model} has no pretrained weights: it is for tests')
     return source
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Makes a command's `main` print errors that a user can mend, and return 1 for them, 130 if stopped by the user."""
+    """Makes a command's `main` print a WeightsError and return 1; 130 if the user interrupts it."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None, **options: Any) -> int:

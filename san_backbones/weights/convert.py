@@ -4,16 +4,16 @@
     san-backbones weights convert model_best.pth.tar --model san15_pairwise --tag food101 --out FOLDER
     san-backbones weights convert epoch_12.pth --model san15_patchwise --tag coco --arch-option kernel_sizes=5 --out OUT
 
-It reads the authors' released files, and what was trained with this package: checkpoints of timm (averaged weights
-first), of MMDetection and MMSegmentation (the entries below `backbone.`; there is no classifier then), .safetensors.
-Nothing is unpickled but tensors and plain data. It writes model.safetensors, config.json and README.md; timm reads them
-from the folder, as 'local-dir:FOLDER', and from the Hub, as 'hf-hub:ORGANISATION/NAME'.
+It reads the authors' released files and checkpoints trained with this package: timm's (averaged weights if present),
+MMDetection's and MMSegmentation's (the entries below `backbone.`, without a classifier), and .safetensors. Only tensors
+and plain data are unpickled. It writes model.safetensors, config.json and README.md; timm loads them from the folder as
+'local-dir:FOLDER' and from the Hub as 'hf-hub:ORGANISATION/NAME'.
 """
 import argparse
 import ast
-import codecs
 import dataclasses
 import hashlib
+import importlib
 import inspect
 import json
 import pathlib
@@ -23,7 +23,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import timm
 import torch
@@ -31,34 +30,28 @@ from timm.models import clean_state_dict
 from timm.models._hub import save_config_for_hf
 
 from .. import hub
+from .._pickles import MMENGINE, SCRIPTS, entries
 from .._requirements import LEAST_FOR_CONVERSION, check, check_pickles
 from ..activations import follow_bounds, relu_bound
 from ..hub import WeightsError
-from ..san import DEPTHS, SAN, checkpoint_filter_fn
+from ..san import DEPTHS, SAN, checkpoint_filter_fn, misfits
 from . import card, common
 
-# arguments of SAN that the checkpoint, the architecture or the place decide
+# arguments of SAN that the checkpoint, the architecture or the caller decides
 NOT_OPTIONS = {'attention', 'in_chans', 'num_classes', 'global_pool', 'drop_rate', 'drop_path_rate', 'relu_bound',
                'norm_layer', 'device', 'dtype'}
 OPTIONS = [name for name in inspect.signature(SAN).parameters if name not in NOT_OPTIONS]
 DATA_OPTIONS = ['input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode']
 MM_POSITION_REF_SIZE = 224  # the default of SANBackbone
 IMAGENET_CLASSES = 1000
-# what a configuration of timm says of its weights rather than of the architecture
+# fields of a timm cfg that describe its weights, not the architecture
 OF_ONE_SET_OF_WEIGHTS = {'tag', 'license', 'origin_url', 'description', 'notes', 'label_names', 'label_descriptions'}
-
-# what training scripts put beside the tensors: arguments, and accuracies that NumPy computed; none of it runs code
-_NUMPY: list[Any] = [(np.dtype, 'numpy.dtype'), *((kind, f'numpy.dtypes.{kind.__name__}') for kind in (
-    type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64', 'bool')))]
-_NUMPY += [(np.float64(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
-_NUMPY += [(codecs.encode, '_codecs.encode')]
-DATA_CLASSES: list[Any] = [argparse.Namespace, *_NUMPY]
 
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """What `convert` wrote: where, name and tag, digests of the source and of model.safetensors; whether it counts as
-    the authors' own; what the user should know.
+    """The result of `convert`: folder, name with tag, digests of the source and of model.safetensors, whether these are
+    the authors' weights, and notes for the user.
     """
 
     folder: pathlib.Path
@@ -70,28 +63,27 @@ class Converted:
 
 
 class WrongFile(WeightsError):
-    """A file that is damaged, no checkpoint, one that asks for more than data, or another model's."""
+    """The file is damaged, not a checkpoint, holds more than data, or belongs to another model."""
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
-def _load(path: pathlib.Path) -> Any:
-    present = torch.serialization.get_safe_globals()  # these are to stay; the context takes away all it was given
-    with torch.serialization.safe_globals([entry for entry in DATA_CLASSES if entry not in present]):
+def _load(path: pathlib.Path, allowed: tuple[str, ...]) -> Any:
+    present = torch.serialization.get_safe_globals()  # must stay; the context removes all entries that it was given
+    with torch.serialization.safe_globals([entry for entry in entries(allowed) if entry not in present]):
         return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def read(path: pathlib.Path, mmengine: bool = True) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
+    """Reads a checkpoint to the CPU.
 
     Args:
         path: The file.
-        mmengine: Whether it may ask for the classes of mmengine that hold data. They are then allowed in the whole
-            process, as `import san_backbones.mm` does.
+        mmengine: Whether it may contain data classes of mmengine.
 
     Raises:
-        WrongFile: It is damaged, no checkpoint, or holds more than data.
-        WeightsError: There is no such file, or a package to read it is missing or too old.
+        WrongFile: The file is damaged, not a checkpoint, or holds more than data.
+        WeightsError: The file does not exist, or a package to read it is missing or too old.
     """
     if not path.is_file():
         raise WeightsError(f'{path} is no file; expected a checkpoint (.pth, .pth.tar, .safetensors)')
@@ -104,12 +96,12 @@ def read(path: pathlib.Path, mmengine: bool = True) -> dict[str, Any]:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
         try:
-            content = _load(path)
+            content = _load(path, SCRIPTS)
         except pickle.UnpicklingError as error:
             if not mmengine or not _refused(error).startswith('mmengine.'):
                 raise
-            from .. import mm  # noqa: F401, allows the classes of mmengine's own checkpoints
-            content = _load(path)
+            importlib.import_module('mmengine')
+            content = _load(path, (*SCRIPTS, *MMENGINE))
     except ImportError as error:
         raise WeightsError(f'{path} was saved by mmengine, which is needed to read it and is not here ({error}); '
                            "install the mm extra: pip install '.[mm]'") from error
@@ -119,12 +111,12 @@ def read(path: pathlib.Path, mmengine: bool = True) -> dict[str, Any]:
             raise WrongFile(f'{path} asks for {refused}, and what is loaded that way can run code; expected tensors '
                             'and plain data. Nothing was run. Get the file from where it is known to be good, or '
                             'save its state dict alone') from None
-        # of what torch says of pickles only the reason: its advice is to unpickle everything
-        reason = str(error).rpartition('WeightsUnpickler error: ')[2].strip().splitlines() or ['no more is known']
+        # keep only the reason from torch's message, which advises to unpickle everything
+        reason = str(error).rpartition('WeightsUnpickler error: ')[2].strip().splitlines() or ['without a message']
         page = ' It looks like a web page: a download that was refused.' if _starts_as_page(path) else ''
         raise WrongFile(f'{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint '
                         f'({type(error).__name__}: {reason[0]}); expected what torch.save or safetensors wrote. It '
-                        f'may be cut short: get it again.{page}') from error
+                        f'may be truncated: get it again.{page}') from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise WrongFile(f'{path} holds a {type(content).__name__}, expected a dict of tensors by name, or one with '
                         "it under 'state_dict'")
@@ -132,7 +124,7 @@ def read(path: pathlib.Path, mmengine: bool = True) -> dict[str, Any]:
 
 
 def _refused(error: Exception) -> str:
-    """The class or function that `torch.load` refused, '' if that was not it."""
+    """Returns the class or function that `torch.load` refused, '' for other errors."""
     found = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
     return found[1].rstrip('.') if found else ''
 
@@ -143,23 +135,23 @@ def _starts_as_page(path: pathlib.Path) -> bool:
 
 
 def is_the_authors(content: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's names are those of the authors' code."""
+    """Whether a checkpoint has the parameter names of the authors' code."""
     dicts = [content, *(value for value in content.values() if isinstance(value, dict))]
     return any(isinstance(name, str) and re.fullmatch(r'(module\.)*conv_in\.weight', name) for d in dicts for name in d)
 
 
 def translate(content: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, torch.Tensor], int]:
-    """A checkpoint's tensors by this package's names.
+    """Returns a checkpoint's tensors under this package's names.
 
     Returns:
-        The tensors, and how many were left out because they are not below `backbone.`; -1 if no name is.
+        The tensors, and how many others were left out because they are not below `backbone.`; -1 if no name is.
 
     Raises:
-        WrongFile: There is none, or something else than a plain tensor.
+        WrongFile: There are no tensors, or an entry is not a plain tensor.
     """
     try:
         state = checkpoint_filter_fn(content)
-    except TypeError:  # a name that is none
+    except TypeError:  # a key that is not a string
         state = {}
     if any(name.startswith('_orig_mod.') for name in state):
         state = checkpoint_filter_fn(clean_state_dict(state))
@@ -169,7 +161,7 @@ def translate(content: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str,
         if inner:
             left_out = len(state) - len(inner)
             state = inner
-    other = [f'{name} ({kind})' for name, kind in zip(state, map(_unlike_plain, state.values())) if kind]
+    other = [f'{name} ({kind})' for name, kind in zip(state, map(_what_is_not_plain, state.values())) if kind]
     if other or not state:
         raise WrongFile(f"{path} holds {', '.join(other[:10]) or 'no tensors'}; expected a dict of tensors by name "
                         "(strided, on the CPU, not quantised), alone or under 'state_dict_ema', 'model_ema', "
@@ -177,8 +169,8 @@ def translate(content: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str,
     return state, left_out
 
 
-def _unlike_plain(value: Any) -> str:
-    """What a value is instead of a plain tensor in memory; '' if it is one."""
+def _what_is_not_plain(value: Any) -> str:
+    """Describes a value that is not a plain tensor in memory; '' if it is one."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     if value.is_nested or value.is_quantized or value.layout != torch.strided or value.device.type != 'cpu':
@@ -190,17 +182,17 @@ def _unlike_plain(value: Any) -> str:
 # --- The model -------------------------------------------------------------------------------------------------------
 
 def models() -> list[str]:
-    """Our architectures in timm, each under one name."""
+    """Returns our architectures in timm, without aliases."""
     return [name for name in timm.list_models(module='san') if name not in DEPTHS]
 
 
 def build(name: str, state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> Any:
-    """The model for these tensors, on the meta device: their classes and channels of the image, the options' structure.
+    """Builds the model for these tensors on the meta device, with their number of classes and image channels.
 
     Args:
-        name: Architecture, with a tag if timm has a configuration of that name.
-        state: Tensors by this package's names.
-        options: Arguments of SAN.
+        name: Architecture, with a tag if timm has a cfg of that name.
+        state: Tensors under this package's names.
+        options: Other arguments of SAN.
 
     Raises:
         WeightsError: An option is out of range.
@@ -216,17 +208,17 @@ def build(name: str, state: Mapping[str, torch.Tensor], options: Mapping[str, An
     return model
 
 
-def known_to_timm(architecture: str, tag: str | None) -> str:
-    """The name with its tag if timm has a configuration for it, else without."""
+def name_in_timm(architecture: str, tag: str | None) -> str:
+    """Returns the name with its tag if timm has a cfg for it, else without."""
     name = f'{architecture}.{tag}'
     return name if name in timm.list_models(module='san', include_tags=True) else architecture
 
 
 def describe(model: Any, tag: str | None, license: str | None) -> str | None:
-    """Makes the configuration of a model with weights that are not the authors' tell nothing of other weights.
+    """Removes from a model's cfg what describes other weights, for weights that are not the authors'.
 
     Returns:
-        The licence given, else the one that the configuration has for just these weights, else None.
+        The given licence, else the one that the cfg has for these weights, else None.
     """
     cfg = dict(model.pretrained_cfg)
     if cfg.get('tag') != tag or cfg.get('origin_url'):
@@ -236,24 +228,11 @@ def describe(model: Any, tag: str | None, license: str | None) -> str | None:
     return cfg.get('license')
 
 
-def misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
-    """Names that are missing, unexpected, or of tensors with another shape or kind; each list may be empty."""
-    both = [name for name in expected if name in state]
-    shapes = [(name, list(state[name].shape), list(expected[name].shape)) for name in both]
-    kinds = [(name, state[name].dtype, expected[name].dtype) for name in both
-             if state[name].is_floating_point() != expected[name].is_floating_point() or state[name].is_complex()]
-    return {
-        'missing': [name for name in expected if name not in state],
-        'unexpected': [name for name in state if name not in expected],
-        'wrong': [f'{name} {found} instead of {right}' for name, found, right in [*shapes, *kinds] if found != right],
-    }
-
-
-def fits_instead(state: Mapping[str, torch.Tensor]) -> str | None:
-    """The one of our architectures whose names and shapes these are, but for the classifier."""
+def find_fitting_model(state: Mapping[str, torch.Tensor]) -> str | None:
+    """Returns the architecture whose names and shapes fit, apart from the classifier; None if none fits."""
     state = {name: tensor for name, tensor in state.items() if not name.startswith('head.')}
     for name in models():
-        if not any(misfits(state, build(name, state, {}).state_dict()).values()):
+        if not misfits(state, build(name, state, {}).state_dict()):
             return name
     return None
 
@@ -264,31 +243,31 @@ def fit(
         options: Mapping[str, Any],
         path: pathlib.Path,
 ) -> dict[str, torch.Tensor]:
-    """The tensors in the model's order, in its dtypes, without shared memory.
+    """Returns the tensors in the model's order and dtypes, without shared memory.
 
     Args:
-        state: Tensors by this package's names.
-        model: On the meta device.
-        options: With which it was built, for messages.
-        path: Where the tensors come from, for messages.
+        state: Tensors under this package's names.
+        model: The model, on the meta device.
+        options: The options it was built with, for messages.
+        path: The file of the tensors, for messages.
 
     Raises:
-        WrongFile: They are not the model's, or not finite.
+        WrongFile: The tensors do not fit the model, or are not finite.
     """
     architecture = model.pretrained_cfg['architecture']
     what = architecture + (f' with {dict(options)}' if options else '') + f' and {model.num_classes} classes'
     expected = model.state_dict()
     wrong = misfits(state, expected)
-    if any(wrong.values()):
+    if wrong:
         def listed(names: list[str]) -> str:
             return ', '.join(names[:20]) + (f' and {len(names) - 20} more' if len(names) > 20 else '')
         problems = '; '.join(f'{len(names)} {"of another shape" if kind == "wrong" else kind}: {listed(names)}'
-                             for kind, names in wrong.items() if names)
-        other = fits_instead(state)
+                             for kind, names in wrong._asdict().items() if names)
+        other = find_fitting_model(state)
         if other is None:
             remedy = f'If its structure is not the released one, say how with --arch-option ({", ".join(OPTIONS)})'
         elif other == architecture:
-            remedy = (f'But for the classifier it fits {other} without --arch-option; if it was trained for other '
+            remedy = (f'Apart from the classifier it fits {other} without --arch-option; if it was trained for other '
                       'classes, give it a --tag of its own')
         else:
             remedy = f'These are the tensors of {other}: give --model {other}'
@@ -309,13 +288,13 @@ def fit(
 
 def released(content: Mapping[str, Any], path: pathlib.Path, name: str, entry: Mapping[str, Any],
              source_sha256: str) -> bytes:
-    """model.safetensors, made of the content of the authors' file.
+    """Makes model.safetensors from the content of the authors' file.
 
     Args:
-        content: As `read` gives it.
+        content: As `read` returns it.
         path: The file.
         name: A model of the manifest.
-        entry: The manifest's.
+        entry: Its entry in the manifest.
         source_sha256: Digest of the file.
 
     Raises:
@@ -326,9 +305,9 @@ def released(content: Mapping[str, Any], path: pathlib.Path, name: str, entry: M
                            f"{entry['source_sha256']} (Google Drive id {entry['drive_id']}). Download it again; or, if "
                            'this is a training of your own, give it a --tag of its own')
     state, _ = translate(content, path)
-    net = timm.create_model(known_to_timm(entry['architecture'], common.TAG), num_classes=IMAGENET_CLASSES,
+    net = timm.create_model(name_in_timm(entry['architecture'], common.TAG), num_classes=IMAGENET_CLASSES,
                             device='meta', relu_bound=0)
-    weights = serialised(fit(state, net, {}, path))
+    weights = serialise(fit(state, net, {}, path))
     sha256 = hashlib.sha256(weights).hexdigest()
     if entry['sha256'] not in (None, sha256):
         raise WeightsError(f"{path} became a {hub.FILENAME} with the SHA-256 {sha256}; the manifest pins "
@@ -337,11 +316,11 @@ def released(content: Mapping[str, Any], path: pathlib.Path, name: str, entry: M
     return weights
 
 
-def halved(tensors: Mapping[str, torch.Tensor], path: pathlib.Path) -> dict[str, torch.Tensor]:
-    """Matrices in float16; what has one dimension, such as norms, stays.
+def to_half(tensors: Mapping[str, torch.Tensor], path: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Converts matrices to float16; tensors of one dimension, such as those of norms, keep their dtype.
 
     Raises:
-        WrongFile: A value is too large for it.
+        WrongFile: A value is too large for float16.
     """
     half = {name: tensor.half() if tensor.dim() > 1 and tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()}
@@ -352,15 +331,15 @@ def halved(tensors: Mapping[str, torch.Tensor], path: pathlib.Path) -> dict[str,
     return half
 
 
-def serialised(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """The same bytes for the same tensors."""
+def serialise(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Serialises tensors; equal tensors give equal bytes."""
     return safetensors.torch.save(dict(sorted(tensors.items())), {'format': 'pt'})
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 def config_json(model: Any, data_options: Mapping[str, Any]) -> bytes:
-    """config.json as timm writes and reads it.
+    """Returns config.json as timm writes and reads it.
 
     Raises:
         WeightsError: The data options do not fit the model, or timm is too old to write them.
@@ -377,21 +356,21 @@ def config_json(model: Any, data_options: Mapping[str, Any]) -> bytes:
             raise WeightsError(f'the data options {dict(data_options)} do not fit the model: {error}; expected for '
                                'instance input_size=(3,224,224), mean=(0.5,0.5,0.5), crop_pct=0.9') from error
         config = json.loads(path.read_text())
-        # timm finds the number above, and transformers' TimmWrapper passes it beside the model_args
+        # it stands at the top level, and transformers' TimmWrapper passes it beside the model_args
         config.get('model_args', {}).pop('num_classes', None)
-        # the state dict has it too; but not every library loads by load_state_dict, which looks there
+        # also in the state dict, but not every library loads with load_state_dict
         config.setdefault('model_args', {})['relu_bound'] = relu_bound(model)
-        for labels in ('label_names', 'label_descriptions'):  # beside the cfg, where both of them look first
+        for labels in ('label_names', 'label_descriptions'):  # at the top level, where timm and transformers look first
             if labels in config['pretrained_cfg']:
                 config[labels] = config['pretrained_cfg'].pop(labels)
         return json.dumps(config, indent=2).encode()
 
 
 def write(folder: pathlib.Path, contents: Mapping[str, bytes], force: bool) -> None:
-    """Writes the files, or none of them if others stand in their places.
+    """Writes the files, or none if one exists with other content.
 
     Raises:
-        WeightsError: One does, and not `force`.
+        WeightsError: One does, and `force` is False.
     """
     if folder.exists() and not folder.is_dir():
         raise WeightsError(f'{folder} is a file; expected a folder, or nothing, for --out')
@@ -420,25 +399,25 @@ def convert(
 ) -> Converted:
     """Converts one checkpoint.
 
-    A checkpoint with the authors' names, for a model of the manifest, with no tag or 'in1k' and no options, counts as
-    the authors' own: then it must have the classes and the digest of theirs, where the manifest has one.
+    A checkpoint with the authors' parameter names, for a model of the manifest, without options and with no tag or
+    'in1k', is taken as the authors' file: it must have their classes, and their digest if the manifest pins one.
 
     Args:
         source: The checkpoint.
         model: Name of the model in timm, with or without a tag.
         out: Folder for the three files.
-        tag: What tells these weights from others of the architecture.
-        options: Arguments of SAN in which the structure differs from the architecture's own.
+        tag: Distinguishes these weights from others of the architecture.
+        options: Arguments of SAN that differ from the architecture's own.
         data_options: Preprocessing that differs from the architecture's own, as in timm.
-        license: Of weights that are not the authors'.
-        text: Markdown for the card of weights that are not the authors'.
+        license: Licence; not for the authors' weights.
+        text: Markdown for the card; not for the authors' weights.
         repository: ORGANISATION/NAME, for the card.
-        half: Write matrices in float16, which halves the file; of weights that are not the authors'.
-        manifest: Its file.
-        force: Overwrite other content.
+        half: Write matrices in float16, which halves the file; not for the authors' weights.
+        manifest: Path of the manifest.
+        force: Overwrite existing files with other content.
 
     Raises:
-        WeightsError: Something of this is not as it must be; the message says what to do.
+        WeightsError: An argument or the checkpoint is wrong; the message says what to do.
     """
     architecture = common.architecture_of(model)
     tag = tag or model.partition('.')[2] or None
@@ -461,7 +440,7 @@ def convert(
         raise WeightsError("--half is not for the authors' weights, which are published as they are")
     if entry is not None and authors:
         name = f'{architecture}.{common.TAG}'
-        net = timm.create_model(known_to_timm(architecture, common.TAG), num_classes=IMAGENET_CLASSES, device='meta',
+        net = timm.create_model(name_in_timm(architecture, common.TAG), num_classes=IMAGENET_CLASSES, device='meta',
                                 relu_bound=0)
         weights = released(content, source, name, entry, source_sha256)
     else:
@@ -472,13 +451,13 @@ def convert(
                 options['position_ref_size'] = MM_POSITION_REF_SIZE
                 notes.append(f'position_ref_size={MM_POSITION_REF_SIZE}, as SANBackbone has it unless a config says '
                              'otherwise; if yours does, give it with --arch-option')
-        net = build(known_to_timm(architecture, tag), state, options)
+        net = build(name_in_timm(architecture, tag), state, options)
         license = describe(net, tag, license)
         if not license:
             notes.append('the card states no licence; --license does')
         name = f'{architecture}.{tag}' if tag else architecture
         tensors = fit(state, net, options, source)
-        weights = serialised(halved(tensors, source) if half else tensors)
+        weights = serialise(to_half(tensors, source) if half else tensors)
     sha256 = hashlib.sha256(weights).hexdigest()
     repository = repository or hub.repository(name)
     readme = card.released(name, known, repository, source_sha256, sha256) if authors else card.own(
@@ -491,7 +470,7 @@ def convert(
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 def setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, where the value is a Python literal or else a string."""
+    """Parses NAME=VALUE, where the value is a Python literal, else a string."""
     name, equals, value = text.partition('=')
     if not equals or not name.strip():
         raise argparse.ArgumentTypeError(f'expected NAME=VALUE, got {text!r}')
@@ -502,14 +481,11 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    lines = __doc__.splitlines()
-    parser = argparse.ArgumentParser(
-        prog='san-backbones weights convert', description=lines[0], epilog='\n'.join(lines[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser('convert', __doc__)
     parser.add_argument('checkpoint', type=pathlib.Path)
     parser.add_argument('--model', required=True, metavar='NAME', help='name in timm, such as san15_patchwise')
     parser.add_argument('--out', required=True, type=pathlib.Path, metavar='FOLDER')
-    parser.add_argument('--tag', help="what tells these weights from others of the model (the authors': in1k)")
+    parser.add_argument('--tag', help="distinguishes these weights from others of the model (the authors': in1k)")
     parser.add_argument('--arch-option', type=setting, action='append', default=[], metavar='NAME=VALUE',
                         help='structure that differs from the model\'s own, such as kernel_sizes=5 or '
                              'depths=2,1,2,4,1 (may be repeated)')
@@ -520,7 +496,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--card-text', type=pathlib.Path, metavar='FILE',
                         help='Markdown for the card of weights that are not the authors\'')
     parser.add_argument('--repository', metavar='ORGANISATION/NAME', help='for the examples in the card')
-    parser.add_argument('--half', action='store_true', help='matrices in float16: half the size')
+    parser.add_argument('--half', action='store_true', help='write matrices in float16: half the size')
     parser.add_argument('--manifest', type=pathlib.Path, default=common.MANIFEST, metavar='FILE')
     parser.add_argument('--force', action='store_true', help='overwrite files with other content')
     return parser.parse_args(argv)

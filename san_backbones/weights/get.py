@@ -1,12 +1,12 @@
-"""Gets pretrained weights onto this machine, as `pretrained=True` does on first use, and says where they are.
+"""Gets pretrained weights, as `pretrained=True` does on first use, and prints where they are.
 
     san-backbones weights get san15_patchwise
     san-backbones weights get --all
     san-backbones weights get san15_patchwise --out FOLDER
 
 They come from the folder that SAN_BACKBONES_WEIGHTS names, the package, the Hugging Face Hub or the authors' own files,
-in this order. With --out they are copied to FOLDER/MODEL.TAG/model.safetensors: a machine without a network has
-them with SAN_BACKBONES_WEIGHTS=FOLDER.
+in this order. With --out they are copied to FOLDER/MODEL.TAG/model.safetensors; a machine without a network finds them
+there with SAN_BACKBONES_WEIGHTS=FOLDER.
 """
 import argparse
 import pathlib
@@ -21,10 +21,7 @@ __all__ = ['main']
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    lines = __doc__.splitlines()
-    parser = argparse.ArgumentParser(
-        prog='san-backbones weights get', description=lines[0], epilog='\n'.join(lines[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser('get', __doc__)
     parser.add_argument('models', nargs='*', metavar='MODEL', help='such as san15_patchwise')
     parser.add_argument('--all', action='store_true', help="all models with files of the authors'")
     parser.add_argument('--out', type=pathlib.Path, metavar='FOLDER', help='copy them there')
@@ -36,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @common.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Gets what the command line names; returns the exit status. One that fails does not keep the others away."""
+    """Gets the weights named on the command line; returns the exit status. Goes on after a failure."""
     options = parse(argv)
     sources = [common.repository_of(model) for model in options.models] or [
         f'{hub.ORGANISATION}/{name}' for name, entry in hub.manifest().items() if 'drive_id' in entry]
@@ -62,5 +59,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  made of {note['origin']} ({note['authors']}), SHA-256 {note['source_sha256']}, {trust} on "
                   f'{note["date"]}')
     if options.out and not failed:
-        print(f'{hub.FOLDER_VARIABLE}={options.out} finds what is there')
+        print(f'{hub.FOLDER_VARIABLE}={options.out} uses them')
     return int(failed)

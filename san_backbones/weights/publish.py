@@ -5,9 +5,9 @@
     san-backbones weights publish --org ORGANISATION san15_patchwise san19_patchwise
 
 For each model: downloads the authors' file from Google Drive or a mirror (or takes it from --source), checks it,
-converts it, verifies it on a folder of pictures if one is given, creates the repository, uploads what differs,
-downloads the weights again to check their digest, and writes the digests into the manifest. Whatever was done is not
-done again: after an interruption or an error, run the same command.
+converts it, verifies it on a folder of pictures if one is given, creates the repository, uploads changed files,
+downloads the weights again to check their digest, and writes the digests into the manifest. Completed steps are not
+repeated: after an interruption or an error, run the same command.
 """
 import argparse
 import contextlib
@@ -31,20 +31,20 @@ FILES = ['README.md', 'config.json', hub.FILENAME]
 
 # --- The authors' file -----------------------------------------------------------------------------------------------
 
-def fetched(name: str, entry: dict[str, Any], options: argparse.Namespace) -> authors.Source:
-    """The authors' file: from --source if that is given, else downloaded if no earlier run did.
+def get_source(name: str, entry: dict[str, Any], options: argparse.Namespace) -> authors.Source:
+    """Gets the authors' file: from --source, from an earlier run, or by downloading.
 
     Raises:
-        WeightsError: It cannot be had.
+        WeightsError: It is not available.
     """
     if options.source:
-        path = authors.provided(options.source, name, entry)
+        path = authors.find_in_folder(options.source, name, entry)
         return authors.Source(path, str(path), False)
     path = options.work / name / entry['source_file']
     if not path.is_file():
         reason = authors.refusal(path)
         if reason is not None:
-            raise Unavailable(f"the authors' file of {name} is not asked for: {reason}", name)
+            raise Unavailable(f"the authors' file of {name} is not requested: {reason}", name)
         print(f'{name}: getting {entry["source_file"]}')
         source = authors.download(name, entry, path.parent / 'partial', '--work')
         if not source.ours:
@@ -53,17 +53,17 @@ def fetched(name: str, entry: dict[str, Any], options: argparse.Namespace) -> au
     return authors.Source(path, str(path), True)
 
 
-def converted(name: str, entry: dict[str, Any], options: argparse.Namespace) -> convert.Converted:
-    """The model's files, made from the authors'.
+def convert_source(name: str, entry: dict[str, Any], options: argparse.Namespace) -> convert.Converted:
+    """Makes the model's files from the authors'.
 
     Raises:
-        WeightsError: They cannot be had or are not what they should be. What was downloaded is then deleted if it is at
-            fault, so that the next run downloads anew.
+        WeightsError: The authors' file is not available or not the expected one. A wrong download is deleted, so that
+            the next run downloads it again.
     """
-    with authors.explained(options.work / name, '--work'):
-        source = fetched(name, entry, options)
+    with authors.explain_disk_errors(options.work / name, '--work'):
+        source = get_source(name, entry, options)
         try:
-            return _converted(source.path, name, entry, options)
+            return _convert_source(source.path, name, entry, options)
         except convert.WrongFile as error:
             if not source.ours:
                 raise
@@ -71,7 +71,7 @@ def converted(name: str, entry: dict[str, Any], options: argparse.Namespace) -> 
             raise WeightsError(f'{str(error).rstrip(".")}. It was deleted: run again to download it anew') from error
 
 
-def _converted(source: pathlib.Path, name: str, entry: dict[str, Any],
+def _convert_source(source: pathlib.Path, name: str, entry: dict[str, Any],
                options: argparse.Namespace) -> convert.Converted:
     found = hub.digest(source)
     if entry['source_sha256'] not in (None, found):
@@ -93,8 +93,8 @@ def _converted(source: pathlib.Path, name: str, entry: dict[str, Any],
 # --- The Hub ---------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def asking(api: HfApi, what: str) -> Iterator[None]:
-    """Turns whatever goes wrong with the Hub into an error that says what was tried and what to do."""
+def explain_hub_errors(api: HfApi, what: str) -> Iterator[None]:
+    """Turns errors of the Hub into a WeightsError that says what was tried and what to do."""
     try:
         yield
     except Exception as error:
@@ -107,13 +107,13 @@ def asking(api: HfApi, what: str) -> Iterator[None]:
 
 
 def git_blob(content: bytes) -> str:
-    """What git calls a file with this content."""
+    """Returns git's name of a file with this content."""
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
 
-def differing(api: HfApi, repository: str, folder: pathlib.Path) -> list[str] | None:
-    """Which of a model's files the Hub does not have as they are in the folder; None if there is no repository."""
-    with asking(api, f'look at {repository}'):
+def changed_files(api: HfApi, repository: str, folder: pathlib.Path) -> list[str] | None:
+    """Lists the model's files that differ on the Hub from those in the folder; None if there is no repository."""
+    with explain_hub_errors(api, f'look at {repository}'):
         try:
             siblings = api.model_info(repository, files_metadata=True).siblings or []
         except RepositoryNotFoundError:
@@ -127,26 +127,26 @@ def check_published(api: HfApi, repository: str, sha256: str) -> None:
     """Downloads the weights as a user would and checks their digest.
 
     Raises:
-        WeightsError: It is another.
+        WeightsError: The digest differs.
     """
-    with tempfile.TemporaryDirectory() as cache, asking(api, f'download {hub.FILENAME} of {repository}'):
+    with tempfile.TemporaryDirectory() as cache, explain_hub_errors(api, f'download {hub.FILENAME} of {repository}'):
         found = hub.digest(api.hf_hub_download(repository, hub.FILENAME, cache_dir=cache))
     if found != sha256:
         raise WeightsError(f'{repository} at {api.endpoint} now holds a {hub.FILENAME} with the SHA-256 {found}; '
-                           f'expected {sha256}, which was uploaded. Run again; if it stays so, delete the file on the '
-                           'Hub first')
+                           f'expected {sha256}, which was uploaded. Run again; if that does not help, delete the file '
+                           'on the Hub first')
 
 
 def publish(name: str, options: argparse.Namespace, api: HfApi) -> None:
-    """Takes one model from Google Drive to the Hub, leaving out what is done already."""
+    """Brings one model from Google Drive to the Hub, without repeating completed steps."""
     entry = common.read_manifest(options.manifest)[name]
     repository = f'{options.org}/{name}'
-    done = converted(name, entry, options)
+    done = convert_source(name, entry, options)
     if options.images:
         model, _, _ = verify.load(str(done.folder), {})
         if not verify.quick(model, name, options.images, entry):
-            raise WeightsError(f'{done.folder} did not pass on {options.images}, as said above; it was not published')
-    differs = differing(api, repository, done.folder)
+            raise WeightsError(f'{done.folder} did not pass on {options.images}, see above; it was not published')
+    differs = changed_files(api, repository, done.folder)
     digests = {'source_sha256': done.source_sha256, 'sha256': done.sha256}
     recorded = all(entry[key] == value for key, value in digests.items())
     if options.dry_run:
@@ -156,11 +156,11 @@ def publish(name: str, options: argparse.Namespace, api: HfApi) -> None:
         print(f'{name}: would {", ".join(steps) or "do nothing: all is there"} ({done.folder}, SHA-256 {done.sha256})')
         return
     if differs is None:
-        with asking(api, f'create {repository}'):
+        with explain_hub_errors(api, f'create {repository}'):
             api.create_repo(repository, private=True if options.private else None, exist_ok=True)
         print(f'{name}: created {api.endpoint}/{repository}')
     if differs != []:
-        with asking(api, f'upload to {repository}'):
+        with explain_hub_errors(api, f'upload to {repository}'):
             api.upload_folder(repo_id=repository, folder_path=str(done.folder), allow_patterns=differs or FILES,
                               commit_message=f'{name}: weights, configuration, model card')
         print(f'{name}: uploaded {", ".join(differs or FILES)}')
@@ -174,10 +174,7 @@ def publish(name: str, options: argparse.Namespace, api: HfApi) -> None:
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    lines = __doc__.splitlines()
-    parser = argparse.ArgumentParser(
-        prog='san-backbones weights publish', description=lines[0], epilog='\n'.join(lines[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser('publish', __doc__)
     parser.add_argument('models', nargs='*', metavar='MODEL', help='such as san15_patchwise')
     parser.add_argument('--all', action='store_true', help='all models of the manifest')
     parser.add_argument('--org', required=True, metavar='NAME', help='organisation or user on the Hub')
@@ -199,9 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @common.command
 def main(argv: Sequence[str] | None = None, api: HfApi | None = None) -> int:
-    """Publishes what the command line names; returns the exit status.
-
-    A model that fails does not keep the others from being published.
+    """Publishes the models named on the command line; returns the exit status. Goes on after a failure.
 
     Args:
         argv: The command line.

@@ -1,18 +1,19 @@
-"""Measures accuracy of weights on pictures, and compares with the paper.
+"""Measures the accuracy of weights on pictures, and compares it with the paper.
 
     san-backbones weights verify san15_patchwise --images PICTURES --quick
     san-backbones weights verify FOLDER/san15_patchwise.in1k --images /data/imagenet/val
     san-backbones weights verify FOLDER/san15_patchwise.in1k --images /data/imagenet/val --limit 2000
 
-The weights are a folder that `san-backbones weights convert` wrote, or the name of a model, whose pretrained weights
-are taken. With --quick, any pictures do whose folders or whose names up to the first _ say the class as the weights do
-(ImageNet's wnids, for the released models), of some classes or all: within a minute it says how many are told right,
-which class is taken for which most often, and whether weights that claim the paper's accuracy can be so bad.
+The weights are a folder that `san-backbones weights convert` wrote, or the name of a model with pretrained weights.
 
-Without it, the images are ImageNet's validation set, one folder per class, the folders' sorted names being the order of
-the classes. The evaluation is the paper's: shorter side to 256 (bilinear), centre crop 224, ImageNet's mean and
-standard deviation. An interrupted measurement goes on where it stopped. Exit status: 0 if the figures are the paper's
-within the tolerance or there are none to compare with, 1 if they are not or something is wrong.
+With --quick, any pictures will do if their folder, or their file name up to the first _, names the class as the weights
+do (ImageNet's wnids for the released models); not every class needs pictures. Within a minute it prints the
+accuracy and the most frequent confusion, and whether this fits the accuracy that the weights claim.
+
+Without it, the images are ImageNet's validation set, one folder per class, sorted by name. The evaluation is the
+paper's: shorter side to 256 (bilinear), centre crop 224, ImageNet's mean and standard deviation. An interrupted run
+continues where it stopped. Exit status: 0 if the figures agree with the paper's within the tolerance, or there are none
+to compare with; else 1.
 """
 import argparse
 import collections
@@ -39,14 +40,14 @@ from .. import hub
 from ..hub import WeightsError
 from . import common
 
-IMAGES = 50_000  # in ImageNet's validation set, over which the paper's figures are
+IMAGES = 50_000  # in ImageNet's validation set
 BATCHES_BETWEEN_SAVES = 20
-QUICK_SECONDS = 30  # for --quick, beside imports and reading the weights
-QUICK_TOLERANCE = 15  # points: other pictures, and other classes, are easier or harder than all of ImageNet's
+QUICK_SECONDS = 30  # for --quick, without imports and loading the weights
+QUICK_TOLERANCE = 15  # points: other pictures and classes are easier or harder than all of ImageNet's
 
 
 class Result(NamedTuple):
-    """Counts per class, in the order of the classes: images, and those whose class is the first / among the first 5."""
+    """Counts per class, in the order of the classes: images, and those right among the best 1 and the best 5."""
 
     images: list[int]
     top1: list[int]
@@ -57,7 +58,7 @@ class Result(NamedTuple):
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
-    """Preprocessed images (3, H, W) with their classes."""
+    """A data set of preprocessed images (3, H, W) with their classes."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], transform: Callable[[Any], torch.Tensor]):
         self.samples = samples
@@ -71,17 +72,17 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         try:
             return self.transform(default_loader(path)), target
         except Exception as error:
-            raise WeightsError(f'{path} cannot be read as an image ({type(error).__name__}: {error}); put the right '
-                               'file in its place and run again') from error
+            raise WeightsError(f'{path} cannot be read as an image ({type(error).__name__}: {error}); replace it by '
+                               'the right file and run again') from error
 
 
 # --- What is measured, on what ---------------------------------------------------------------------------------------
 
 def load(named: str, known: Mapping[str, Mapping[str, Any]]) -> tuple[Any, str, str]:
-    """The model in a folder that `convert` wrote, or of a name, its name and tag, and the digest of its weights.
+    """Loads the model in a folder that `convert` wrote, or of a name; returns it, its name with tag, and its digest.
 
     Raises:
-        WeightsError: The folder does not hold one, one without a classifier, or not the weights the manifest pins.
+        WeightsError: The folder does not hold a model, or one without a classifier, or not the pinned weights.
     """
     folder = pathlib.Path(named).resolve()
     if not folder.exists() and os.sep not in named:
@@ -108,10 +109,10 @@ def load(named: str, known: Mapping[str, Mapping[str, Any]]) -> tuple[Any, str, 
 
 
 def samples_of(folder: pathlib.Path, num_classes: int, limit: int | None) -> list[tuple[str, int]]:
-    """The images in a folder with one folder per class, or `limit` of them, evenly spread, with their classes.
+    """Lists (path, class) of the images in a folder with one folder per class; with `limit` an even selection.
 
     Raises:
-        WeightsError: The folder is not of that kind, or has another number of classes.
+        WeightsError: The folder is not of that form, or has another number of classes.
     """
     try:
         dataset = ImageFolder(str(folder))
@@ -127,9 +128,9 @@ def samples_of(folder: pathlib.Path, num_classes: int, limit: int | None) -> lis
     return [dataset.samples[(2 * i + 1) * count // (2 * limit)] for i in range(limit)]
 
 
-def key_of(sha256: str, data_config: Mapping[str, Any], folder: pathlib.Path,
+def state_key(sha256: str, data_config: Mapping[str, Any], folder: pathlib.Path,
            samples: Sequence[tuple[str, int]]) -> str:
-    """Digest of what the counts depend on: the weights, the preprocessing, which images in which order."""
+    """Returns a digest of what the counts depend on: weights, preprocessing, images and their order."""
     names = [[os.path.relpath(path, folder).replace(os.sep, '/'), target] for path, target in samples]
     return hashlib.sha256(json.dumps([sha256, data_config, names]).encode()).hexdigest()
 
@@ -137,10 +138,10 @@ def key_of(sha256: str, data_config: Mapping[str, Any], folder: pathlib.Path,
 # --- Measuring -------------------------------------------------------------------------------------------------------
 
 def read_state(path: pathlib.Path, key: str) -> dict[str, Any]:
-    """What an earlier run of the same measurement counted; {} if there is none, or of another.
+    """Reads the counts of an earlier run of the same measurement; {} if there is none.
 
     Raises:
-        WeightsError: The file is not one that this script wrote.
+        WeightsError: This script did not write the file.
     """
     if not path.is_file():
         return {}
@@ -159,8 +160,8 @@ def write_state(path: pathlib.Path, key: str, state: Mapping[str, Any]) -> None:
     common.replace_files(path.parent, {path.name: json.dumps({'key': key, **state}).encode()})
 
 
-def added(state: Mapping[str, Any], right: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
-    """The counts with those of a batch: `right` (N, up to 5) says of the best classes whether they are the image's."""
+def add_batch(state: Mapping[str, Any], right: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+    """Adds the counts of a batch: `right` (N, up to 5) says which of the best classes are the image's."""
     top1, top5 = list(state['top1']), list(state['top5'])
     for target, first, among in zip(targets.tolist(), right[:, 0].tolist(), right.any(1).tolist()):
         top1[target] += first
@@ -169,8 +170,8 @@ def added(state: Mapping[str, Any], right: torch.Tensor, targets: torch.Tensor) 
 
 
 @contextlib.contextmanager
-def in_words() -> Iterator[None]:
-    """Leaves the last line of an error from a process that reads images, which comes with its traceback."""
+def without_traceback() -> Iterator[None]:
+    """Strips the traceback that a DataLoader worker puts before the message of an error."""
     try:
         yield
     except WeightsError as error:
@@ -187,7 +188,7 @@ def measure(
         workers: int = 0,
         device: str = 'cpu',
 ) -> Result:
-    """Counts right answers over the samples; what is counted is kept in a file every so often, and when interrupted."""
+    """Counts right answers over the samples; saves the counts to a file at intervals and on interruption."""
     classes = range(model.num_classes)
     state = {'done': 0, 'top1': [0] * len(classes), 'top5': [0] * len(classes), **read_state(state_path, key)}
     if state['done']:
@@ -196,11 +197,11 @@ def measure(
     loader = DataLoader(Images(samples[state['done']:], transform), batch_size=batch_size, num_workers=workers,
                         pin_memory=torch.device(device).type == 'cuda')
     try:
-        with in_words(), torch.inference_mode(), tqdm(
+        with without_traceback(), torch.inference_mode(), tqdm(
                 total=len(samples), initial=state['done'], unit='images') as progress:
             for number, (images, targets) in enumerate(loader, 1):
                 best = model(images.to(device)).topk(min(5, len(classes)), dim=1).indices.cpu()
-                state = added(state, best == targets[:, None], targets)  # whole batches, wherever it is interrupted
+                state = add_batch(state, best == targets[:, None], targets)  # replaced at once: never half a batch
                 progress.update(len(targets))
                 progress.set_postfix_str(f"top-1 {100 * sum(state['top1']) / state['done']:.2f}", refresh=False)
                 if number % BATCHES_BETWEEN_SAVES == 0:
@@ -214,9 +215,9 @@ def measure(
 
 
 def compare(result: Result, entry: Mapping[str, Any], tolerance: float) -> tuple[list[str], bool]:
-    """Lines that compare with the paper, and whether both figures agree with it.
+    """Compares with the paper; returns lines of text, and whether both figures agree.
 
-    Over fewer images than ImageNet's validation set has, two standard errors are added to the tolerance.
+    With fewer images than ImageNet's validation set, two standard errors are added to the tolerance.
     """
     count = sum(result.images)
     lines, passed = [], True
@@ -238,7 +239,7 @@ def compare(result: Result, entry: Mapping[str, Any], tolerance: float) -> tuple
 # --- Quickly ---------------------------------------------------------------------------------------------------------
 
 def classes_of(model: Any) -> CustomDatasetInfo | ImageNetInfo | None:
-    """What the classes of a model are called, by its weights or because they are ImageNet's; None if nothing says."""
+    """Returns the class names of a model, from its weights or because they are ImageNet's; None if unknown."""
     cfg = model.pretrained_cfg
     if cfg.get('label_names') and len(cfg['label_names']) == model.num_classes:
         return CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions'))
@@ -247,10 +248,10 @@ def classes_of(model: Any) -> CustomDatasetInfo | ImageNetInfo | None:
 
 
 def pictures_of(folder: pathlib.Path, model: Any) -> list[tuple[str, int]]:
-    """The pictures below a folder whose class their folder says, or their name up to the first _; classes in turns.
+    """Lists (path, class) of pictures whose folder, or whose name up to the first _, names a class; classes in turns.
 
     Raises:
-        WeightsError: There are none, and not one folder per class either.
+        WeightsError: There are none, and the folder does not have one folder per class either.
     """
     info = classes_of(model)
     numbers = {name: number for number, name in enumerate(info.label_names())} if info else {}
@@ -279,24 +280,24 @@ def quick(
         workers: int = 0,
         device: str = 'cpu',
 ) -> bool:
-    """Says within a minute what weights make of some pictures, and whether they can be what they claim.
+    """Evaluates weights on some pictures within a minute; returns whether the result fits what they claim.
 
     Args:
-        model: With the weights.
-        name: What they are called.
+        model: The model with its weights.
+        name: Name of the weights.
         folder: The pictures.
-        entry: The manifest's, with the paper's accuracy if that is claimed.
-        batch_size, workers, device: Of the evaluation.
+        entry: The model's entry in the manifest, with the paper's accuracy if it is claimed.
+        batch_size, workers, device: For the evaluation.
 
     Raises:
-        WeightsError: There are no pictures of its classes.
+        WeightsError: There are no pictures of the model's classes.
     """
     samples = pictures_of(folder, model)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     model, guesses = model.to(device), []
     loader = DataLoader(Images(samples, transform), batch_size=min(batch_size, 16), num_workers=workers)
     end = time.monotonic() + QUICK_SECONDS
-    with in_words(), torch.inference_mode(), tqdm(total=len(samples), unit='images') as progress:
+    with without_traceback(), torch.inference_mode(), tqdm(total=len(samples), unit='images') as progress:
         for images, _ in loader:
             guesses += model(images.to(device)).topk(min(5, model.num_classes), dim=1).indices.tolist()
             progress.update(len(images))
@@ -320,7 +321,7 @@ def quick(
         passed = top1 >= least[0] and top5 >= least[1]
     else:
         chance = 100 / model.num_classes
-        print(f'no figures are known to compare with; guessing has {chance:.1f}')
+        print(f'no figures to compare with; guessing gives {chance:.1f}')
         passed = top1 > chance + 2 * _standard_error(chance, count)
     print('PASS: these weights can be what they claim' if passed else
           'FAIL: these weights, or the classes of these pictures, are not what they claim')
@@ -334,29 +335,26 @@ def _standard_error(percent: float, count: int) -> float:
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    lines = __doc__.splitlines()
-    parser = argparse.ArgumentParser(
-        prog='san-backbones weights verify', description=lines[0], epilog='\n'.join(lines[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser('verify', __doc__)
     parser.add_argument('weights', metavar='FOLDER|MODEL', help='what convert wrote, or the name of a model')
     parser.add_argument('--images', '--imagenet', dest='images', required=True, type=pathlib.Path, metavar='FOLDER',
                         help='pictures: the validation images, one folder per class; with --quick, any named by class')
     parser.add_argument('--quick', action='store_true', help='some pictures, of some classes, within a minute')
     parser.add_argument('--limit', type=int, metavar='N', help='only N images, evenly spread over all')
     parser.add_argument('--tolerance', type=float, default=0.3, metavar='POINTS',
-                        help='how far from the paper, up or down, is still the same (default: %(default)s)')
+                        help='largest accepted difference from the paper (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=64, metavar='N')
     parser.add_argument('--workers', type=int, default=min(8, os.cpu_count() or 1), metavar='N',
-                        help='processes that read images; 0 for none beside the main one')
+                        help='processes that read images; 0 reads in the main process')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--state', type=pathlib.Path, metavar='FILE',
-                        help='where to keep what is counted (default: FOLDER.verify.json, beside the folder)')
+                        help='where to save the counts (default: FOLDER.verify.json, beside the folder)')
     parser.add_argument('--record', action='store_true',
                         help='write the result into the manifest, for the model card; all images only')
     parser.add_argument('--manifest', type=pathlib.Path, default=common.MANIFEST, metavar='FILE')
     options = parser.parse_args(argv)
     if options.quick and (options.record or options.limit):
-        parser.error('--quick takes what pictures it has time for: it goes without --record and --limit')
+        parser.error('--quick takes as many pictures as fit into its time: leave out --record and --limit')
     for name, least in dict(limit=1, batch_size=1, workers=0, tolerance=0).items():
         value = getattr(options, name)
         if value is not None and value < least:
@@ -386,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transform = timm.data.create_transform(**data_config, is_training=False)
     folder = pathlib.Path(options.weights).resolve()
     state_path = options.state or folder.with_name(f'{folder.name}.verify.json')
-    result = measure(model, samples, transform, key_of(sha256, data_config, options.images, samples), state_path,
+    result = measure(model, samples, transform, state_key(sha256, data_config, options.images, samples), state_path,
                      options.batch_size, options.workers, options.device)
     top1, top5 = result.percent(result.top1), result.percent(result.top5)
     print(f'{name}: top-1 {top1:.2f}, top-5 {top5:.2f} over {len(samples)} images')

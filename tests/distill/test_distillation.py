@@ -3,7 +3,6 @@ import dataclasses
 import io
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import san_backbones  # noqa: F401
 from san_backbones.distill import Answer, Settings, Size, Teacher, distill, load_teacher
 from san_backbones.distill.networks import Student
 from san_backbones.distill.pictures import Files, Store, Views
+from tests import environment
 
 STUDENT, TEACHER = 'test_san_patchwise', 'test_efficientnet'
 
@@ -353,7 +353,7 @@ def test_what_a_network_lacks_is_an_error(teacher):
 # --- training --------------------------------------------------------------------------------------------------------
 
 def test_it_learns(pictures, tmp_path):
-    """To answer as the teacher does on what it saw, by the weights that it wrote. The teacher tells colours."""
+    """The written weights answer like the teacher, which distinguishes colours."""
     pool = nn.functional.avg_pool2d
     teacher = Teacher(lambda x: (4 * x.mean((2, 3)), [pool(x, 8), pool(x, 16)]), (8, 16))
     run(tmp_path, pictures, teacher, pictures=1200, settings=dict(
@@ -396,21 +396,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(pictures, teacher, tmp_
 
 
 CODE = """
-import sys, timm, torch
-sys.path.insert(0, {tests!r})
-import test_distillation as t
+import timm, torch
+from tests.distill import test_distillation as t
 torch.set_num_threads(1)
 torch.manual_seed(1)
 teacher = timm.create_model(t.TEACHER, num_classes=10).eval()
-t.run(t.pathlib.Path({out!r}), {pictures!r}, teacher, pictures=40, save_minutes=0, tell_seconds=0,
+t.run({out!r}, {pictures!r}, teacher, pictures=40, save_minutes=0, tell_seconds=0,
       tell=lambda line: print(line, flush=True))
 """
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(pictures, tmp_path):
     def start(out):
-        code = CODE.format(tests=str(pathlib.Path(__file__).parent), out=str(out), pictures=str(pictures))
-        return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+        code = CODE.format(out=str(out), pictures=str(pictures))
+        return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, env=environment())
 
     whole, parts = start(tmp_path / 'whole'), start(tmp_path / 'parts')
     for line in parts.stdout:
@@ -420,7 +419,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(pictures, tmp_path):
     assert parts.wait() == -signal.SIGKILL and whole.communicate() and whole.returncode == 0
     assert 0 < state(tmp_path / 'parts')['seen'] < 40
     again = start(tmp_path / 'parts')
-    assert 'goes on with' in again.communicate()[0] and again.returncode == 0
+    assert 'continues from' in again.communicate()[0] and again.returncode == 0
     assert same(tmp_path / 'whole', tmp_path / 'parts')
 
 
@@ -438,7 +437,7 @@ def test_threads_give_the_same_bits(pictures, teacher, tmp_path):
     dict(ema=.1), dict(seed=1), dict(precision='bf16'), dict(teacher_precision='bf16'), dict(sizes=(Size(64, 4),)),
     dict(sizes=(Size(32, 2),)), dict(sizes=(Size(32, 4, 8), Size(64, 4)))], ids=lambda change: str(change)[5:40])
 def test_every_setting_matters(pictures, teacher, tmp_path, change):
-    """To the weights, and a run is not gone on with under another."""
+    """Every setting changes the weights, and a run does not continue with another."""
     weights = {}
     for name, changes in (('a', {}), ('b', change)):
         torch.manual_seed(3)
@@ -567,9 +566,8 @@ def test_a_teacher_of_logits_and_one_of_maps(pictures, tmp_path):
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 TWO = """
-import sys, timm, torch, torch.distributed as dist
-sys.path.insert(0, {tests!r})
-import test_distillation as t
+import timm, torch, torch.distributed as dist
+from tests.distill import test_distillation as t
 torch.set_num_threads(1)
 dist.init_process_group('gloo')
 torch.manual_seed(1)
@@ -577,7 +575,7 @@ teacher = timm.create_model(t.TEACHER, num_classes=10).eval()
 torch.manual_seed(7)
 # group norms: batches of half the size have the same gradients
 model = timm.create_model(t.STUDENT, num_classes=10, norm_layer='groupnorm1')
-print(dist.get_rank(), t.run(t.pathlib.Path({out!r}), {pictures!r}, teacher, model, pictures=24,
+print(dist.get_rank(), t.run({out!r}, {pictures!r}, teacher, model, pictures=24,
       settings=dict(reuse=False, precision='fp32')))
 dist.destroy_process_group()
 """
@@ -585,12 +583,11 @@ dist.destroy_process_group()
 
 def test_two_processes_learn_what_one_does(pictures, tmp_path):
     for processes in (1, 2):
-        code = TWO.format(tests=str(pathlib.Path(__file__).parent), out=str(tmp_path / str(processes)),
-                          pictures=str(pictures))
+        code = TWO.format(out=str(tmp_path / str(processes)), pictures=str(pictures))
         (tmp_path / 'two.py').write_text(code)
         done = subprocess.run(
             [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
-             tmp_path / 'two.py'], text=True, capture_output=True, timeout=300)
+             tmp_path / 'two.py'], text=True, capture_output=True, timeout=300, env=environment())
         assert done.returncode == 0, done.stderr
     one, two = (state(tmp_path / str(processes)) for processes in (1, 2))
     assert one['seen'] == two['seen'] == 24 and one['about']['processes'] == 1 and two['about']['processes'] == 2

@@ -1,11 +1,11 @@
-"""What the tests of the maintainers' scripts share: files in the authors' format, and a manifest of small models."""
+"""Fixtures for the weight commands: files in the authors' format, and a manifest of small models."""
 import json
 
 import pytest
 import torch
 
-import oracle
-from small_models import SPECS
+from tests import oracle
+from tests.weights.small_models import SPECS
 
 
 @pytest.fixture

@@ -24,12 +24,12 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save, save_file
 
-import oracle
-from drive_server import PAGES, DriveServer, missing
-from hub_server import HubServer
 from san_backbones import hub
 from san_backbones.hub import Unavailable, WeightsError
 from san_backbones.weights import authors, common
+from tests import ROOT, oracle
+from tests.drive_server import PAGES, DriveServer, missing
+from tests.hub_server import HubServer
 
 MODEL, OTHER = 'test_san_patchwise.in1k', 'test_san_pairwise.in1k'
 SWITCHES = (hub.AUTHORS_VARIABLE, hub.MIRROR_VARIABLE, hub.CACHE_VARIABLE, hub.FOLDER_VARIABLE, 'HF_ENDPOINT',
@@ -135,18 +135,31 @@ def test_a_pinned_file_is_not_taken_on_trust(drive, cache, manifest, tmp_path, c
     assert not caplog.records and authors.provenance(MODEL)['pinned'] is True
 
 
-def test_create_model(monkeypatch, tmp_path):
-    """Of the real manifest, by name and alias, adapted and by parts; from the command line too."""
+@pytest.fixture
+def real_manifest(monkeypatch, tmp_path):
+    """The package's own manifest, empty caches, and an empty folder for a mirror, which is returned."""
     for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
     monkeypatch.setenv(hub.CACHE_VARIABLE, str(tmp_path / 'cache'))
-    monkeypatch.setenv(hub.MIRROR_VARIABLE, str(tmp_path))
-    state = oracle.random_state('san10_patchwise', seed=3, dtype=torch.float32)
-    torch.save(oracle.released_checkpoint(state), tmp_path / 'san10_patchwise.pth')
+    monkeypatch.setenv(hub.MIRROR_VARIABLE, str(tmp_path / 'mirror'))
+    (tmp_path / 'mirror').mkdir()
+    return tmp_path / 'mirror'
+
+
+def put_model(mirror, name):
+    """Puts the authors' file of a model into a mirror, and returns its tensors."""
+    state = oracle.random_state(name, seed=3, dtype=torch.float32)
+    torch.save(oracle.released_checkpoint(state), mirror / f'{name}.pth')
+    return state
+
+
+def test_create_model(real_manifest):
+    """Of the real manifest, by name and alias, adapted and by parts; from the command line too."""
+    state = put_model(real_manifest, 'san10_patchwise')
     model = timm.create_model('san10', pretrained=True)
-    (tmp_path / 'san10_patchwise.pth').unlink()
+    (real_manifest / 'san10_patchwise.pth').unlink()
     assert torch.equal(model.stem.conv.weight, state['conv_in.weight'])
     assert 'file' not in model.pretrained_cfg
     again = timm.create_model('san10_patchwise.in1k', pretrained=True, num_classes=7)
@@ -164,7 +177,7 @@ def test_cache_dir_of_create_model(mirror, tmp_path):
 
 
 def test_openmmlab(mirror):
-    """`init_cfg` with hf-hub:san-backbones/... takes the same road."""
+    """`init_cfg` with hf-hub:san-backbones/... works in the same way."""
     pytest.importorskip('mmengine', reason='needs the mm extra')
     from mmengine.runner.checkpoint import CheckpointLoader
 
@@ -202,7 +215,7 @@ def test_a_drive_in_trouble(status, words, drive, cache):
 def test_pages_without_end(drive, cache, monkeypatch):
     monkeypatch.setattr(authors, 'FIRST_BYTE', 0.5)
     drive.page, drive.word = 'confirm', 'another'
-    assert 'no file came within 0.5 s, only pages' in fails(Unavailable) and nothing_loads(cache)
+    assert 'no file came within 0.5 s, only web pages' in fails(Unavailable) and nothing_loads(cache)
     assert len(drive.requests) > 3
 
 
@@ -217,7 +230,7 @@ def test_nobody_there(drive, cache, monkeypatch):
 @over_the_network
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='fills a queue as Linux has it')
 def test_an_address_that_does_not_answer(drive, cache, monkeypatch):
-    """Is given up sooner than a connection on which nothing comes."""
+    """It times out sooner than a connection without data."""
     monkeypatch.setattr(authors, 'CONNECTION', 0.2)
     monkeypatch.setattr(authors, 'RETRIES', 0)
     assert authors.PATIENCE > 10
@@ -331,7 +344,7 @@ def test_classes_of_mmengine_are_not_allowed_for_the_authors_files(mirror, cache
 
     calls = []
 
-    def refusing(path):
+    def refusing(path, allowed):
         calls.append(path)
         raise pickle.UnpicklingError('Unsupported global: GLOBAL mmengine.logging.HistoryBuffer was not an allowed one')
     monkeypatch.setattr(convert, '_load', refusing)
@@ -444,7 +457,7 @@ def test_a_part_of_another_source_is_not_gone_on_from(drive, cache, monkeypatch,
 @over_the_network
 @pytest.mark.parametrize('pinned', [False, True])
 def test_a_part_of_another_day(pinned, drive, cache, manifest, tmp_path):
-    """May be of another version of the file; it is gone on from only where a digest would tell."""
+    """It may belong to another version of the file, so it is resumed only if a digest would detect that."""
     (tmp_path / 'source').write_bytes(file_of(drive))
     common.record(manifest, MODEL, source_sha256=hub.digest(tmp_path / 'source') if pinned else None)
     drive.cut_after, drive.cuts = 600_000, 99
@@ -480,7 +493,7 @@ def test_a_server_that_falls_silent(drive, cache, monkeypatch):
 
 @over_the_network
 def test_a_short_answer_of_which_only_gdown_knows(drive, cache, monkeypatch):
-    """urllib3 1.26 does not count; then gdown's error has no cause, and the part is one to go on from all the same."""
+    """urllib3 1.26 does not check the length; then gdown's error has no cause, but the part can still be resumed."""
     from gdown.exceptions import DownloadError
 
     def short(url, output, **options):
@@ -526,7 +539,7 @@ def test_a_mirror_on_the_network(name, drive, cache, monkeypatch, tmp_path):
 @over_the_network
 @pytest.mark.parametrize('status', [403, 404, 500])
 def test_passwords_of_a_mirror_are_not_shown(status, drive, cache, monkeypatch):
-    """Nor by an error that the one at hand comes from."""
+    """Nor by the cause of an error."""
     drive.status = status
     for scheme in ('http', 'HTTP', 'ftp'):
         monkeypatch.setenv(hub.MIRROR_VARIABLE, drive.mirror.replace('http://', f'{scheme}://user:secret@'))
@@ -631,7 +644,7 @@ def test_eight_processes_at_once(trouble, drive, cache):
 
 @contextlib.contextmanager
 def somebody_else():
-    """This process without the rights of the superuser, if it has them."""
+    """Drops superuser rights of this process, if it has them."""
     if os.geteuid() != 0:
         yield
         return
@@ -720,7 +733,7 @@ def test_a_full_disk_without_one(mirror, cache, monkeypatch):
 
 @pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT])
 def test_a_share_of_the_disk_that_is_full(number, tmp_path):
-    with pytest.raises(WeightsError, match='is full'), authors.explained(tmp_path):
+    with pytest.raises(WeightsError, match='is full'), authors.explain_disk_errors(tmp_path):
         raise OSError(number, os.strerror(number))
 
 
@@ -815,17 +828,9 @@ def command(*words):
 
 
 @pytest.fixture
-def real(monkeypatch, tmp_path):
+def real(real_manifest, tmp_path):
     """The package's own manifest, with a mirror of one model."""
-    for name in SWITCHES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-    monkeypatch.setenv(hub.CACHE_VARIABLE, str(tmp_path / 'cache'))
-    monkeypatch.setenv(hub.MIRROR_VARIABLE, str(tmp_path / 'mirror'))
-    (tmp_path / 'mirror').mkdir()
-    state = oracle.random_state('san10_pairwise', seed=3, dtype=torch.float32)
-    torch.save(oracle.released_checkpoint(state), tmp_path / 'mirror' / 'san10_pairwise.pth')
+    put_model(real_manifest, 'san10_pairwise')
     return tmp_path
 
 
@@ -892,17 +897,16 @@ def test_commands(capsys, monkeypatch):
 
 @pytest.mark.parametrize('script', ['get', 'convert', 'verify', 'publish'])
 def test_scripts_of_the_checkout_are_the_commands(script):
-    root = pathlib.Path(__file__).resolve().parents[2]
-    text = (root / 'weights' / f'{script}.py').read_text()
+    text = (ROOT / 'weights' / f'{script}.py').read_text()
     assert f'from san_backbones.weights.{script} import main' in text and len(text.splitlines()) < 10
 
 
 def test_what_the_command_line_says_of_places(real, monkeypatch):
     pytest.importorskip('typer', reason='needs the cli extra')
-    from san_backbones.cli.weights import our_models, whereabouts
+    from san_backbones.cli.weights import our_models, locate_weights
 
     def states():
-        return {name: whereabouts(timm.create_model(name, device='meta').pretrained_cfg)
+        return {name: locate_weights(timm.create_model(name, device='meta').pretrained_cfg)
                 for name in our_models() if name.startswith(('san10', 'test'))}
     found = states()
     assert {name: place.state for name, place in found.items()} == dict(
@@ -915,7 +919,7 @@ def test_what_the_command_line_says_of_places(real, monkeypatch):
     assert place.state == 'authors cache' and place.path == str(authors.cached('san10_pairwise.in1k'))
     from typer.testing import CliRunner
 
-    from san_backbones.cli.app import app
+    from san_backbones_cli.app import app
     said = CliRunner().invoke(app, ['info', 'san10_pairwise']).stdout
     note = authors.provenance('san10_pairwise.in1k')
     for part in (place.path, 'mit', 'https://github.com/hszhao/SAN', note['origin'], note['source_sha256'],
@@ -942,3 +946,20 @@ def test_names_that_timm_calls_pretrained_can_be_had():
     for name in pretrained:
         model = timm.get_pretrained_cfg(name).hf_hub_id.partition('/')[2]
         assert 'drive_id' in known[model] or hub.find_local(model)
+
+
+def test_without_a_network_it_fails_at_once(real, monkeypatch):
+    """In one line with the one command; gdown, which would try again, is not asked."""
+    monkeypatch.delenv(hub.MIRROR_VARIABLE, raising=False)
+    for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'):
+        monkeypatch.delenv(name, raising=False)
+
+    def nowhere(host, *rest):
+        raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+    monkeypatch.setattr('socket.getaddrinfo', nowhere)
+    monkeypatch.setattr('gdown.download', lambda *arguments, **options: pytest.fail('asked for'))
+    with pytest.raises(hub.Unavailable) as caught:
+        timm.create_model('san15_patchwise', pretrained=True)
+    first = str(caught.value).splitlines()[0]
+    assert 'the server cannot be reached (Name or service not known)' in first
+    assert first.endswith('To get them: san-backbones weights get san15_patchwise')

@@ -18,10 +18,10 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import oracle
-from san_backbones import hub
+from san_backbones import _pickles, hub
 from san_backbones.weights import common, convert
-from small_models import SPECS, WEIGHTS
+from tests import ROOT, environment, oracle
+from tests.weights.small_models import SPECS
 
 FILES = {'README.md', 'config.json', 'model.safetensors'}
 SMALL = dict(depths=(1, 2, 1, 1, 1), widths=(32, 32, 64, 64, 96), stem_width=16, kernel_sizes=(3, 5, 5, 3, 3))
@@ -74,7 +74,7 @@ def test_what_an_older_timm_cannot_write(tmp_path, monkeypatch):
 
 
 def test_what_torch_load_may_read_elsewhere_stays_as_it_was(tmp_path):
-    entry = convert.DATA_CLASSES[0]
+    entry = _pickles.entries(_pickles.SCRIPTS)[0]
     was = torch.serialization.get_safe_globals()
     torch.save({'weight': torch.ones(1)}, tmp_path / 'file.pth')
     try:
@@ -88,13 +88,12 @@ def test_what_torch_load_may_read_elsewhere_stays_as_it_was(tmp_path):
         torch.serialization.add_safe_globals(was)
 
 
-
 def test_manifest_has_the_six_models():
     models = common.read_manifest(common.MANIFEST)
     released = {name: entry for name, entry in models.items() if 'drive_id' in entry}
     assert list(released) == [f'{name}.in1k' for name in oracle.MODELS]
     assert len({entry['drive_id'] for entry in released.values()}) == 6
-    readme = (WEIGHTS.parent / 'README.md').read_text()
+    readme = (ROOT / 'README.md').read_text()
     for name, entry in released.items():
         assert name == f"{entry['architecture']}.{entry['tag']}"
         assert re.fullmatch(r'[\w-]{33}', entry['drive_id'])
@@ -137,7 +136,7 @@ def test_the_authors_file(name, manifest, tmp_path, capsys):
     assert head['license'] == 'mit' and head['library_name'] == 'timm' and head['datasets'] == ['imagenet-1k']
     for part in (f'drive-id-of-{name}', 'https://github.com/hszhao/SAN', digest_of(source),
                  "timm.create_model('hf-hub:org/weights', pretrained=True", f'| **`{name}`** |', '**74.9**',
-                 'nobody has measured', 'features_only=True'):
+                 'has not been measured', 'features_only=True'):
         assert part in text, part
     digest = digest_of(out / 'model.safetensors')
     assert digest in text and digest in capsys.readouterr().out
@@ -234,7 +233,7 @@ def test_measured_accuracy_is_in_the_card(released, manifest, tmp_path):
     options = (source, '--model', name, '--out', tmp_path / 'out', '--manifest', manifest, '--force')
     run(*options)
     sha256 = digest_of(tmp_path / 'out' / 'model.safetensors')
-    for digest, said in ((sha256, 'top-1 74.93, top-5 92.04'), ('0' * 64, 'nobody has measured')):
+    for digest, said in ((sha256, 'top-1 74.93, top-5 92.04'), ('0' * 64, 'has not been measured')):
         measured = {'top1': 74.931, 'top5': 92.04, 'images': 50000, 'sha256': digest}
         common.record(manifest, f'{name}.in1k', measured=measured)
         run(*options)
@@ -447,7 +446,7 @@ def test_who_comes_second_waits(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def interruption(monkeypatch, after):
-    """Stops whoever replaces files when it has replaced so many."""
+    """Interrupts the replacing of files after so many."""
     real, calls = os.replace, []
 
     def replace(*paths):
@@ -611,9 +610,9 @@ def test_what_was_converted_converts_again(released, manifest, tmp_path):
 
 def test_as_a_script(released, manifest, tmp_path):
     done = subprocess.run(
-        [sys.executable, WEIGHTS / 'convert.py', released('test_san_patchwise'), '--model', 'test_san_patchwise',
+        [sys.executable, ROOT / 'weights/convert.py', released('test_san_patchwise'), '--model', 'test_san_patchwise',
          '--out', tmp_path / 'out', '--manifest', manifest], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(WEIGHTS.parent)})
+        env=environment())
     assert done.returncode == 0, done.stderr
     assert set(content(tmp_path / 'out')) == FILES and 'SHA-256 of model.safetensors' in done.stdout
 

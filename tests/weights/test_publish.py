@@ -10,8 +10,8 @@ import timm
 import torch
 from huggingface_hub import HfApi, constants
 
-from hub_server import HubServer
 from san_backbones.weights import authors, common, convert, publish
+from tests.hub_server import HubServer
 
 NAME = 'test_san_patchwise.in1k'
 OTHER = 'test_san_pairwise.in1k'

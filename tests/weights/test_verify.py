@@ -165,7 +165,7 @@ def test_interrupted_and_continued(run, expected, monkeypatch, capsys):
 
 
 def test_killed_and_continued(run, monkeypatch):
-    """What was written last before the process died is enough to go on from."""
+    """The state that was written last before the process died is enough to continue."""
     monkeypatch.setattr(verify, 'BATCHES_BETWEEN_SAVES', 2)
     real, written = verify.write_state, []
 
@@ -345,7 +345,7 @@ def test_quick_without_a_claim(named, made, capsys):
     (named / 'manifest.json').write_text('{"models": {}}')
     words = ['--images', made / 'val', '--manifest', named / 'manifest.json']
     said = quickly(capsys, named / 'model', *words)
-    assert 'no figures are known' in said and 'guessing has 12.5' in said
+    assert 'no figures to compare' in said and 'guessing gives 12.5' in said
     torch.manual_seed(1)
     torch.save(timm.create_model('test_san_patchwise', num_classes=CLASSES).state_dict(), named / 'random.pth')
     assert convert.main([str(word) for word in (
