@@ -1,15 +1,15 @@
-"""Exported models beside torch: how fast, and what int8 costs in accuracy.
+"""Compares exported models with torch: speed, and the accuracy of int8.
 
-    python benchmarks/export.py speed                                     # seconds of a picture at 224 x 224
+    python benchmarks/export.py speed                                     # time per picture at 224 x 224
     python benchmarks/export.py accuracy --data FOLDER                    # trains a classifier for some minutes first
-    python benchmarks/export.py accuracy --data FOLDER --pretrained       # where ImageNet weights are to be had
+    python benchmarks/export.py accuracy --data FOLDER --pretrained       # if ImageNet weights are available
     python benchmarks/export.py accuracy --data FOLDER --checkpoint FILE  # any weights for the classes of FOLDER
 
-FOLDER holds train/CLASS/*.jpg and val/CLASS/*.jpg. Calibration sees training pictures only. Pretrained weights bring
-no classifier for other classes: a linear one is fitted by ridge regression to the pooled features of the training
-pictures. The errors of features are medians over the pictures. The patchwise form has no softmax: a picture unlike
-those of a short training can grow from block to block until float32 overflows, in torch as in the file; such pictures
-are counted.
+FOLDER holds train/CLASS/*.jpg and val/CLASS/*.jpg. Calibration uses training pictures only. Pretrained weights have no
+classifier for these classes: a linear one is fitted by ridge regression to the pooled features of the training
+pictures. Feature errors are medians over the pictures. The patchwise form has no softmax: after a short training, an
+unusual picture can grow from block to block until float32 overflows, in torch and in ONNX alike; such pictures are
+counted.
 """
 import pathlib
 import sys
@@ -90,7 +90,7 @@ def pictures(folder, size, cfg):
 
 
 def train(model, images, labels, minutes, seed=0):
-    """AdamW with one cycle over `minutes` of processor time: enough for features that mean something."""
+    """Trains with AdamW and one cycle over `minutes` of processor time, enough for meaningful features."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=0., weight_decay=0.05)
     start, step = time.process_time(), 0
@@ -109,7 +109,7 @@ def train(model, images, labels, minutes, seed=0):
         step += 1
     print(f'trained for {step} steps of 32 pictures, last loss {loss.item():.3f}', flush=True)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:  # statistics of the weights that came out, not of those on the way
+    for norm in norms:  # statistics of the final weights, not averages over the training
         norm.reset_running_stats()
         norm.momentum = None
     with torch.no_grad():
@@ -124,7 +124,7 @@ def features_of(model, images):
 
 
 def fit_classifier(model, images, labels, ridge=1.):
-    """Ridge regression from standardised pooled features to one-hot classes, as the model's own linear layer."""
+    """Fits the model's linear layer by ridge regression from standardised pooled features to one-hot classes."""
     x = features_of(model, images).double()
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, y = (x - mean) / std, torch.nn.functional.one_hot(labels).double()

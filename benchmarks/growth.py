@@ -1,11 +1,10 @@
-"""How cost grows with the image: time and peak memory of SAN15 and ResNet-50 from 224 to 1344 pixels a side.
+"""Measures how cost grows with the image: time and peak memory of SAN15 and ResNet-50 from 224 to 1344 pixels a side.
 
     python benchmarks/growth.py
     python benchmarks/growth.py --size 1000 8000 --rounds 1    # inference on one size, for instance a panorama
 
 One image; inference and a training step with frozen norms, feature maps of a detection backbone.
 """
-import json
 
 import harness
 from models import make
@@ -18,10 +17,7 @@ def main():
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='inference on this size only')
     options = parser.parse_args()
-    if options.memory:
-        case, setting, precision = json.loads(options.memory)
-        dtype = harness.set_precision(precision)
-        print(harness.measure_peak(lambda: make(case, setting, dtype)))
+    if harness.asked_for_memory(options, make):
         return
     rows, machine, dtype = [], harness.machine(), harness.set_precision(options.precision)
     for training in (False,) if options.size else (False, True):

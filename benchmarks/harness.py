@@ -1,6 +1,6 @@
-"""What the benchmarks share: options, the machine's own rates, and the CSV; `san_backbones.measure` does the measuring.
+"""Shared by the benchmarks: options, the machine's peak rates, and the CSV; `san_backbones.measure` measures.
 
-Everything runs on CUDA where there is a GPU, else on the CPU.
+Everything runs on CUDA if available, else on the CPU.
 """
 import argparse
 import csv
@@ -10,11 +10,11 @@ import os
 import pathlib
 import sys
 
-# on few cores, threads that spin while they wait take the time of those that work
+# on few cores, waiting threads that spin take time from working ones
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 import torch
 
-from san_backbones import measure
+from san_backbones import measure, ops
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -26,7 +26,7 @@ PRECISIONS = {
 
 
 def parser(description, precisions=True):
-    """Options that every benchmark has, and those with a choice of precisions have."""
+    """Returns a parser with the options of all benchmarks, and with --precision if there is a choice."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument('--rounds', type=int, default=7, help='times that every case runs')
     if precisions:
@@ -39,12 +39,12 @@ def parser(description, precisions=True):
 
 
 def machine():
-    """The device, in words."""
+    """Describes the device."""
     return measure.machine(DEVICE)
 
 
 def set_precision(precision):
-    """Makes one of PRECISIONS hold from here on; returns the dtype of maps, for `autocast`."""
+    """Sets one of PRECISIONS for the process; returns the dtype of maps, for `autocast`."""
     torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
     torch.backends.cudnn.allow_tf32 = precision == 'tf32'
     return {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision, torch.float32)
@@ -55,53 +55,66 @@ def autocast(dtype):
 
 
 def suffix(precision):
-    """What a result's file is called after its device and precision."""
+    """Returns the suffix of a result file: its device and precision."""
     return DEVICE.type if precision == 'fp32' else f'{DEVICE.type}-{precision}'
 
 
 def seconds(function):
-    """Time of one call."""
+    """Times one call."""
     return measure.seconds(function, DEVICE)
 
 
 def alternate(cases, rounds, patience=20.):
-    """`measure.alternate` on the device at hand."""
+    """`measure.alternate` on DEVICE."""
     return measure.alternate(cases, rounds, DEVICE, patience)
 
 
 def figure(value, digits=0):
-    """A number for the CSV; blank where there is none."""
+    """Formats a number for the CSV; blank if missing."""
     return '' if value is None or math.isnan(value) else f'{value:.{digits}f}'
 
 
 def ratio(value, other, digits=2):
-    """One over the other for the CSV; blank where either is missing."""
+    """Formats value / other for the CSV; blank if either is missing."""
     return '' if value is None or other is None else figure(value / other, digits)
 
 
 def rates(dtype=torch.float32):
-    """What this machine can do: operations and bytes a second (matrix product in dtype; copy, read plus write)."""
+    """Measures this machine's operations per second (matrix product in dtype: torch's, or ours where that is quicker)
+    and bytes per second (copy, read plus write).
+    """
     size = 2048 if DEVICE.type == 'cpu' else 8192
     a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
     source = torch.randn(2 ** 26 if DEVICE.type == 'cpu' else 2 ** 28, device=DEVICE)
     target = torch.empty_like(source)
-    multiply = min(seconds(lambda: torch.mm(a, b)) for _ in range(7))
+    ours, rows = ops.Linear(b), a.view(1, 1, size, size)
+    products = [lambda: torch.mm(a, b)] + ([lambda: ours(rows)] if ours.runs_packed(rows) else [])
+    multiply = min(seconds(product) for product in products for _ in range(7))
     copy = min(seconds(lambda: target.copy_(source)) for _ in range(7))
     return 2 * size ** 3 / multiply, 2 * source.numel() * source.element_size() / copy
 
 
 def measure_peak(make, calls=2):
-    """`measure.measure_peak` on the device at hand."""
+    """`measure.measure_peak` on DEVICE."""
     return measure.measure_peak(make, DEVICE, calls)
 
 
+def asked_for_memory(options, make):
+    """Whether `peak_memory` runs this script; if so, prints the peak of the case, whose last item is the precision."""
+    if options.memory:
+        *case, precision = json.loads(options.memory)
+        dtype = set_precision(precision)
+        print(measure_peak(lambda: make(*case, dtype)))
+    return bool(options.memory)
+
+
 def peak_memory(case):
-    """Runs this script again with `--memory case` and returns the bytes it prints, or None where it failed."""
+    """Runs this script again with `--memory case` and returns the bytes that it prints, or None if it fails."""
     return measure.peak_memory([sys.executable, sys.argv[0], '--memory', json.dumps(case)], case)
 
 
 def write(path, rows):
-    """Writes rows (dicts of the same keys) as CSV and says where."""
+    """Writes rows (dicts with equal keys) as CSV and prints the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator='\n')

@@ -1,14 +1,13 @@
-"""Small-budget learning on real data: the same head, data and steps on SAN and on timm's resnet50, from random weights
-or from others.
+"""Trains SAN and timm's resnet50 for a few minutes on real data with the same head, data and steps, from random or
+other weights.
 
     python benchmarks/learning.py camvid --data FOLDER    # UPerNet; FOLDER holds camvid_small/{img_dir,ann_dir}
     python benchmarks/learning.py bccd --data FOLDER      # Faster R-CNN; FOLDER holds bccd/BCCD
     python benchmarks/learning.py bccd --data FOLDER --backbones san10_patchwise --weights distilled --seed 1
     python benchmarks/learning.py bccd --data FOLDER --backbones tf_efficientnet_lite0 --weights lite0.pth
 
-A sanity check that the backbone learns, in minutes on a CPU; it says nothing about COCO or ADE20K. The validation
-pictures give the curve, the test pictures the last row. Seconds are processor time, of all threads, of the
-training steps alone.
+A sanity check that the backbone learns, in minutes on a CPU; it says nothing about COCO or ADE20K. The curve is over
+validation pictures, the last row over test pictures. Seconds are processor time of all threads in training steps.
 """
 import argparse
 import contextlib
@@ -39,11 +38,11 @@ BACKBONES = {
                                   out_indices=(1, 2, 3, 4)),
     **{arch: dict(type='SANBackbone', arch=arch) for arch in ('san15_patchwise', 'san15_pairwise', 'san10_patchwise')},
 }
-CHANNELS = {'tf_efficientnet_lite0': [24, 40, 112, 320]}  # of the others: a ResNet-50's
+CHANNELS = {'tf_efficientnet_lite0': [24, 40, 112, 320]}  # the others have those of a ResNet-50
 
 
 def started(backbone, weights):
-    """The backbone's config, from these weights: a file, 'distilled' for those that ship, or none."""
+    """Returns the backbone's config with weights: a file, 'distilled' for the shipped ones, or none."""
     cfg = dict(BACKBONES[backbone])
     if weights and cfg['type'] == 'SANBackbone':
         checkpoint = f'hf-hub:san-backbones/{backbone}.distilled' if weights == 'distilled' else weights
@@ -54,7 +53,7 @@ def started(backbone, weights):
 
 
 class Record(Hook):
-    """Processor time and losses of the training steps, and the scores of every evaluation."""
+    """Records processor time and losses of the training steps, and the scores of every evaluation."""
     priority = 'VERY_LOW'
 
     def __init__(self, metrics):
@@ -108,7 +107,7 @@ def config(options, backbone):
 
 
 def weights_name(weights):
-    """What a row says of them: the name of a file says enough on another machine too."""
+    """Returns the file name only, which is the same on every machine."""
     return pathlib.Path(weights).name if weights else 'random'
 
 
@@ -127,7 +126,7 @@ def learn(options, backbone):
 
 
 def kept(path, rows):
-    """The rows of a CSV that `rows` do not take the place of."""
+    """Returns the rows of a CSV that `rows` do not replace."""
     def what(row):
         return tuple(str(row.get(name, 'random')) for name in ('backbone', 'weights', 'lr', 'seed'))
 
@@ -143,12 +142,12 @@ def main():
     parser.add_argument('task', choices=list(TASKS))
     parser.add_argument('--data', type=pathlib.Path, required=True, metavar='FOLDER', help='where the data sets lie')
     parser.add_argument('--backbones', nargs='+', choices=list(BACKBONES), default=['resnet50', 'san15_patchwise'])
-    parser.add_argument('--weights', metavar='FILE', help="checkpoint to start from, or 'distilled': the weights of "
-                                                           'that name which ship (default: random weights)')
+    parser.add_argument('--weights', metavar='FILE', help="checkpoint to start from, or 'distilled' for the shipped "
+                                                           'weights of that name (default: random weights)')
     parser.add_argument('--iterations', type=int, help='training steps of each network (default: ' + ', '.join(
         f'{task["iterations"]} for {name}' for name, task in TASKS.items()) + ')')
     parser.add_argument('--lr', type=float, default=1e-3, help='peak learning rate of AdamW (default: %(default)s)')
-    parser.add_argument('--evaluations', type=int, default=4, help='on the validation pictures, on the way')
+    parser.add_argument('--evaluations', type=int, default=4, help='evaluations on validation pictures in training')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--work-dir', type=pathlib.Path, default=pathlib.Path('work_dirs/learning'))
     parser.add_argument('--results', type=pathlib.Path, default=harness.RESULTS, help='folder for the CSV')

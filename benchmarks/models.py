@@ -1,13 +1,12 @@
-"""Whole models, ours and their peers, in turns: throughput and peak memory, inference and training step.
+"""Measures throughput and peak memory of whole models, ours and their peers in turns, in inference and training.
 
     python benchmarks/models.py            # everything; --only 224 or --only 800x1344 for a part
 
-Inference at 224 x 224 is that of the classifier; at 800 x 1344, and in training, models give the four feature maps of a
-detection backbone, their norms frozen (running statistics) at 800 x 1344 as detectors have it. Inputs and peers are in
+Inference at 224 x 224 runs the classifier. At 800 x 1344, and in training, models return the four feature maps of a
+detection backbone; at 800 x 1344 norms are frozen (running statistics), as in detectors. Inputs and peers are in
 channels_last. `reference` is SAN by its plain definition, `compiled` the same under torch.compile, `fused` ours after
 `fuse_for_inference()`. The floor is the model's multiply-adds over the measured matrix rate, three times for training.
 """
-import json
 
 import harness
 import timm
@@ -35,7 +34,7 @@ BASELINE = 'resnet50'
 
 
 def names(training, compile_too):
-    """Cases: a model's name, a space and how it runs."""
+    """Returns the cases: a model's name, a space and how it runs."""
     ways = ['', *([] if training else [' fused']), ' reference', *([' compiled'] if compile_too else [])]
     return [*PEERS, *(name + way for name in OURS for way in ways)]
 
@@ -45,7 +44,7 @@ def is_large(setting):
 
 
 def build(case, setting, device):
-    """The model of a case."""
+    """Builds the model of a case."""
     name, _, way = case.partition(' ')
     batch, height, width, training = setting
     options = dict(img_size=(height, width)) if name.startswith('swin') and is_large(setting) else {}
@@ -64,7 +63,7 @@ def build(case, setting, device):
 
 
 def make(case, setting, dtype):
-    """A function that runs the case once."""
+    """Returns a function that runs the case once."""
     batch, height, width, training = setting
     model = build(case, setting, harness.DEVICE)
     way = case.partition(' ')[2]
@@ -84,7 +83,7 @@ def make(case, setting, dtype):
 
 
 def operations(case, setting):
-    """Floating point operations of a call: those of linear maps, convolutions and aggregations."""
+    """Counts floating point operations of a call: linear maps, convolutions and aggregations."""
     batch, height, width, training = setting
     name = case.partition(' ')[0]
     if name.startswith('san'):
@@ -102,10 +101,7 @@ def main():
     options.add_argument('--only', default='', help='run the settings whose name begins so')
     options.add_argument('--without', nargs='*', default=[], help='leave out cases whose name contains one of these')
     options = options.parse_args()
-    if options.memory:
-        case, setting, precision = json.loads(options.memory)
-        dtype = harness.set_precision(precision)
-        print(harness.measure_peak(lambda: make(case, setting, dtype)))
+    if harness.asked_for_memory(options, make):
         return
     rows, machine, dtype = [], harness.machine(), harness.set_precision(options.precision)
     print(machine)
@@ -117,7 +113,7 @@ def main():
         matrix_rate, _ = harness.rates(dtype)
         cases = [case for case in names(setting[3], not options.no_compile and not is_large(setting) and setting[0] > 1)
                  if not any(word in case for word in options.without)]
-        # a CPU process would show the compiler's memory too
+        # on the CPU the compiler's memory would count too
         peaks = {case: None if case.endswith(' compiled') and harness.DEVICE.type == 'cpu' else
                  harness.peak_memory((case, setting, options.precision)) for case in cases}
         functions = {case: make(case, setting, dtype) for case in cases}

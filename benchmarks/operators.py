@@ -1,11 +1,11 @@
-"""The attention of SAN15's five stages, alone: ours, the plain definition and its torch.compile, in turns.
+"""Measures the attention of SAN15's five stages alone: ours, the plain definition and its torch.compile, in turns.
 
     python benchmarks/operators.py
 
-At 224 x 224, batch 8 (--size, one number or height and width; --batch). Forward, and forward with backward of all maps
-and parameters, norms frozen or in eval mode. A row's floor is the larger of its operations over the measured matrix
-rate and of its bytes (maps in and out, once) over the measured copy rate. The last rows add up all fifteen layers of
-the network.
+At 224 x 224, batch 8 (--size, one number or height and width; --batch). Forward, and forward plus backward in all maps
+and parameters, with norms in eval mode. A row's floor is the larger of its operations over the measured matrix rate and
+its bytes (each map read or written once) over the measured copy rate. The last rows add up all fifteen layers of the
+network.
 """
 import math
 
@@ -18,7 +18,7 @@ STAGES = ((64, 2, 3, 3), (256, 4, 7, 2), (512, 8, 7, 3), (1024, 16, 7, 5), (2048
 
 
 def work(layer, batch, size, training, dtype):
-    """Operations and bytes that the attention cannot do without."""
+    """Counts the operations and bytes that the attention needs at least."""
     r, m, cw, area = layer.rel_planes, layer.out_planes, layer.out_planes // layer.share_planes, layer.kernel_size ** 2
     if layer.pairwise:
         per_pixel = area * ((r + 2) * r + r * cw + m)
@@ -29,7 +29,7 @@ def work(layer, batch, size, training, dtype):
 
 
 def make(layer, batch, size, training, path, dtype):
-    """A function that runs the attention of `layer` once by `path`."""
+    """Returns a function that runs the attention of `layer` once by `path`."""
     def map_of(channels):
         x = torch.randn(batch, channels, *size, device=harness.DEVICE).to(dtype, memory_format=torch.channels_last)
         return x.requires_grad_(training)
@@ -83,7 +83,8 @@ def main():
                 torch.compiler.reset()
             rows.append(row(form, what, 'SAN15, 15 layers', total, machine))
     size = 'x'.join(map(str, options.size))
-    harness.write(options.results / f'operators-{size}-{harness.suffix(options.precision)}.csv', rows)
+    instructions = f'-{torch.backends.cpu.get_cpu_capability().lower()}' if harness.DEVICE.type == 'cpu' else ''
+    harness.write(options.results / f'operators-{size}-{harness.suffix(options.precision)}{instructions}.csv', rows)
 
 
 def row(form, what, layer, t, machine):

@@ -7,6 +7,7 @@ import sys
 
 import harness
 import matplotlib
+import table
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -26,7 +27,7 @@ def finish(figure, path, machine):
 
 
 def models(path):
-    """Two bars for every model and setting, time and memory beside resnet50's."""
+    """Draws throughput and memory relative to resnet50's, for every model and setting."""
     rows = read(path)
     settings = list(dict.fromkeys(row['setting'] for row in rows))
     heights = [sum(row['setting'] == setting for row in rows) for setting in settings]
@@ -54,7 +55,7 @@ def models(path):
 
 
 def operators(path):
-    """Time of every layer by every path, above its floor."""
+    """Draws the time of every layer by every path, and its floor."""
     rows = [row for row in read(path) if not row['layer'].startswith('SAN15')]
     figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), sharey=True)
     for axis, (form, what) in zip(axes.flat, dict.fromkeys((row['form'], row['what']) for row in rows)):
@@ -63,7 +64,8 @@ def operators(path):
                 ('reference_ms', 'plain definition', '#b04a3a'), ('compiled_ms', 'its torch.compile', '#d9a441'),
                 ('ours_ms', 'ours', '#2f6f8f'), ('floor_ms', 'floor', '0.7'))):
             values = [float(row[column] or 'nan') for row in some]
-            axis.bar([x + 0.2 * i - 0.3 for x in range(len(some))], values, 0.2, label=label, color=colour)
+            if any(value == value for value in values):
+                axis.bar([x + 0.2 * i - 0.3 for x in range(len(some))], values, 0.2, label=label, color=colour)
         axis.set_yscale('log')
         axis.set_xticks(range(len(some)), [row['layer'].replace(', ', '\n', 1) for row in some], fontsize=7)
         axis.set_title(f'{form}, {what}', fontsize=9, loc='left')
@@ -75,7 +77,7 @@ def operators(path):
 
 
 def growth(path):
-    """Time and memory against the number of pixels; a straight line through the origin is linear growth."""
+    """Draws time and memory against the number of pixels; a straight line through the origin is linear growth."""
     rows = read(path)
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.5))
     for axis_row, what in zip(axes, dict.fromkeys(row['what'] for row in rows)):
@@ -94,7 +96,7 @@ def growth(path):
 
 
 def learning(path):
-    """Score on the validation pictures, against steps and against processor time."""
+    """Draws the score on validation pictures against steps and processor time."""
     rows = read(path)
     score = next(name for name in rows[0] if name in ('mIoU', 'bbox_mAP'))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
@@ -109,16 +111,16 @@ def learning(path):
                       label=f'{name}, {some[0]["backbone_parameters"]}', color='0.6' if name == 'resnet50' else None)
             axis.set_xlabel(label)
             axis.spines[['top', 'right']].set_visible(False)
-    for axis in axes:  # only now, as limits would stay those of the first curve
+    for axis in axes:  # last: earlier, the limits would be fixed by the first curve
         axis.set_xlim(0)
         axis.set_ylim(0)
     axes[0].set_ylabel(f'{score}, {rows[0]["task"]} validation')
     axes[0].legend(fontsize=8, frameon=False)
-    finish(figure, path.with_suffix('.png'), rows[0]['machine'])
+    finish(figure, path.with_suffix('.png'), '; '.join(dict.fromkeys(row['machine'] for row in rows)))
 
 
 def transfer(path):
-    """Scores against the pictures that the distillation had seen; random weights and teachers as level lines."""
+    """Draws scores against pictures seen in the distillation; random weights and teachers as horizontal lines."""
     rows = [row for row in read(path) if row['size'] == '64']
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for axis, column, label in zip(axes, ('top1', 'knn'), ('zero-shot top-1, %', 'kNN on Imagenette, %')):
@@ -138,14 +140,68 @@ def transfer(path):
     finish(figure, path.with_suffix('.png'), rows[0]['machine'])
 
 
-PLOTS = dict(models=models, operators=operators, growth=growth, learning=learning, transfer=transfer)
+def extract(path):
+    """Memory against the number of pictures: a level line is what a stream needs."""
+    rows = read(path)
+    if 'peak_megabytes' not in rows[0]:
+        return
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    pictures, peaks = zip(*((int(row['pictures']), float(row['peak_megabytes'])) for row in rows))
+    axis.plot(pictures, peaks, 'o-', markersize=3)
+    axis.set_xscale('log')
+    axis.set_ylim(0, 1.1 * max(axis.get_ylim()))
+    axis.set_xlabel('pictures')
+    axis.set_ylabel('highest resident size, MB')
+    axis.spines[['top', 'right']].set_visible(False)
+    finish(figure, path.with_suffix('.png'), rows[0]['machine'])
+
+
+COLOURS = dict(san10_pairwise='#2f6f8f', san10_patchwise='#b04a3a', resnet26='0.6', resnet50='0.3')
+
+
+def comparison(path):
+    """Draws, for each setting, accuracy on held-out pictures against epochs and time, one line a seed, and the top-1 of
+    each change on val.
+    """
+    rows = read(path)
+    groups = list(table.settings(rows))
+    figure, axes = plt.subplots(len(groups), 3, figsize=(13, 4.2 * len(groups)), squeeze=False)
+    for (left, middle, right), (words, some) in zip(axes, groups):
+        plain = [row for row in some if not table.changed(row)]
+        for i, row in enumerate(plain):
+            label = row['model'] if row['model'] not in [other['model'] for other in plain[:i]] else None
+            curve = [float(value) for value in row['held_out'].split()]
+            colour = COLOURS.get(row['model'])
+            left.plot(range(1, len(curve) + 1), curve, 'o-', markersize=3, label=label, color=colour)
+            middle.plot([float(value) for value in row['seconds'].split()], curve, 'o-', markersize=3, color=colour)
+        changes = sorted({table.changed(row) for row in some}, reverse=True)
+        for row in some:
+            right.plot(float(row['top1']), changes.index(table.changed(row)), 'o', color=COLOURS.get(row['model']))
+        right.set_yticks(range(len(changes)), [change or 'as the package has it' for change in changes], fontsize=7)
+        right.set_xlabel('top-1 on val, %')
+        right.set_xlim(0, 1.08 * max(float(row['top1']) for row in some))
+        left.set_ylabel('top-1 on held-out pictures, %')
+        left.set_xlabel('epochs')
+        middle.set_xlabel('time in training, s')
+        left.set_title(words, fontsize=8, loc='left')
+        left.legend(fontsize=8, frameon=False)
+        for axis in (left, middle, right):
+            axis.spines[['top', 'right']].set_visible(False)
+        for axis in (left, middle):
+            axis.set_xlim(0)
+            axis.set_ylim(0)
+    finish(figure, path.with_suffix('.png'), '; '.join(dict.fromkeys(row['machine'] for row in rows)))
+
+
+PLOTS = dict(models=models, operators=operators, growth=growth, learning=learning, transfer=transfer, extract=extract,
+             table=comparison)
 
 
 def main():
     paths = sorted(harness.RESULTS.glob('*.csv'))
     for path in paths:
         kind = path.stem.partition('-')[0]
-        if kind in PLOTS:  # the CSV of one size stays a table
+        if kind in PLOTS:  # not the CSV of a single size
             PLOTS[kind](path)
     if not paths:
         sys.exit(f'no CSV in {harness.RESULTS}: run models.py, operators.py, growth.py or learning.py first')

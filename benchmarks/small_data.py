@@ -1,14 +1,15 @@
-"""Classifiers from random weights on a few pictures: how a network is made, and what a recipe does to it.
+"""Trains classifiers from random weights on few pictures, to compare initialisations and recipes.
 
     python benchmarks/small_data.py --data FOLDER_OR_ZIP --models san10_patchwise resnet26 --seeds 0 1 2
 
-The data holds `train/CLASS/*` and `val/CLASS/*`. Pictures are squashed to 1.25 times --size; training takes a random
-crop of --size, mirrored or not, the validation the crop in the middle. AdamW, one cycle. `--variants` makes SANs in
-other ways than the package does (`kernel` is what it does for the patchwise form). One thread; seconds are processor
+The data holds `train/CLASS/*` and `val/CLASS/*`. Pictures are resized to 1.25 times --size without keeping the aspect
+ratio; training takes a random crop of --size, mirrored or not, validation the centre crop. AdamW, one cycle.
+`--variants` initialises SANs in other ways than the package (whose patchwise form is `kernel`, and whose pairwise form
+multiplies torch's weights of gamma's last layer by 4; `gain-...` are other factors). One thread; seconds are processor
 time of training. The accuracy is that of the last epoch. `not_finite` counts validation pictures whose logits are NaN
-or infinite, in the first, second, middle and last epoch.
-`recalibrated` is the largest logit of the untrained network after `torch.optim.swa_utils.update_bn`, twice, on
-36 training pictures in batches of 12. Runs that the CSV has already are not run again.
+or infinite, in the first, second, middle and last epoch. `recalibrated` is the largest logit of the untrained network
+after `torch.optim.swa_utils.update_bn`, twice, on 36 training pictures in batches of 12. Runs that the CSV already has
+are skipped.
 """
 import argparse
 import csv
@@ -36,7 +37,7 @@ MEAN, STD = (torch.tensor(x)[:, None, None] for x in (IMAGENET_DEFAULT_MEAN, IMA
 
 
 def bound(model, layers, limit):
-    """Bounds these ReLUs of every block, and no other."""
+    """Bounds the given ReLUs of every block, and no others."""
     for block in model.modules():
         if isinstance(block, Block):
             block.act1 = nn.ReLU(inplace=True)
@@ -46,23 +47,15 @@ def bound(model, layers, limit):
 
 
 def last_linear(model, scale, kernel):
-    """gamma's last layer: its weight `scale` times torch's, its bias one kernel for each weight channel."""
+    """Initialises gamma's last layer: weights `scale` times torch's, and in patchwise form a kernel as each bias."""
     for attention in model.modules():
-        if isinstance(attention, san_backbones.PatchwiseAttention):
+        if isinstance(attention, (san_backbones.PairwiseAttention, san_backbones.PatchwiseAttention)):
             size, fc2 = attention.kernel_size, attention.weight_mlp.fc2
             fc2.reset_parameters()
             with torch.no_grad():
                 fc2.weight.mul_(scale)
                 if kernel:
                     kernel(fc2.bias.view(-1, size * size), size)
-
-
-def gain(model, factor):
-    """gamma's last layer in the pairwise form: sharper weights to begin with."""
-    for attention in model.modules():
-        if isinstance(attention, san_backbones.PairwiseAttention):
-            with torch.no_grad():
-                attention.weight_mlp.fc2.weight.mul_(factor)
 
 
 def noise(bias, size):
@@ -74,7 +67,7 @@ def impulse(bias, size):
 
 
 def blur(bias, size):
-    """What the pairwise form begins as, and noise."""
+    """Averages the footprint, as a pairwise layer with torch's weights does, plus noise."""
     bias.normal_(0, 1 / size).add_(1 / size ** 2)
 
 
@@ -85,14 +78,23 @@ def variant(change, bounded=('act1',), limit=6.):
     return apply
 
 
+def zero_last(model):
+    """Every block begins as the identity: zeros in its last convolution, as timm's ResNets have in their last norms."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            nn.init.zeros_(block.conv.weight)
+            nn.init.zeros_(block.conv.bias)
+
+
 VARIANTS = {
     'package': lambda model: None,
+    'zero-last': zero_last,
     'torch': variant(lambda model: last_linear(model, 1., None), ()),
     'bound': variant(lambda model: last_linear(model, 1., None)),
     'kernel': variant(lambda model: last_linear(model, .1, noise)),
     'impulse': variant(lambda model: last_linear(model, .1, impulse)),
     'flat-noise': variant(lambda model: last_linear(model, .1, blur)),
-    'gain-4': variant(lambda model: gain(model, 4), ()),
+    **{f'gain-{gain}': variant(lambda model, gain=gain: last_linear(model, gain, None), ()) for gain in (2, 8, 16)},
 }
 
 
@@ -102,32 +104,39 @@ def make(name, variant, classes, **options):
     return model
 
 
-def pictures(data, split, size, every):
-    """Every n-th picture of each class, squashed to size x size: (N, 3, size, size) uint8, and the labels."""
+def listing(data, split):
+    """The pictures of a split: for each class a list of functions that read a file, in the order of the names."""
     if data.is_dir():
         files = {str(path.relative_to(data)): path.read_bytes for path in data.glob(f'{split}/*/*') if path.is_file()}
     else:
         archive = zipfile.ZipFile(data)
         files = {name: lambda name=name: archive.read(name) for name in archive.namelist()
                  if name.startswith(f'{split}/') and not name.endswith('/')}
-    classes = sorted({name.split('/')[1] for name in files})
+    if not files:
+        raise SystemExit(f'{data}: expected pictures in {split}/CLASS/, found none')
+    classes = {}
+    for name in sorted(files, key=lambda name: name.split('/')):
+        classes.setdefault(name.split('/')[1], []).append(files[name])
+    return list(classes.values())
+
+
+def pictures(data, split, size, every):
+    """Every n-th picture of each class, squashed to size x size: (N, 3, size, size) uint8, and the labels."""
     images, labels = [], []
-    for label, kind in enumerate(classes):
-        for name in sorted(name for name in files if name.split('/')[1] == kind)[::every]:
-            picture = Image.open(io.BytesIO(files[name]())).convert('RGB')
+    for label, files in enumerate(listing(data, split)):
+        for read in files[::every]:
+            picture = Image.open(io.BytesIO(read())).convert('RGB')
             images.append(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)))
             labels.append(label)
-    if not images:
-        raise SystemExit(f'{data}: expected pictures in {split}/CLASS/, found none')
     return torch.tensor(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
 
 
 def normalised(images):
-    return (images.float() / 255 - MEAN) / STD
+    return (images.float() / 255 - MEAN.to(images.device)) / STD.to(images.device)
 
 
 def recalibrated(model, images):
-    """The largest logit after batch norms took their statistics from `images`, twice."""
+    """Returns the largest logit after batch norms took their statistics from `images`, twice."""
     batches = images.split(12)
     for _ in range(2):
         torch.optim.swa_utils.update_bn(batches, model)
@@ -138,15 +147,17 @@ def recalibrated(model, images):
 
 
 def validate(model, images, labels):
+    """Returns accuracy, cross-entropy, and how many pictures have logits that are not finite."""
     model.eval()
+    device = next(model.parameters()).device
     with torch.no_grad():
-        logits = torch.cat([model(normalised(part)) for part in images.split(50)])
+        logits = torch.cat([model(normalised(part.to(device))).float().cpu() for part in images.split(50)])
     return (float((logits.argmax(1) == labels).float().mean()), float(F.cross_entropy(logits, labels)),
             int((~logits.isfinite().all(1)).sum()))
 
 
 def train(key, data):
-    """The row of one training."""
+    """Runs one training and returns its row."""
     (x, y), (x_val, y_val) = data
     name, variant, seed, size, batch, epochs = (
         key[k] for k in ('model', 'variant', 'seed', 'size', 'batch', 'epochs'))
@@ -187,13 +198,14 @@ def train(key, data):
 
 
 def once(path, key, run):
-    """Adds the row that run() returns to the CSV, unless it has one with these values of these columns."""
+    """Returns the CSV's row with the values in `key`; if there is none, adds the one that run() returns."""
     rows = []
     if path.exists():
         with open(path, newline='') as file:
             rows = list(csv.DictReader(file))
-    if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
-        return
+    for row in rows:
+        if all(row[name] == str(value) for name, value in key.items()):
+            return row
     row = run()
     harness.show(row)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +214,7 @@ def once(path, key, run):
         if not rows:
             writer.writeheader()
         writer.writerow(row)
+    return row
 
 
 def main():

@@ -1,23 +1,22 @@
-"""Does anything that is not finite come out of networks made from random weights, however they are trained?
+"""Tests whether networks from random weights stay finite, however they are trained.
 
-    python benchmarks/stability.py                   # hours; goes on where it was stopped
-    python benchmarks/stability.py --summary         # the table of what is there
-    python benchmarks/stability.py --precision       # minutes: what bfloat16 does to untrained networks
+    python benchmarks/stability.py                   # hours; continues where it was stopped
+    python benchmarks/stability.py --summary         # a table of the results so far
+    python benchmarks/stability.py --precision       # minutes: the effect of bfloat16 on untrained networks
 
-Crops of the photographs of scikit-image, the photograph is the class. A row holds, for one network and seed, the
-largest logit (NaN if one is not finite) over all crops in eval mode after
+The data are crops of scikit-image's photographs; the photograph is the class. A row holds, for one network and seed,
+the largest logit (NaN if one is not finite) over all crops in eval mode after
 
 - `update_bn`: two rounds of `torch.optim.swa_utils.update_bn` on 36 crops twice as large, untrained;
 - `lr_...`: three epochs of AdamW, one cycle, the norm of the gradient at most 1;
-- `ema`, `swa`, `precise_bn`: of the training at 2e-3, the exponential average of its weights, the average of its
-  epochs' weights with statistics of their own, and its last weights with statistics taken anew;
+- `ema`, `swa`, `precise_bn`: of the training at 2e-3, the exponential average of the weights, the average of the
+  epochs' weights with recomputed statistics, and the last weights with recomputed statistics;
 - `batch_...`: the same at 2e-3 with small batches; `frozen_norms`: with every norm in eval mode from the first step;
 - `bf16`: trained and evaluated under bfloat16 autocast.
 
-`bf16_error` is that of the untrained network's logits in training mode under bfloat16 autocast, relative.
-`--precision` prints it for three seeds, and beside it the change that rounding nothing but the images to bfloat16 makes
-to the logits in float32: what the network makes of any disturbance.
-One thread; seconds are processor time.
+`bf16_error` is the relative error of the untrained network's logits in training mode under bfloat16 autocast.
+`--precision` prints it for three seeds, with the change of the float32 logits if only the images are rounded to
+bfloat16, which shows how much the network amplifies any disturbance. One thread; seconds are processor time.
 """
 import argparse
 import copy
@@ -42,7 +41,7 @@ RATES = (5e-4, 2e-3, 1e-2)
 
 
 def crops(number, size):
-    """(number, 3, size, size), normalised, and from which photograph each is."""
+    """Returns normalised crops (number, 3, size, size), and the index of each one's photograph."""
     generator = torch.Generator().manual_seed(0)
     photographs = [torch.tensor(getattr(data, name)()).permute(2, 0, 1) for name in PHOTOGRAPHS]
     images, labels = [], torch.arange(number) % len(photographs)
@@ -56,7 +55,7 @@ def crops(number, size):
 
 
 def largest(model, images, bf16=False):
-    """The largest logit in eval mode; NaN if one is not finite."""
+    """Returns the largest logit in eval mode; NaN if one is not finite."""
     model.eval()
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         logits = torch.cat([model(part) for part in images.split(32)]).float()
@@ -94,9 +93,9 @@ def recalibrated(model, images):
 
 
 def precision(name, variant, seed, images):
-    """Relative changes of untrained logits in training mode: by bfloat16 autocast, by rounding only the images."""
+    """Returns relative changes of untrained logits in training mode: by bfloat16 autocast, by rounding only images."""
     torch.manual_seed(seed)
-    # a ResNet of timm begins with zeros in its last norms, which hide what its products lose
+    # timm's ResNets start with zeros in their last norms, which would hide rounding errors
     ordinary = dict(zero_init_last=False) if name.startswith('resnet') else {}
     model = small_data.make(name, variant, len(PHOTOGRAPHS), **ordinary).train()
     with torch.no_grad():
@@ -107,7 +106,7 @@ def precision(name, variant, seed, images):
 
 
 def run(name, variant, seed, options):
-    """One row."""
+    """Runs all trainings of one row."""
     started, row = time.process_time(), dict(model=name, variant=variant, seed=seed)
     images, labels = crops(options.pictures, options.size)
 
@@ -136,7 +135,7 @@ def run(name, variant, seed, options):
 
 
 def summary(rows):
-    """For each network and condition: runs that were not finite of all, and the median of the largest logits."""
+    """Prints for each network and condition how many runs were not finite, and the median of the largest logits."""
     for key in dict.fromkeys((row['model'], row['variant']) for row in rows):
         same = [row for row in rows if (row['model'], row['variant']) == key]
         table = {}
@@ -153,12 +152,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=MODELS)
     parser.add_argument('--variants', nargs='+', choices=small_data.VARIANTS, default=['package'])
-    parser.add_argument('--seeds', type=int, default=20, help='the first one that is not run (default: %(default)s)')
-    parser.add_argument('--first-seed', type=int, default=0, help='for several processes side by side')
+    parser.add_argument('--seeds', type=int, default=20, help='end of the range of seeds (default: %(default)s)')
+    parser.add_argument('--first-seed', type=int, default=0, help='start of the range, for several processes')
     parser.add_argument('--pictures', type=int, default=48, help='crops to train on (default: %(default)s)')
     parser.add_argument('--size', type=int, default=32, help='pixels of a crop (default: %(default)s)')
-    parser.add_argument('--summary', action='store_true', help='run nothing')
-    parser.add_argument('--precision', action='store_true', help='only that')
+    parser.add_argument('--summary', action='store_true', help='only print the table')
+    parser.add_argument('--precision', action='store_true', help='only measure the effect of bfloat16')
     parser.add_argument('--results', type=pathlib.Path, default=harness.RESULTS, help='folder for the CSV')
     options = parser.parse_args()
     torch.set_num_threads(1)

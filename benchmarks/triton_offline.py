@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and reports what ptxas made of them.
+"""Compiles the Triton kernels for GPUs that need not be present, and reports ptxas's resource usage.
 
     python benchmarks/triton_offline.py                       every layer of SAN15; fp32, bf16; sm_80, sm_90
     python benchmarks/triton_offline.py --widths 256 --arch 90 --dtypes bf16 --kernels attend_pairwise
 
-One line for each kernel and each configuration that it is tuned over: registers of a thread, bytes of stack (what did
-not fit into registers is spilled there), bytes of shared memory, seconds to compile. None tells how fast a kernel is.
+One line for each kernel and configuration of its tuning: registers per thread, bytes of stack (spilled registers),
+bytes of shared memory, seconds to compile. None of these says how fast a kernel is.
 """
 import argparse
 import itertools
@@ -21,7 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from san_backbones.ops.folding import RELATIONS, Shape
+from san_backbones.ops import fused, relations
+from san_backbones.ops.folding import Shape
 from san_backbones.ops.triton import kernels, launch
 
 PAIRWISE = ('attend_pairwise', 'pairwise_sums', 'attend_pairwise_backward')
@@ -32,21 +33,23 @@ MAPS = {'query', 'key', 'value', 'gradient', 'output'}
 
 def constants(name: str, width: int, dtype: str = 'fp32', relation: str = 'subtraction', kernel_size: int = 7,
               precision: str = 'ieee') -> dict[str, Any]:
-    """Those of kernel `name` for an attention in `width` channels."""
+    """Returns the constants of kernel `name` for an attention in `width` channels."""
     pairwise = name in PAIRWISE
     r, m = max(1, width // 16), width // 4
     hidden, channels = (r, m // 8) if pairwise else (m // 8, m // 8)
     maps = [torch.empty(1, 1, 1, c, dtype=DTYPES[dtype]) for c in (r, r, m)]
     place = torch.empty(1, 1, 1, 2) if pairwise else None
-    number = RELATIONS[pairwise, relation if pairwise else 'concatenation']
-    shape = Shape(number, 0, kernel_size, 1, hidden, channels, channels, 1)
+    shape = Shape(
+        relation=relations.number(pairwise, relation if pairwise else 'concatenation'), absolute=0,
+        kernel_size=kernel_size, dilation=1, hidden=hidden, channels=channels, lanes=channels,
+        backend=[backend.name for backend in fused.FUSED].index('triton'))
     return {**launch.constants(shape, [*maps, place]), 'PRECISION': precision}
 
 
 def report(name: str, c: dict[str, Any], configuration: launch.Configuration, dtype: str = 'fp32', arch: int = 80,
            of_sums: bool = False) -> dict[str, int | float]:
-    """Compiles kernel `name`; `of_sums`: the variant of a backward kernel that differentiates the batch statistics, and
-    of `attend_pairwise` the one that prepares the backward pass.
+    """Compiles kernel `name`. `of_sums` selects the variant of a backward kernel that differentiates batch statistics,
+    and the variant of `attend_pairwise` that prepares the backward pass.
     """
     c = {**c, 'M': configuration.pixels}
     kernel = getattr(kernels, name)
@@ -79,7 +82,7 @@ def report(name: str, c: dict[str, Any], configuration: launch.Configuration, dt
 
 
 def main() -> None:
-    import harness  # not where a test calls `report`
+    import harness  # only here: tests import this file for `report`
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--widths', type=int, nargs='+', default=[64, 256, 512, 1024, 2048])
     parser.add_argument('--dtypes', nargs='+', choices=DTYPES, default=['fp32', 'bf16'])
@@ -87,7 +90,7 @@ def main() -> None:
     parser.add_argument('--kernels', nargs='+', choices=PAIRWISE + PATCHWISE, default=PAIRWISE + PATCHWISE)
     parser.add_argument('--precision', choices=['ieee', 'tf32'], default='ieee', help='of float32 products')
     parser.add_argument('--configuration', type=int, nargs=3, metavar=('PIXELS', 'WARPS', 'STAGES'),
-                        help='instead of the one that the package would choose')
+                        help='instead of those of the tuning')
     parser.add_argument('--results', type=pathlib.Path, default=harness.RESULTS, help='folder for the CSV')
     args = parser.parse_args()
     warnings.filterwarnings('ignore', message='TRITON_DEFAULT_FP_FUSION')
