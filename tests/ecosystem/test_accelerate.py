@@ -1,6 +1,4 @@
 """accelerate: two processes train as one with the joined batch, and go on from what they saved."""
-import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -9,8 +7,10 @@ import pytest
 
 pytest.importorskip('accelerate', reason='needs the accelerate extra')
 
-import accelerate_steps
 import torch
+
+from tests import environment
+from tests.ecosystem import accelerate_steps
 
 
 @pytest.fixture(scope='module')
@@ -20,12 +20,10 @@ def ranks(tmp_path_factory):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    root = pathlib.Path(accelerate_steps.__file__).resolve().parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
     result = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-addr=127.0.0.1',
          f'--master-port={port}', accelerate_steps.__file__, str(folder)], capture_output=True, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path})
+        env=environment())
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return [torch.load(folder / f'rank{rank}.pt') for rank in range(2)]
 

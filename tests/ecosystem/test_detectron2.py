@@ -27,7 +27,7 @@ def _stand_in():
 
         @abstractmethod
         def forward(self):
-            """Images to a dict of maps."""
+            """Images to a dict of feature maps."""
 
         @abstractmethod
         def output_shape(self):
