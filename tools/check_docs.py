@@ -1,10 +1,10 @@
-"""Opens every page of docs/_build in a headless Chromium, without a network, at the width of a phone and of a desk.
+"""Opens every page of docs/_build in a headless Chromium without a network, at the widths of a phone and a desktop.
 
-    python tools/check_docs.py [--shots FOLDER] [--pages NAME ...]
+    python -m tools.check_docs [--shots FOLDER] [--pages NAME ...]
 
-A page passes if no formula is left as source, nothing is wider than the page but what scrolls by itself, the browser's
-console has no error, every link inside the docs leads to a page and a place on it, every picture is there, and nothing
-is asked of another host. The search must find what it is asked for. Needs Chromium or Chrome with its driver (Debian:
+A page passes if no formula is left as source, nothing is wider than the page except blocks that scroll, the browser's
+console has no error, every internal link leads to an existing page and anchor, every picture loads, and nothing is
+requested from another host. The search must find the expected pages. Needs Chromium or Chrome with its driver (Debian:
 chromium-driver) and selenium.
 """
 import argparse
@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILT = ROOT / 'docs' / '_build'
 WIDTHS = (390, 1280)
 WIDER = """
-// a block that scrolls by itself; not the whole text, which the theme lets scroll on a phone
+// accepts blocks that scroll, but not the whole text, which the theme lets scroll on a phone
 const wide = [], limit = arguments[0] + 1;
 for (const element of document.querySelectorAll('body *')) {
     const right = element.getBoundingClientRect().right;
@@ -87,7 +87,7 @@ def dead_links(chrome: webdriver.Chrome, page: pathlib.Path, kept: dict) -> list
         if not target.is_file():
             dead.append(f'no page {parts.path}')
         elif parts.fragment and urllib.parse.unquote(parts.fragment) not in anchors(target, kept):
-            dead.append(f'no place {parts.path}#{parts.fragment}')
+            dead.append(f'no anchor {parts.path}#{parts.fragment}')
     return dead
 
 
@@ -109,7 +109,7 @@ def check(chrome: webdriver.Chrome, address: str, name: str, shots: pathlib.Path
 
 
 def search(chrome: webdriver.Chrome, address: str) -> list[str]:
-    """The page of a thing must be among what its name finds."""
+    """Checks that the search finds the right page for some words."""
     wrong = []
     for words, page in (('footprint softmax', 'mathematics'), ('SANBackbone', 'mm'), ('relu_bound', 'from-scratch')):
         chrome.get(f'{address}/search.html?q={urllib.parse.quote(words)}')
@@ -117,7 +117,7 @@ def search(chrome: webdriver.Chrome, address: str) -> list[str]:
             WebDriverWait(chrome, 20).until(lambda chrome, page=page: any(
                 page in (link.get_attribute('href') or '')
                 for link in chrome.find_elements(By.CSS_SELECTOR, '#search-results li a')))
-        except Exception as error:  # selenium's own, of many kinds
+        except Exception as error:  # selenium raises many kinds of errors
             wrong.append(f'search: {words!r} does not find the page {page} ({type(error).__name__})')
     return wrong
 

@@ -1,11 +1,11 @@
-"""Everything about a release but the upload.
+"""Does the steps of a release, except the upload.
 
-    python tools/release.py prepare VERSION    # writes the version and the changelog's heading; look, commit, go on
-    python tools/release.py build VERSION      # dist/: sdist, wheels of all platforms, SBOM, checksums
-    python tools/release.py check VERSION      # what lies in dist/ is whole and of that version; upload/ gets a copy
-    python tools/release.py try VERSION        # uploads it to a package index on 127.0.0.1, and installs it from there
+    python -m tools.release prepare VERSION    # writes the version and the changelog's heading; review and commit it
+    python -m tools.release build VERSION      # dist/: sdist, wheels of all platforms, SBOM, checksums
+    python -m tools.release check VERSION      # checks that dist/ is complete and of that version; copies it to upload/
+    python -m tools.release try VERSION        # uploads it to a package index on 127.0.0.1, and installs it from there
 
-`make release VERSION=0.2.0` does the last three. A tag vVERSION makes the workflow do the same, and publish.
+`make release VERSION=0.2.0` does the last three. For a tag vVERSION the workflow does the same, and publishes.
 """
 import argparse
 import datetime
@@ -23,7 +23,7 @@ import urllib.error
 import urllib.request
 import venv
 
-import wheels
+from tools import wheels
 
 ROOT = wheels.ROOT
 DIST, UPLOAD = ROOT / 'dist', ROOT / 'upload'
@@ -51,7 +51,7 @@ def prepare(version: str) -> None:
     if any(order(name) >= order(version) for name, *_ in released):
         sys.exit(f'{version} is not newer than {released[0][0]}, the last that CHANGELOG.md names')
     if not re.search(r'^## Unreleased\n\n(?!## )\S', text, re.M):
-        sys.exit('CHANGELOG.md has nothing under "## Unreleased": say what a user sees')
+        sys.exit('CHANGELOG.md has nothing under "## Unreleased": describe what a user sees')
     today = datetime.date.today().isoformat()
     changelog.write_text(text.replace('## Unreleased\n', f'## Unreleased\n\n## {version} - {today}\n', 1))
     for name, pattern in HOMES.items():
@@ -66,18 +66,18 @@ def tool(name: str) -> pathlib.Path:
 
 
 def agree(version: str) -> None:
-    """Ends the program unless all that is written down says this version."""
+    """Exits unless all files name this version."""
     for name, found in current().items():
         if found != version:
-            sys.exit(f'{name} says {found}, not {version}: python tools/release.py prepare {version}')
+            sys.exit(f'{name} says {found}, not {version}: python -m tools.release prepare {version}')
     if not re.search(rf'^## {re.escape(version)} - \d{{4}}-\d\d-\d\d$', (ROOT / 'CHANGELOG.md').read_text(), re.M):
-        sys.exit(f'CHANGELOG.md has no heading "## {version} - DATE": python tools/release.py prepare {version}')
+        sys.exit(f'CHANGELOG.md has no heading "## {version} - DATE": python -m tools.release prepare {version}')
 
 
 def build(version: str) -> None:
     agree(version)
     subprocess.run([sys.executable, ROOT / 'tools' / 'wheels.py', '--out', DIST], check=True)
-    # of what was tried together: requirements/dev.lock
+    # the SBOM lists the versions that were tested together
     subprocess.run([tool('cyclonedx-py'), 'requirements', ROOT / 'requirements' / 'dev.lock', '--output-reproducible',
                     '--output-format', 'JSON', '-o', DIST / f'san_backbones-{version}.cdx.json'], check=True)
     (DIST / wheels.SUMS).write_text(wheels.sums(DIST))
@@ -86,9 +86,9 @@ def build(version: str) -> None:
 def check(version: str) -> None:
     agree(version)
     if not (DIST / wheels.SUMS).is_file():
-        sys.exit(f'there is no dist/{wheels.SUMS}: python tools/release.py build {version}')
+        sys.exit(f'there is no dist/{wheels.SUMS}: python -m tools.release build {version}')
     if (DIST / wheels.SUMS).read_text() != wheels.sums(DIST):
-        sys.exit(f'dist/ is not what dist/{wheels.SUMS} says: python tools/release.py build {version}')
+        sys.exit(f'dist/ is not what dist/{wheels.SUMS} says: python -m tools.release build {version}')
     expected = {f'san_backbones-{version}.tar.gz',
                 *(f'san_backbones-{version}-py3-none-{tag}.whl' for tag in wheels.platforms_of_setup())}
     archives = {path.name: path for path in DIST.iterdir() if path.name.endswith(('.whl', '.tar.gz'))}
@@ -106,7 +106,7 @@ def check(version: str) -> None:
 
 
 def try_it(version: str) -> None:
-    """Uploads to an index of this machine; then does what a user does."""
+    """Uploads to an index on this machine, then installs from it and runs the README's first example."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]

@@ -1,12 +1,12 @@
-"""Builds the sdist and, from it, the wheel of every platform, on this machine; then looks at what came out.
+"""Builds the sdist and, from it, the wheels of all platforms on this machine, and checks them.
 
-    python tools/wheels.py [--only TAG ...] [--out dist] [--install]
+    python -m tools.wheels [--only TAG ...] [--out dist] [--install]
 
-The compiled loops are cross-compiled by zig; setup.py lists the platforms. Every wheel is built twice, in two folders,
-and must come out the same to the bit. Of each library the exports, the imports and the oldest system that takes it are
-read, and no path of this machine may be in it. `twine check --strict`, `check-wheel-contents` and, for manylinux,
-`auditwheel` have their say. With --install the wheel for this machine is tried in a clean environment, as `make
-test-package` does. The tools come from the registry, into .cache.
+zig cross-compiles the loops; setup.py lists the platforms. Every wheel is built twice, in two folders, and both must be
+identical. The exports, the imports and the oldest supported system of each library are checked, and it must not contain
+a path of this machine. `twine check --strict`, `check-wheel-contents` and, for manylinux, `auditwheel` run too. With
+--install the wheel for this machine is tested in a clean environment, as in `make test-package`. The tools are
+installed from the registry into .cache.
 """
 import argparse
 import functools
@@ -26,10 +26,11 @@ import zipfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = ('build', 'setuptools>=77,<82', 'ziglang==0.17.1', 'lief>=0.16', 'twine>=6', 'check-wheel-contents>=0.6',
          'auditwheel>=6')
-EXPORTS = {'san_width', 'san_kmp_use', 'san_kmp_parallel', *(
-    f'{name}_{what}' for name in ('san', 'san_backward', 'san_stem', 'san_scaled') for what in ('run', 'bytes'))}
+EXPORTS = {'san_width', 'san_relations', 'san_panel', 'san_unchanged', 'san_kmp_use', 'san_kmp_parallel', *(
+    f'{name}_{what}' for name in ('san', 'san_backward', 'san_linear', 'san_normed', 'san_scaled', 'san_stem')
+    for what in ('run', 'bytes'))}
 SUMS = 'SHA256SUMS'
-# what a library may need of the system, by the beginning of the tag
+# system libraries that a library may need, by the beginning of the tag
 SYSTEM = {
     'manylinux': r'(libc\.so\.6|libm\.so\.6|ld-linux-(x86-64|aarch64)\.so\.\d)',
     'musllinux': r'(libc\.so|libc\.musl-\w+\.so\.1)',
@@ -40,7 +41,7 @@ SYSTEM = {
 
 @functools.cache
 def programs(name: str, packages: tuple[str, ...]) -> pathlib.Path:
-    """The folder of programs of an environment in .cache with these packages, made if it is not there."""
+    """Returns the folder of programs of an environment in .cache with these packages, which is made if needed."""
     folder = ROOT / '.cache' / f'venv-{name}'
     found, ready = folder / ('Scripts' if os.name == 'nt' else 'bin'), folder / '.ready'
     if not ready.exists() or ready.read_text() != repr(packages):
@@ -56,9 +57,9 @@ def tool(name: str) -> pathlib.Path:
 
 
 def build(source: pathlib.Path, out: pathlib.Path, kind: str, epoch: str, tag: str = '') -> pathlib.Path:
-    """Builds the sdist or a wheel of `source`, and returns the only new file of `out`."""
+    """Builds the sdist or a wheel of `source`, and returns the new file in `out`."""
     before = {*out.iterdir()}
-    shutil.rmtree(source / 'build', ignore_errors=True)  # of another platform
+    shutil.rmtree(source / 'build', ignore_errors=True)  # may be of another platform
     environment = {**os.environ, 'SOURCE_DATE_EPOCH': epoch, 'SAN_BACKBONES_PLATFORM': tag}
     done = subprocess.run([tool('python'), '-m', 'build', f'--{kind}', '--no-isolation', '--outdir', out, source],
                           env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -73,7 +74,7 @@ def digest(path: pathlib.Path) -> str:
 
 
 def sums(folder: pathlib.Path) -> str:
-    """What SHA256SUMS says of the other files of a folder."""
+    """Returns the content of SHA256SUMS for the other files of a folder."""
     files = sorted(path for path in folder.iterdir() if path.name != SUMS)
     return ''.join(f'{digest(path)}  {path.name}\n' for path in files)
 
@@ -96,7 +97,7 @@ print(json.dumps(found))
 
 
 def faults(wheel: pathlib.Path, tag: str, hidden: list[bytes]) -> list[str]:
-    """What is wrong with the libraries of a wheel; no entry where all is well."""
+    """Lists what is wrong with the libraries of a wheel."""
     wrong = []
     builds = {'baseline', 'avx2', 'avx512'} if tag.endswith(('x86_64', 'amd64')) else {'baseline'}
     suffix = '.dll' if tag.startswith('win') else '.so'
@@ -129,11 +130,11 @@ def main() -> int:
     parser.add_argument('--only', nargs='+', metavar='TAG', choices=platforms, default=platforms,
                         help=', '.join(platforms))
     parser.add_argument('--out', type=pathlib.Path, default=ROOT / 'dist')
-    parser.add_argument('--install', action='store_true', help='try the wheel for this machine')
+    parser.add_argument('--install', action='store_true', help='test the wheel for this machine')
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for old in options.out.iterdir():
-        if old.name == SUMS or old.name.endswith(('.whl', '.tar.gz', '.cdx.json')):  # of another version
+        if old.name == SUMS or old.name.endswith(('.whl', '.tar.gz', '.cdx.json')):  # may be of another version
             old.unlink()
     epoch = os.environ.get('SOURCE_DATE_EPOCH') or subprocess.check_output(
         ['git', 'log', '-1', '--format=%ct'], cwd=ROOT, text=True).strip()
@@ -153,7 +154,7 @@ def main() -> int:
                 again = build(sources[1], pathlib.Path(folder), 'wheel', epoch, tag)
                 found = faults(wheel, tag, hidden)
                 if digest(again) != digest(wheel):
-                    found.append('built again it is another file')
+                    found.append('a second build gives another file')
             if tag.startswith('manylinux'):
                 said = subprocess.run([tool('auditwheel'), 'show', wheel], capture_output=True, text=True)
                 if f'"{tag.partition(".")[0]}"' not in said.stdout:
@@ -162,7 +163,7 @@ def main() -> int:
                   f'{"; ".join(found) or "right"}', flush=True)
             wrong += [f'{tag}: {fault}' for fault in found]
     built = [*options.out.glob('*.whl'), sdist]
-    # in the folder for OpenMMLab's mim two configs may be alike (W002), and none is to be imported (W004)
+    # in the folder for OpenMMLab's mim two configs may be equal (W002), and none is meant to be imported (W004)
     checks = [[tool('twine'), 'check', '--strict', *built],
               [tool('check-wheel-contents'), '--ignore', 'W002,W004', *options.out.glob('*.whl')]]
     wrong += [f'{check[0].name} found a fault' for check in checks if subprocess.run(check).returncode]
@@ -172,14 +173,14 @@ def main() -> int:
                                           text=True).strip().replace('-', '_')
         fits = [path for path in options.out.glob('*.whl') if machine.removeprefix('linux') in path.name
                 and ('manylinux' in path.name or not machine.startswith('linux'))]
-        subprocess.run([sys.executable, ROOT / 'tests' / 'run_package.py', *fits], check=True)
+        subprocess.run([sys.executable, ROOT / 'tools' / 'run_package.py', *fits], check=True)
     for fault in wrong:
         print(fault, file=sys.stderr)
     return bool(wrong)
 
 
 def platforms_of_setup() -> list[str]:
-    """The tags that setup.py knows, without running more of it than their table."""
+    """Reads the tags from the table in setup.py, without running the rest of it."""
     text = (ROOT / 'setup.py').read_text()
     table = re.search(r'^PLATFORMS = (\{.*?^\})', text, re.M | re.S)
     assert table is not None

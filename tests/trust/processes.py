@@ -98,8 +98,8 @@ class Features(Dataset):
 def forked(work, more_tries: int = 1) -> None:
     """Runs `work` in a child of os.fork.
 
-    Once more where it hangs: a thread that is just ending may hold the lock of MKL's allocator, which the child then
-    waits for in vain. Torch alone does so too, in some of a hundred forks.
+    Repeats it if it hangs: a thread that is just ending may hold the lock of MKL's allocator, for which the child then
+    waits forever. Torch alone hangs in some of a hundred forks too.
     """
     child = os.fork()
     if child == 0:

@@ -17,13 +17,14 @@ import timm
 import torch
 from torch import Tensor
 
-import oracle
 from san_backbones import fuse_for_inference, ops
 from san_backbones.ops import native, statistics, triton
 
 pytest.importorskip('hypothesis', reason='needs the test extra')
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+from tests import oracle
 
 BOUNDS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 0.1, torch.float16: 0.01}
 """Of the error, in eval mode."""
@@ -184,7 +185,7 @@ class Case:
         if path in ('native', 'triton'):
             if self.dtype == torch.float64:
                 return 'computes in float32'
-            if kind not in native.RELATIONS:
+            if path not in ops.relations.find(*kind).backends:
                 return 'has no clique relation'
             if self.training and kind not in statistics.SUPPORTED:
                 return 'no batch statistics'

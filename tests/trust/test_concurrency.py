@@ -25,8 +25,8 @@ from safetensors.torch import save
 from torch import nn
 
 import san_backbones
-from hub_server import HubServer
 from san_backbones import fuse, fuse_for_inference, hub, ops
+from tests.hub_server import HubServer
 
 NAMES = ('test_san_pairwise', 'test_san_patchwise')
 PATIENCE = 240  # seconds, of a machine with much else to do
@@ -289,9 +289,9 @@ def test_a_fold_in_the_making_is_not_kept_when_folds_become_invalid(change, monk
     """fuse_for_inference after a write through `data`, and moving a model, while another thread folds."""
     model, picture = fuse_for_inference(make()), images(1)[0]
     logits(model, picture)
-    real, waiting = fuse.folded, [model.stages[2]]
+    real, waiting = fuse.FoldableStage._fold_anew, [model.stages[2]]
 
-    def folded(stage, present):
+    def fold_anew(stage, present):
         found = real(stage, present)
         if stage in waiting:
             waiting.clear()
@@ -305,7 +305,7 @@ def test_a_fold_in_the_making_is_not_kept_when_folds_become_invalid(change, monk
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(fuse, 'folded', folded)
+        patch.setattr(fuse.FoldableStage, '_fold_anew', fold_anew)
         if change == 'data':
             logits(model, picture)
         else:
@@ -385,7 +385,7 @@ def test_a_replica_makes_a_fold_of_its_own():
 
 
 def test_the_path_asked_for_by_several_threads():
-    """A thread that leaves its block leaves the others theirs."""
+    """A thread that leaves its block does not end those of others."""
     one, two = ops.use_backend('reference'), ops.use_backend('tiled')
     with one:
         two.__enter__()

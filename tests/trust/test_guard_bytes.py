@@ -3,8 +3,8 @@
 `library.run` is replaced by one that moves every array of a task into memory of its own: its last byte (in a second
 run its first) lies at the edge of a page that nobody may touch, arrays that are only read lie in pages that nobody may
 write, and the rest of the pages holds a pattern that has to be there afterwards. Sizes are those that the comments of
-footprint.h, backward.c and pointwise.c give; a loop that goes beyond ends the process, so that a process of its own
-runs this.
+footprint.h, backward.c, linear.c and pointwise.c give; a loop that goes beyond ends the process, so that a process of
+its own runs this.
 """
 import contextlib
 import ctypes
@@ -29,9 +29,9 @@ PATTERN = 0xA5
 NONE, READ, WRITE = 0, 1, 3  # PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE
 FLOAT, LONG = 4, 8
 WHOLE_VECTORS = ('query', 'key', 'place', 'scale1', 'shift1')  # read beyond their ends, by less than a vector
-OPERATORS = {'attend', 'attend_backward', 'hidden_sums', 'hidden_sums_backward', 'scale_shift_relu', 'stem',
-             'stem_backward'}
-OUTPUTS = ('output', 'd_query', 'd_key', 'd_value', 'd_place', 'd_parameters', 'sums', 'd_image')
+OPERATORS = {'attend', 'attend_backward', 'hidden_sums', 'hidden_sums_backward', 'moments', 'scale_shift_relu',
+             'scale_shift_relu_gradient', 'scale_shift_relu_sums', 'stem', 'stem_backward'}
+OUTPUTS = ('output', 'd_query', 'd_key', 'd_value', 'd_place', 'd_parameters', 'sums', 'd_image', 'd_x')
 
 
 def sizes(name, task):
@@ -39,6 +39,10 @@ def sizes(name, task):
     if name == 'san_scaled':
         maps, line = task.pixels * task.channels * FLOAT, task.channels * FLOAT
         return dict(x=maps, output=maps, scale=line, shift=line)
+    if name == 'san_normed':
+        maps, line = task.pixels * task.channels * FLOAT, task.channels * FLOAT
+        lines = dict.fromkeys(('mean', 'scale', 'shift', 'by_x', 'by_one'), line)
+        return dict(x=maps, gradient=maps, d_x=maps, sums=task.slots * 2 * task.channels * 8, **lines)
     if name == 'san_stem':
         pooled = task.batch * (task.height // 2) * (task.width // 2) * task.out * FLOAT
         shape = (task.batch, task.inputs, task.height, task.width)
@@ -47,19 +51,26 @@ def sizes(name, task):
                     output=pooled, gradient=pooled,
                     d_image=task.batch * task.height * task.width * task.inputs * FLOAT,
                     d_parameters=task.slots * (task.inputs + 1) * task.out_padded * FLOAT)
+    if name == 'san_linear':
+        panels = -(-task.columns // library.width()) * library.width()
+        return dict(input=((task.pixels - 1) * task.input.row + task.inner) * FLOAT, scale=task.inner * FLOAT,
+                    shift=task.inner * FLOAT, weight=panels * task.inner * FLOAT, bias=task.columns * FLOAT,
+                    output=task.pixels * task.columns * FLOAT, out_scale=task.columns * FLOAT,
+                    out_shift=task.columns * FLOAT)
     t = getattr(task, 'task', task)
-    patchwise = t.relation >= 5
+    patchwise = t.form == 1
     area, pixels = t.kernel ** 2, t.batch * t.height * t.width
     reach = t.dilation * (t.kernel - 1)
-    place = 2 if t.place else 0
-    inputs = {3: 2 * t.rel + place, 4: 1 + place, 5: t.rel * (area + 1), 6: area}.get(t.relation, t.rel + place)
+    relation = native.library._loaded().san_relations(t.form).split()[t.relation]
+    inputs = {b'concatenation': t.rel * (1 + (area if patchwise else 1)), b'dot': 1, b'star': area}.get(relation, t.rel)
+    inputs += 2 if t.place.at else 0
     columns = (area if patchwise else 1) * t.lanes
 
     def rows(row, channels):
         return ((pixels - 1) * row + channels) * FLOAT
 
     result = dict(
-        query=rows(t.query_row, t.rel), key=rows(t.key_row, t.rel), value=rows(t.value_row, t.out),
+        query=rows(t.query.row, t.rel), key=rows(t.key.row, t.rel), value=rows(t.value.row, t.out),
         place=2 * t.height * t.width * FLOAT, scale1=inputs * FLOAT, shift1=inputs * FLOAT,
         weight1=inputs * t.hidden * FLOAT, shift2=t.hidden * FLOAT, weight2=t.hidden_used * columns * FLOAT,
         bias2=columns * FLOAT, rows=(t.height + reach) * LONG, columns=(t.width + reach) * LONG,
@@ -73,7 +84,7 @@ def sizes(name, task):
         result.update(
             gradient=(pixels * t.out if attention else 2 * t.hidden) * FLOAT,
             weight1_t=t.hidden_used * padded * FLOAT, weight2_t=columns * t.hidden * FLOAT,
-            d_query=pixels * task.rel_padded * FLOAT, d_key=pixels * task.rel_padded * FLOAT,
+            d_query=pixels * task.d_query.row * FLOAT, d_key=pixels * task.d_key.row * FLOAT,
             d_value=pixels * t.out * FLOAT, d_place=pixels * 2 * FLOAT,
             d_parameters=task.slots * parameters * FLOAT, sums=task.slots * 2 * t.hidden * 8)
         if task.mode != 1:
@@ -114,7 +125,7 @@ class Array:
 
 @contextlib.contextmanager
 def addresses():
-    """Bytes behind every address that leaves Python meanwhile."""
+    """Returns the bytes at every address that Python passes meanwhile."""
     known, plain = {}, torch.Tensor.data_ptr
 
     def recorded(x):
@@ -130,7 +141,7 @@ def addresses():
 
 
 class Short(Exception):
-    """An array has less memory than the loops use of it."""
+    """An array has less memory than the loops use."""
 
 
 def guarded(at_end, calls, known):
@@ -141,7 +152,8 @@ def guarded(at_end, calls, known):
         arrays = []
         for owner in {id(owner): owner for owner in (task, getattr(task, 'task', task))}.values():
             for field, kind in owner._fields_:
-                address = getattr(owner, field) if kind is ctypes.c_void_p else None
+                matrix = getattr(owner, field) if kind is library.Matrix else None
+                address = matrix.at if matrix else getattr(owner, field) if kind is ctypes.c_void_p else None
                 if address is None:
                     continue
                 size = sizes(name, task)[field]
@@ -150,7 +162,7 @@ def guarded(at_end, calls, known):
                 if known[address] < size + more:
                     raise Short(f'{field} of {name}: {known[address]} bytes, {size + more} are used')
                 arrays.append(Array(address, size, more, at_end, field in OUTPUTS))
-                setattr(owner, field, arrays[-1].start)
+                setattr(matrix or owner, 'at' if matrix else field, arrays[-1].start)
         plain(name, task)
         for array in arrays:
             array.give_back()
@@ -165,9 +177,10 @@ def results():
     found = []
     for cls in (PairwiseAttention, PatchwiseAttention):
         for relation in cls.relations:
-            if (cls.pairwise, relation) not in native.RELATIONS:
+            if 'native' not in ops.relations.find(cls.pairwise, relation).backends:
                 continue
-            for rel, size, kernel_size, dilation in ((3, (1, 1), 3, 1), (8, (5, 3), 3, 2), (21, (9, 4), 5, 1)):
+            for rel, size, kernel_size, dilation in ((3, (1, 1), 3, 1), (8, (5, 3), 3, 2), (21, (9, 4), 5, 1),
+                                                     (5, (3, 37), 3, 1), (8, (6, 21), 3, 2)):
                 layer = cls(32, rel_planes=rel, out_planes=20, share_planes=4, kernel_size=kernel_size,
                             dilation=dilation, relation=relation).eval()
                 x = torch.randn(2, 32, *size)
@@ -185,6 +198,15 @@ def results():
         found += [y, *torch.autograd.grad(y.sum(), [image, weight])]
         with torch.no_grad():
             found.append(ops.scale_shift_relu(torch.randn(70, width), torch.randn(width), torch.randn(width)))
+    for pixels, training in (((2, 5, 7), True), ((1, 1, 3), False)):
+        x = torch.randn(*pixels, 32).permute(0, 3, 1, 2).requires_grad_()
+        y = ops.norm_relu(x, ops.Norm(*torch.randn(4, 32).abs(), training, 0.1, 1e-5), 2.)
+        found += [y, torch.autograd.grad(y.sin().sum(), x)[0]]
+    for inner, columns in ((3, 5), (20, 70), (530, 33)):
+        project, x = ops.Linear(torch.randn(columns, inner), torch.randn(columns)), torch.randn(2, 5, 7, inner)
+        first, last = (ops.ScaleShiftReLU(torch.randn(n), torch.randn(n), 2.) for n in (inner, columns))
+        with torch.no_grad():
+            found += [project(x, first), project(x[..., :inner]), project.add_to(torch.ones(2, 5, 7, columns), x, last)]
     return [x.detach() for x in found]
 
 
@@ -255,7 +277,7 @@ def main():
             refused, taken = fuzz()
         library.run = run
         assert refused > 5 * taken > 0, 'most of what is wrong is refused before an address is followed'
-        assert set(calls) == {'san', 'san_backward', 'san_stem', 'san_scaled'}
+        assert set(calls) == {'san', 'san_backward', 'san_linear', 'san_stem', 'san_scaled', 'san_normed'}
         for x, y in zip(plain, same):
             assert torch.equal(x, y), 'what lies around an array changes the result'
 

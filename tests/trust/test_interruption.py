@@ -1,7 +1,6 @@
-"""A few kills of each kind, as tests/trust/run_kills.py does many; and files that are cut short at any place."""
+"""A few kills of each kind (tools/run_kills.py does many), and files truncated at any offset."""
 import logging
 import os
-import pathlib
 import signal
 import sys
 import types
@@ -12,16 +11,13 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-import drive_server
 from san_backbones import _requirements, hub
-from san_backbones._files import written_whole
+from san_backbones._files import atomic_write
+from tests import drive_server
+from tools import kills
 
 if sys.platform == 'win32':
     pytest.skip('kills children of fork', allow_module_level=True)
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import kills
-
 
 needs_conversion = pytest.mark.skipif(
     _requirements.older(timm.__version__, _requirements.LEAST_FOR_CONVERSION['timm']),
@@ -55,6 +51,12 @@ def test_first_use(tmp_path):
 @needs_conversion
 def test_publishing(tmp_path):
     interrupt(kills.Publishing(tmp_path / 'files'), tmp_path, 1, 4)
+
+
+@pytest.mark.parametrize('pool, workers', [('avg', 0), ('none', 1)])
+def test_features(pool, workers, tmp_path):
+    pytest.importorskip('pyarrow', reason='needs the features extra')
+    interrupt(kills.Extraction(tmp_path / 'files', pool, workers), tmp_path, 1, 6)
 
 
 # --- Trainings -------------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def test_a_whole_checkpoint_is_not_called_damaged(tmp_path, monkeypatch):
 
     monkeypatch.setenv('HOME', str(tmp_path))
     assert checkpoints.load_from_local('~/whole.pth', 'cpu') == {'state_dict': {}}
-    monkeypatch.setattr(checkpoints, '_load_data', no_memory)
+    monkeypatch.setattr(checkpoints, 'load_data', no_memory)
     with pytest.raises(torch.OutOfMemoryError, match='^CUDA out of memory$'):
         checkpoints.load_from_local(str(tmp_path / 'whole.pth'), 'cpu')
     (tmp_path / 'old.pth').write_bytes(b'of a format that is no archive')
@@ -183,7 +185,7 @@ def test_a_whole_checkpoint_is_not_called_damaged(tmp_path, monkeypatch):
     def other(*arguments):
         raise RuntimeError('something else')
 
-    monkeypatch.setattr(checkpoints, '_load_data', other)
+    monkeypatch.setattr(checkpoints, 'load_data', other)
     with pytest.raises(RuntimeError, match='^something else$'):
         checkpoints.load_from_local(str(tmp_path / 'whole.pth'), 'cpu')
 
@@ -197,7 +199,7 @@ def test_what_lay_there_stays_until_all_is_written(ends, tmp_path):
     child = os.fork()
     if child == 0:
         try:
-            with written_whole(path) as part:
+            with atomic_write(path) as part:
                 assert part.name == path.name
                 part.write_bytes(b'newer, the first half')
                 if ends == 'error':

@@ -1,17 +1,14 @@
-"""Some of what tests/trust/run_long.py runs for long; and that every cache of the package is bounded."""
+"""Short runs of tools/run_long.py, and a check that every cache of the package is bounded."""
 import ast
 import pathlib
-import sys
 
 import pytest
 import torch
 
 import san_backbones
 from san_backbones import ops
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import run_long
-from run_long import NAMES, WARM_UP, WINDOWS, calls, images, lives, loads, make, training, watch
+from tools import run_long
+from tools.run_long import NAMES, WARM_UP, WINDOWS, calls, images, lives, loads, make, training, watch
 
 
 # --- The measure -----------------------------------------------------------------------------------------------------
@@ -106,12 +103,13 @@ def test_no_backend_stays_asked_for():
 
 PACKAGE = pathlib.Path(san_backbones.__file__).parent
 CACHES = {  # what is kept for the life of the process, by file and name, and its bound
-    'cli/app.py distill': 'a default that is kept',  # typer wants lists; nothing is put into them
+    '_pictures.py _zip': 8,
     'fuse.py _watch_optimizers': 'one',
-    'hub.py _copied': 'one',
+    'hub.py _unpack_shipped': 'one',
     'hub.py manifest': 'one',
     'ops/native/attention.py _reflection_index': 64,
     'ops/native/library.py _load': 'one',
+    'ops/native/library.py codes': 'none',  # one for each relation
     'ops/native/library.py warn_if_unavailable': 'one',
     'ops/native/threads.py runtime': 'none',  # of libraries: a process loads one
     'ops/triton/__init__.py _fault': 'one',
@@ -209,7 +207,7 @@ def test_caches_after_many_sizes():
     for stage in model.stages:
         folded, = stage._folded
         for block in folded.blocks:
-            assert len(block.places) == 1 and len(block.gamma.cache) <= len(ops.fused.PATHS)
+            assert len(block.places) == 1 and len(block.gamma.cache) <= len(ops.fused.FUSED)
 
 
 def test_tuning_is_kept_for_kinds_of_sizes(monkeypatch):

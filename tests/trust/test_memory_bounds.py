@@ -30,7 +30,7 @@ def call(cls, path, training, size):
 
 
 def fits(cls, path, training, size):
-    """Whether a call gets by with the memory that it is allowed."""
+    """Whether a call succeeds with the allowed memory."""
     import resource
     call(cls, path, training, (4, 5))  # threads of autograd, buffers of libraries
     with open('/proc/self/statm') as statm:

@@ -1,4 +1,4 @@
-"""Input that no path can take is refused in words, before an address is followed."""
+"""Input that no backend can take raises an error before an address is used."""
 import re
 
 import numpy as np
@@ -227,12 +227,19 @@ def test_a_single_value_in_training(path):
     ('stem', {2: lambda x: x[:1]}, r'bias must be a float32 tensor \[8\]'),
     ('stem_backward', {0: lambda x: x[:, :, :1]}, r'gradient must be a floating tensor \[2, 8, 3, 3\] on cpu, got'),
     ('stem_backward', {0: lambda x: x.long()}, 'gradient must be a floating tensor.*int64'),
+    ('moments', {0: lambda x: x[0]}, r'x must be \(N, H, W, C\) with C a multiple of \d+, got \[3, 4, 16\]'),
+    ('moments', {0: lambda x: x[..., :9]}, r'C a multiple of \d+, got \[2, 3, 4, 9\]'),
+    ('moments', {0: lambda x: x.double()}, 'x must be a float32 tensor.*float64'),
+    ('scale_shift_relu_gradient', {0: lambda x: x[:1]}, r'gradient must be a float32 tensor \[2, 3, 4, 16\] on cpu'),
+    ('scale_shift_relu_gradient', {5: lambda x: x[:8]}, r'by_x must be a float32 tensor \[16\] on cpu'),
 ])
 def test_operators_around_the_attention(operator, changes, message):
     arguments = {'scale_shift_relu': [torch.randn(2, 64), torch.randn(64), torch.randn(64)],
                  'stem': [torch.randn(2, 3, 6, 7), torch.randn(8, 3), torch.randn(8)],
                  'stem_backward': [torch.randn(2, 8, 3, 3), torch.randn(2, 3, 6, 7), torch.randn(8, 3), torch.randn(8),
-                                   True]}[operator]
+                                   True],
+                 'moments': [torch.randn(2, 3, 4, 16)],
+                 'scale_shift_relu_gradient': [*torch.randn(2, 2, 3, 4, 16), *torch.randn(5, 16), None]}[operator]
     for i, change in changes.items():
         arguments[i] = change(arguments[i])
     with pytest.raises(ValueError, match=message):
@@ -241,9 +248,9 @@ def test_operators_around_the_attention(operator, changes, message):
 
 @pytest.mark.skipif(ops.native.unavailable() is not None, reason='no compiled loops')
 @pytest.mark.parametrize('name, change, message', [
-    ('shape', lambda x: x[:-1], r'shape must be 8 integers \(relation, .*, path\)'),
-    ('shape', lambda x: [*x[:-1], 2], r'path must be 0 .* or 1 .*, got 2'),
-    pytest.param('shape', lambda x: [*x[:-1], 1], 'Triton kernels do not serve these maps', marks=pytest.mark.skipif(
+    ('shape', lambda x: x[:-1], r'shape must be 8 integers \(relation, .*, backend\)'),
+    ('shape', lambda x: [*x[:-1], 2], r'backend must be one of 0 \(native\), 1 \(triton\), got 2'),
+    pytest.param('shape', lambda x: [*x[:-1], 1], 'triton backend does not serve these maps', marks=pytest.mark.skipif(
         'triton' in ops.available_backends('cpu'), reason='in the interpreter they do')),
     ('shape', lambda x: [x[0], 2, *x[2:]], 'absolute must be 0 or 1, got 2'),
     ('shape', lambda x: [*x[:2], 4, *x[3:]], 'kernel_size=4'),

@@ -1,11 +1,11 @@
-"""Kills trainings, downloads, conversions and publications at random moments and at each kind of change to files.
+"""Kills trainings, downloads, conversions, publications and extractions at random times and at changes to files.
 
-    python tests/trust/run_kills.py KIND|all [--kills 20] [--exact 20] [--seed 0]
+    python -m tools.run_kills KIND|all [--kills 20] [--exact 20] [--seed 0]
 
-KIND is training, download, first-use, conversion or publishing.
+KIND is training, download, first-use, conversion, publishing or features.
 
-Each time the same is run again and must end as if nothing had happened; nothing half done may be accepted meanwhile.
-Prints a line of figures for each job. Needs the mm extra for trainings.
+Each job is then run again and must end as if nothing had happened; an incomplete result must not be accepted in
+between. Prints a line of figures for each job. Trainings need the mm extra.
 """
 import argparse
 import pathlib
@@ -13,14 +13,15 @@ import sys
 import tempfile
 
 import torch
-from kills import Conversion, Download, FirstUse, Publishing, Training, interrupt
+
+from tools.kills import Conversion, Download, Extraction, FirstUse, Publishing, Training, interrupt
 
 
 def jobs(kind: str, base: pathlib.Path) -> list:
-    """The jobs of a kind."""
+    """Returns the jobs of a kind."""
     if kind == 'training':
         import mmengine.config.config as mmengine_config
-        # MMEngine formats the whole config for each log and checkpoint, which takes longer than training does here
+        # MMEngine formats the whole config for each log and checkpoint, which takes longer than the training here
         mmengine_config.FormatCode = lambda text, **kwargs: (text, True)
         return [Training(base / 'pictures', loop, keep) for loop, keep in (('iters', 2), ('epochs', -1))]
     if kind == 'download':
@@ -29,11 +30,13 @@ def jobs(kind: str, base: pathlib.Path) -> list:
         return [FirstUse(base / 'authors')]
     if kind == 'conversion':
         return [Conversion(base / 'one'), Conversion(base / 'two', over=True)]
+    if kind == 'features':
+        return [Extraction(base / 'features', pool, workers) for pool in ('avg', 'none') for workers in (0, 1)]
     return [Publishing(base / 'drive')]
 
 
 def main() -> int:
-    kinds = ['training', 'download', 'first-use', 'conversion', 'publishing']
+    kinds = ['training', 'download', 'first-use', 'conversion', 'publishing', 'features']
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('what', choices=[*kinds, 'all'])
     parser.add_argument('--kills', type=int, default=20, help='after a random time, of each job')

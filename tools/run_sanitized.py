@@ -1,10 +1,10 @@
 """Builds the compiled loops with AddressSanitizer and UndefinedBehaviorSanitizer and runs their tests on them.
 
-    python tests/run_sanitized.py [CAPABILITY ...]
+    python -m tools.run_sanitized [CAPABILITY ...]
 
-The package is built into .cache/sanitized and imported from there; the loops that are installed are left alone. The
-tests run for every instruction set that torch finds here (default, avx2, avx512), or for those named. Needs Linux and a
-GCC that brings libasan and libubsan (`CC` names another).
+The package is built into .cache/sanitized and imported from there; installed loops are not touched. The tests run for
+every instruction set that torch finds here (default, avx2, avx512), or for the given ones. Needs Linux and a GCC with
+libasan and libubsan (`CC` names another).
 """
 import os
 import pathlib
@@ -21,23 +21,26 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / '.cache' / 'sanitized'
 FLAGS = ['-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-fno-omit-frame-pointer', '-g1', '-O1']
-TESTS = ('tests/ops/test_native.py', 'tests/ops/test_pointwise.py', 'tests/trust/test_bad_input.py',
-         'tests/trust/test_refusals.py')
+TESTS = ('tests/ops/test_linear.py', 'tests/ops/test_conformance.py', 'tests/ops/test_native.py',
+         'tests/ops/test_pointwise.py', 'tests/trust/test_bad_input.py', 'tests/trust/test_refusals.py')
+# tests that need other builds, or a compiler of graphs
+LEFT_OUT = ('other_instruction_sets', 'libraries_of_other_sources', 'operator_contract', 'registered_as',
+            'compiled_graphs')
 BUILDS = {'default': 'baseline', 'avx2': 'avx2', 'avx512': 'avx512'}
 
 
 def find(library: str, compiler: list[str]) -> pathlib.Path:
-    """The sanitizer's library as the compiler links it."""
+    """Finds the sanitizer's library that the compiler links."""
     path = pathlib.Path(subprocess.check_output([*compiler, f'-print-file-name={library}'], text=True).strip())
-    if not path.is_absolute() or not path.exists():  # GCC answers with the bare name where it has none
-        sys.exit(f'{shlex.join(compiler)} has no {library}, which runs what -fsanitize compiles: install it (it comes '
+    if not path.is_absolute() or not path.exists():  # GCC prints the bare name if it has none
+        sys.exit(f'{shlex.join(compiler)} has no {library}, which -fsanitize needs: install it (it comes '
                  'with gcc on Debian and Ubuntu; Fedora: dnf install libasan libubsan) or set CC to a GCC that has it. '
                  'Clang keeps its sanitizers elsewhere and is not supported here')
     return path.resolve()
 
 
 def build(compiler: list[str]) -> None:
-    """The Python files, and the libraries that setup.py describes, compiled with the sanitizers."""
+    """Copies the Python files, and compiles the libraries that setup.py describes with the sanitizers."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     package = ROOT / 'san_backbones'
     shutil.copytree(package, FOLDER / 'san_backbones', ignore=shutil.ignore_patterns('*.so', '__pycache__'))
@@ -54,7 +57,7 @@ def build(compiler: list[str]) -> None:
 
 
 def run_tests(capability: str, environment: dict[str, str]) -> bool | None:
-    """Whether the tests pass with the build for a capability of torch's; None where the processor has none."""
+    """Whether the tests pass with the build for a CPU capability of torch; None if the processor lacks it."""
     environment = {**environment, 'ATEN_CPU_CAPABILITY': capability}
     code = ('import san_backbones; from san_backbones.ops import native; '
             'print(san_backbones.__file__, native.build(), sep="\\n")')
@@ -68,16 +71,18 @@ def run_tests(capability: str, environment: dict[str, str]) -> bool | None:
         print(f'{capability}: this processor takes {name}', flush=True)
         return None
     print(f'{capability}: {name}', flush=True)
-    # from that folder, which python -m puts first. The fault of a process that a test starts is that test's
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-c', ROOT / 'pyproject.toml',
-               '--rootdir', ROOT, '-k', 'not other_instruction_sets and not operator_contract',
+    # -p imports the package from that folder, before pytest puts the checkout on the path. A fault in a process that a
+    # test starts fails that test
+    command = [sys.executable, '-m', 'pytest', '-p', 'san_backbones', '-p', 'no:cacheprovider', '-q', '-x',
+               '-c', ROOT / 'pyproject.toml', '--rootdir', ROOT,
+               '-k', ' and '.join(f'not {name}' for name in LEFT_OUT),
                *(ROOT / test for test in TESTS if (ROOT / test).exists())]
     return subprocess.run(command, cwd=FOLDER, env=environment).returncode == 0
 
 
 def main() -> None:
     if not sys.platform.startswith('linux'):
-        sys.exit(f'the sanitizers are preloaded, which is done on Linux; this is {sys.platform}')
+        sys.exit(f'the sanitizers are preloaded, which works on Linux only; this is {sys.platform}')
     compiler = shlex.split(os.environ.get('CC', 'gcc'))
     if shutil.which(compiler[0]) is None:
         sys.exit(f'no compiler {compiler[0]}: install GCC, or set CC to one')

@@ -1,10 +1,10 @@
-"""Runs timm's own model tests for the models of this package.
+"""Runs timm's own model tests on the models of this package.
 
-timm's wheel carries no tests, so the source distribution of the installed version is fetched with pip. The only change
-to the tests: the module 'san' is added to the list of modules whose intermediate features are tested. Those that load
-pretrained weights get random ones, from a folder.
+timm's wheel has no tests, so pip downloads the source distribution of the installed version. The only change to the
+tests: the module 'san' is added to the list of modules whose intermediate features are tested. Tests that load
+pretrained weights get random ones from a folder.
 
-    python tests/run_timm_tests.py [pytest arguments]
+    python -m tools.run_timm_tests [pytest arguments]
 """
 import importlib.metadata
 import os
@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 import san_backbones  # noqa: F401
 from san_backbones import hub
 
-# test_model_inference compares with outputs that timm's own test models have in their repositories on the Hub
+# test_model_inference compares with outputs in the Hub repositories of timm's own test models
 SELECTED = '(san10 or san15 or san19 or test_san) and not test_model_inference'
 
 
 def fetch_tests(folder: pathlib.Path, version: str) -> pathlib.Path:
-    """Puts timm's tests of that version into `folder` and returns their folder."""
+    """Downloads timm's tests of a version into `folder` and returns their folder."""
     tests = folder / f'timm-{version}' / 'tests'
     if (tests / 'test_models.py').exists():
         return tests
@@ -40,14 +40,14 @@ def fetch_tests(folder: pathlib.Path, version: str) -> pathlib.Path:
     text = models.read_text()
     marker = 'FEAT_INTER_FILTERS = ['
     if marker not in text:
-        sys.exit(f'{models}: no line {marker!r}; adapt tests/run_timm_tests.py to timm {version}')
+        sys.exit(f'{models}: no line {marker!r}; adapt tools/run_timm_tests.py to timm {version}')
     models.write_text(text.replace(marker, f"{marker}'san', ", 1))
     (tests / 'pytest.ini').write_text('[pytest]\n')
     return tests
 
 
 def write_weights(folder: pathlib.Path) -> None:
-    """Random weights for every model that has a repository on the Hub."""
+    """Writes random weights for every model with a repository on the Hub."""
     for name in timm.list_pretrained('*san*'):
         repository = timm.get_pretrained_cfg(name).hf_hub_id
         path = folder / f'{repository.partition("/")[2]}.safetensors' if repository else None

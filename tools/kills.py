@@ -1,8 +1,8 @@
-"""Jobs that are killed at random moments and at exact ones, and started again.
+"""Kills jobs at random times and at exact moments, and starts them again.
 
-A job runs in a child of a process that has imported everything already, so that a child costs no more than its work.
-Children die of SIGKILL after a random time, or just before or just after one of their changes to files: an opening for
-writing, a renaming, a removal. Linux and macOS.
+A job runs in a forked child of a process that has imported everything already, so a child only costs its own work.
+Children are killed by SIGKILL after a random time, or just before or after one of their changes to files: opening for
+writing, renaming, removing. Linux and macOS.
 """
 import collections
 import contextlib
@@ -20,25 +20,23 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-TESTS = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / 'mm'), str(TESTS / 'weights')]
+import torch
 
-import torch  # noqa: E402
-from hub_server import HubServer  # noqa: E402
+from tests.hub_server import HubServer
 
 PATIENCE = 300  # seconds
 CHANGES = {'os.rename', 'os.remove', 'os.mkdir', 'os.link', 'os.symlink', 'os.truncate', 'os.rmdir'}
 
 
 class Moment(NamedTuple):
-    """When a child dies: after some seconds; or before a change to files, the first being number 1, or after it."""
+    """When to kill a child: after some seconds, or before or after a change to files."""
     kind: str  # 'time', 'before', 'after'
-    at: float
-    delay: float = 0.  # seconds that go by after the change
+    at: float  # seconds, or number of the change, from 1
+    delay: float = 0.  # seconds after the change
 
 
 class Ended(NamedTuple):
-    status: int  # as subprocess has it: -9 for a child that was killed
+    status: int  # as in subprocess: -9 for a killed child
     output: str
     seconds: float
     changes: int
@@ -54,7 +52,7 @@ def _is_change(event: str, arguments: tuple, folder: str) -> bool:
 
 
 def run(work: Callable[[], None], folder: pathlib.Path, moment: Moment | None = None) -> Ended:
-    """Runs `work` in a child, to its end or to a moment; changes are counted below `folder`."""
+    """Runs `work` in a child, to its end or to a moment; counts changes to files below `folder`."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as counter:
         start = time.monotonic()
         child = os.fork()
@@ -74,7 +72,7 @@ def run(work: Callable[[], None], folder: pathlib.Path, moment: Moment | None = 
                     if moment is not None and changes == moment.at and moment.kind == 'before':
                         os.kill(os.getpid(), signal.SIGKILL)
                     elif moment is not None and changes == moment.at and moment.kind == 'after':
-                        signal.setitimer(signal.ITIMER_REAL, max(moment.delay, 1e-6))  # nobody catches it: death
+                        signal.setitimer(signal.ITIMER_REAL, max(moment.delay, 1e-6))  # SIGALRM is not caught
 
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 sys.addaudithook(watch)
@@ -107,34 +105,34 @@ def run(work: Callable[[], None], folder: pathlib.Path, moment: Moment | None = 
 
 
 class Job:
-    """Something that can be interrupted."""
+    """A job that can be interrupted."""
 
     name = ''
 
     def open(self, folder: pathlib.Path) -> None:
-        """Makes what the job needs, in a fresh folder, in the parent."""
+        """Prepares the job in a fresh folder, in the parent."""
 
     def close(self) -> None:
-        """Ends what `open` began."""
+        """Releases what `open` acquired."""
 
     def work(self) -> None:
-        """The job, in the child; an exception is a failure."""
+        """Does the job, in the child; an exception is a failure."""
         raise NotImplementedError
 
     def remember(self) -> None:
-        """Takes what is there after a whole run for what is to be there after any."""
+        """Stores the result of a complete run as the expected result."""
         raise NotImplementedError
 
     def check_killed(self) -> None:
-        """Fails if something that is there now, half done, would be taken for whole."""
+        """Fails if an incomplete result would be accepted as complete."""
 
     def check_done(self) -> None:
-        """Fails unless all is as after a whole run."""
+        """Fails unless the result equals that of a complete run."""
         raise NotImplementedError
 
 
 def _whole_runs(job: Job, base: pathlib.Path) -> tuple[float, int]:
-    """Seconds and changes of a run that nobody interrupts, the second of two."""
+    """Runs the job twice without interruption; returns seconds and changes of the second run."""
     for _ in range(2):
         with _fresh(job, base) as folder:
             ended = run(job.work, folder)
@@ -158,14 +156,14 @@ def _fresh(job: Job, base: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def interrupt(job: Job, base: pathlib.Path, kills: int, exact: int, seed: int = 0) -> dict[str, Any]:
-    """Kills a job `kills` times after a random time, and `exact` times at changes to files; each time runs it again.
+    """Kills a job `kills` times after a random time and `exact` times at changes to files; runs it again each time.
 
     Returns:
-        Figures: how many were killed, how many had ended before (none of the `kills`), seconds and changes of a whole
-        run.
+        Figures: how many were killed, how many had ended before (not counted in `kills`), seconds and changes of a
+        complete run.
 
     Raises:
-        AssertionError: Something half done counted as whole, or running again did not do.
+        AssertionError: An incomplete result was accepted, or running again did not complete it.
     """
     rng = random.Random(seed)
     seconds, changes = _whole_runs(job, base)
@@ -173,7 +171,7 @@ def interrupt(job: Job, base: pathlib.Path, kills: int, exact: int, seed: int = 
     chosen = rng.sample(points, min(exact, len(points))) + rng.choices(points, k=max(0, exact - len(points)))
     moments = [Moment(kind, at, 10 ** rng.uniform(-6, -2)) for kind, at in chosen]
     figures: collections.Counter = collections.Counter()
-    latest = seconds  # less while runs are quicker than the whole one was, as on a machine that was busy then
+    latest = seconds  # lowered if runs are now faster than the complete one, as on a machine that was busy then
     while moments or figures['killed after a random time'] < kills:
         moment = moments.pop() if moments else Moment('time', rng.uniform(0, latest))
         with _fresh(job, base) as folder:
@@ -202,7 +200,7 @@ def _contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def _assert_equal(found: Any, expected: Any, where: str = '') -> None:
-    """Nested dicts and lists of tensors and plain values, to the bit."""
+    """Compares nested dicts and lists of tensors and plain values bit for bit."""
     if isinstance(expected, torch.Tensor):
         assert torch.equal(found, expected), where
     elif isinstance(expected, dict):
@@ -221,12 +219,12 @@ class Training(Job):
     """MMEngine's Runner with ExactResumeHook, augmentation and stochastic depth; each run asks to resume."""
 
     def __init__(self, pictures: pathlib.Path, loop: str = 'iters', keep: int = -1):
-        import tiny_training
+        from tests.mm import tiny_training
         self.tiny, self.keep = tiny_training, keep
         self.pictures = pictures if (pictures / 'coco.json').exists() else tiny_training.make_pictures(pictures)
         self.loop, self.name = dict(iters=dict(iters=6), epochs=dict(epochs=2))[loop], f'training by {loop}'
         self.expected: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory() as folder:  # for what is imported when it is first needed
+        with tempfile.TemporaryDirectory() as folder:  # runs once for imports on first use
             self.folder = pathlib.Path(folder)
             self.work()
 
@@ -289,7 +287,7 @@ class _HubJob(Job):
 
 
 class Download(_HubJob):
-    """`hub.weights`, from a Hub that takes its time."""
+    """`hub.weights`, from a slow Hub."""
     name = 'download'
 
     def __init__(self):
@@ -337,9 +335,9 @@ class Download(_HubJob):
 
 
 def _released(path: pathlib.Path, seed: int) -> None:
-    """A file in the authors' format."""
-    import oracle
-    from small_models import SPECS
+    """Writes a file in the authors' format."""
+    from tests import oracle
+    from tests.weights.small_models import SPECS
     state = oracle.random_tensors(oracle.state_shapes(SPECS['test_san_patchwise'], 1000), seed)
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     torch.save(oracle.released_checkpoint(state), path)
@@ -353,7 +351,7 @@ def _manifest(path: pathlib.Path) -> None:
 
 
 class Conversion(Job):
-    """`weights convert`, into a folder that is new, or over another checkpoint's conversion."""
+    """`weights convert`, into a new folder, or over another checkpoint's conversion."""
 
     def __init__(self, base: pathlib.Path, over: bool = False):
         from san_backbones.weights import convert
@@ -393,7 +391,7 @@ class Conversion(Job):
         found = {name: content for name, content in _contents(self.folder / 'out').items() if not name.endswith('.tmp')}
         for name, content in found.items():
             assert content in (self.expected[name], self.before.get(name)), name
-        if 'model.safetensors' in found:  # it is never beside the config and the card of another
+        if 'model.safetensors' in found:  # never with the config and the card of another checkpoint
             assert found in (self.expected, self.before)
 
     def check_done(self) -> None:
@@ -401,14 +399,14 @@ class Conversion(Job):
 
 
 class FirstUse(Job):
-    """`authors.weights`: gdown, from a Google Drive that asks for confirmation and takes its time, and the conversion.
+    """`authors.weights`: gdown from a slow Google Drive that asks for confirmation, and the conversion.
 
-    The part that was downloaded is gone on from, or begun anew; who comes second, too.
+    A partial download is resumed or restarted, also by a second process.
     """
     name = 'first use'
 
     def __init__(self, base: pathlib.Path):
-        import gdown  # noqa: F401, before the children need it
+        import gdown  # noqa: F401, imported before the children are forked
 
         from san_backbones import hub
         from san_backbones.weights import authors, convert  # noqa: F401
@@ -421,7 +419,7 @@ class FirstUse(Job):
         self.base = base
 
     def open(self, folder: pathlib.Path) -> None:
-        from drive_server import DriveServer
+        from tests.drive_server import DriveServer
         self.folder, self.drive = folder, DriveServer(self.base / 'server')
         self.drive.put('drive-id', self.content)
         self.drive.page, self.drive.step, self.drive.pause = 'confirm', 1 << 15, 0.01
@@ -458,14 +456,14 @@ class FirstUse(Job):
             assert path.read_bytes() == self.expected
 
     def check_done(self) -> None:
-        place = self.folder / 'cache' / 'test_san_patchwise.in1k'
-        found = {path.name: path for path in place.iterdir()}
+        folder = self.folder / 'cache' / 'test_san_patchwise.in1k'
+        found = {path.name: path for path in folder.iterdir()}
         assert found.keys() == {'.lock', 'provenance.json', 'model.safetensors'}, found
         assert found['model.safetensors'].read_bytes() == self.expected
 
 
 class Publishing(_HubJob):
-    """`weights publish`, with a Google Drive and a Hub that take their time."""
+    """`weights publish`, with a slow Google Drive and a slow Hub."""
     name = 'publishing'
 
     def __init__(self, base: pathlib.Path):
@@ -523,8 +521,62 @@ class Publishing(_HubJob):
         published = self._published()
         assert published in ({}, self.expected)
         assert self._digests() in ((None, None), self.digests)
-        assert published or self._digests() == (None, None), 'recorded what is not published'
+        assert published or self._digests() == (None, None), 'recorded before it was published'
 
     def check_done(self) -> None:
         assert self._published() == self.expected and self._digests() == self.digests
         assert len(self.hub.commits('org/test_san_patchwise.in1k')) == 2  # the first makes the repository
+
+
+class Extraction(Job):
+    """`extract`, from single pictures, some of them broken, and a tar."""
+
+    def __init__(self, base: pathlib.Path, pool: str = 'avg', workers: int = 0):
+        import tarfile
+
+        import numpy as np
+        from PIL import Image
+
+        from san_backbones import extract
+        self.extract, self.pool, self.workers = extract, pool, workers
+        self.name = f'features, {"maps" if pool == "none" else "vectors"}, {workers} workers'
+        self.pictures = base / 'pictures'
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        draw = np.random.default_rng(0)
+        with tarfile.open(self.pictures / 'shard.tar', 'w') as tar:
+            for number in range(12):
+                path = self.pictures / f'{number:02d}.png'
+                Image.fromarray(draw.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+                if number % 5 == 2:
+                    path.write_bytes(path.read_bytes()[:100])
+                tar.add(path, f'{number}.png')
+        self.expected: dict[str, bytes] = {}
+
+    def open(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+
+    def work(self) -> None:
+        report = self.extract.extract(
+            self.pictures, self.folder / 'out', 'test_san_patchwise', self.extract.Settings(
+                size=(32, 32), partition=5, batch_size=2, pool=self.pool), workers=self.workers, progress=False)
+        assert (report.complete, report.pictures, report.rows, report.errors) == (True, 24, 20, 4)
+
+    def _contents(self, *, hidden: bool = True) -> dict[str, bytes]:
+        out = self.folder / 'out'
+        return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob('*')
+                if path.is_file() and (hidden or not any(part.startswith('.') for part in path.parts))}
+
+    def remember(self) -> None:
+        self.expected = self._contents()
+        parts = [name for name in self.expected if name.startswith('features')]
+        assert len(parts) == 6 and {'job.json', 'errors.parquet'} < self.expected.keys()
+
+    def check_killed(self) -> None:
+        for name, content in self._contents(hidden=False).items():
+            assert content == self.expected[name], name
+
+    def check_done(self) -> None:
+        found = self._contents()
+        assert found.keys() == self.expected.keys()
+        for name, content in found.items():
+            assert content == self.expected[name], name

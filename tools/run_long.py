@@ -1,9 +1,9 @@
-"""Long trainings, many inference calls, and models made, loaded and deleted over and over, with an eye on memory.
+"""Searches memory leaks: long trainings, many inference calls, and models made, loaded and deleted repeatedly.
 
-    python tests/trust/run_long.py [training calls lives loads] [--steps 2000] [--calls 10000] [--rounds 200]
+    python -m tools.run_long [training calls lives loads] [--steps 2000] [--calls 10000] [--rounds 200]
 
-Prints a line for each run: memory after a warm-up and at the end, growth, and time. Exit status 1 if any grew by more
-than BOUNDS and NOISE allow. The runs of SANBackbone need the mm extra.
+Prints a line for each run: memory after a warm-up and at the end, growth, and time. Exit status 1 if any run grew by
+more than BOUNDS and NOISE. The runs of SANBackbone need the mm extra.
 """
 import argparse
 import array
@@ -32,28 +32,28 @@ import san_backbones
 from san_backbones import ops
 
 WINDOWS, WARM_UP = 10, 2
-"""How often memory is read, and how many of the first times do not count."""
+"""How often memory is read, and how many first readings do not count."""
 NAMES = ('test_san_pairwise', 'test_san_patchwise')
 
 
 # --- What is read ----------------------------------------------------------------------------------------------------
 
 class Reading(NamedTuple):
-    """What is in use; None where the platform does not tell."""
-    tensors: int  # that Python knows, made since the run began
-    objects: int  # that Python's collector tracks, made since the run began
-    blocks: int  # of Python's allocator: also what the collector does not track
-    heap: int | None  # bytes given out by malloc: all that torch and the native loops hold
-    rss: int | None  # bytes of resident memory, after malloc gave back what it could
+    """Memory in use; None if the platform does not report it."""
+    tensors: int  # Python tensors made since the run began
+    objects: int  # objects that Python's collector tracks, made since the run began
+    blocks: int  # blocks of Python's allocator, also of objects that the collector does not track
+    heap: int | None  # bytes allocated by malloc: everything that torch and the native loops hold
+    rss: int | None  # bytes of resident memory, after malloc returned what it could
 
 
 BOUNDS = Reading(tensors=0, objects=20, blocks=200, heap=100_000, rss=1_000_000)
-"""Growth per 1,000 repetitions that passes. One small tensor kept by each repetition is 1,000 tensors and objects and,
-even where Python does not see it, more than 300,000 bytes of heap. Resident memory cannot tell as well: it has
-fragments, and pages that are touched late.
+"""Accepted growth per 1,000 repetitions. One small tensor leaked per repetition is 1,000 tensors and objects and, even
+if Python does not see it, more than 300,000 bytes of heap. Resident memory is less precise: it has fragments, and pages
+that are touched late.
 """
 NOISE = Reading(tensors=0, objects=20, blocks=1000, heap=30_000, rss=4_000_000)
-"""Growth over a whole run that passes, however short it is: free lists of the interpreter, lists that were enlarged."""
+"""Accepted growth over a whole run of any length: free lists of the interpreter, lists that were enlarged."""
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -62,7 +62,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def _libc() -> ctypes.CDLL | None:
-    """glibc, 2.33 or newer."""
+    """Returns glibc, 2.33 or newer, else None."""
     if not sys.platform.startswith('linux'):
         return None
     libc = ctypes.CDLL(None)
@@ -76,7 +76,7 @@ LIBC = _libc()
 
 
 def read() -> Reading:
-    """What is in use once garbage is collected."""
+    """Reads memory in use after a garbage collection."""
     gc.collect()
     blocks = sys.getallocatedblocks()
     heap = rss = None
@@ -93,16 +93,16 @@ def read() -> Reading:
 
 
 def slope(values: Sequence[int]) -> float:
-    """Growth from one value to the next: the median of all pairs.
+    """Returns the growth from one value to the next: the median over all pairs.
 
-    A cache that fills up once, or a page that the system takes once, does not move the median; a leak moves every pair.
+    A cache that fills once, or a page that is allocated once, does not move the median; a leak moves every pair.
     """
     pairs = itertools.combinations(enumerate(values), 2)
     return statistics.median((b - a) / (j - i) for (i, a), (j, b) in pairs)
 
 
 class Figures(NamedTuple):
-    """What a run showed."""
+    """The results of a run."""
     name: str
     repetitions: int
     counted: int  # without the warm-up
@@ -112,7 +112,7 @@ class Figures(NamedTuple):
     growth: dict[str, float]  # per 1,000 repetitions
 
     def excess(self) -> list[str]:
-        """What grew by more than it may."""
+        """Lists what grew by more than is accepted."""
         return [f'{name} grew by {found:.0f} per 1,000, {getattr(BOUNDS, name)} are allowed'
                 for name, found in self.growth.items()
                 if found > getattr(BOUNDS, name) and found * self.counted / 1000 > getattr(NOISE, name)]
@@ -129,14 +129,14 @@ class Figures(NamedTuple):
 
 
 def watch(name: str, step: Callable[[int], None], count: int, period: int = 1, windows: int = WINDOWS) -> Figures:
-    """Calls step(0), step(1), ... about `count` times, and reads memory now and then, always after whole periods.
+    """Calls step(0), step(1), ... about `count` times, and reads memory at intervals, always after whole periods.
 
-    Objects that were there before do not count, which keeps reading quick.
+    Objects that existed before do not count, which keeps reading fast.
     """
     length = max(1, count // windows // period) * period
     numbers = itertools.count()
     start = time.monotonic()
-    found = {name: array.array('q', [0] * windows) for name in Reading._fields}  # all there from the start
+    found = {name: array.array('q', [0] * windows) for name in Reading._fields}  # allocated before the first reading
     gc.collect()
     gc.freeze()
     try:
@@ -156,7 +156,7 @@ def watch(name: str, step: Callable[[int], None], count: int, period: int = 1, w
 # --- What is run -----------------------------------------------------------------------------------------------------
 
 def images(count: int, batch: int = 1, largest: int = 128) -> list[torch.Tensor]:
-    """Images of `count` different sizes."""
+    """Makes images of `count` different sizes."""
     sides = range(32, largest + 1, 2)
     sizes = random.Random(0).sample(list(itertools.product(sides, sides)), count)
     generator = torch.Generator().manual_seed(0)
@@ -169,7 +169,7 @@ def make(name: str, **options) -> torch.nn.Module:
 
 
 def training(model: torch.nn.Module, backend: str, pictures: list[torch.Tensor]) -> Callable[[int], None]:
-    """A step of AdamW on images of changing sizes; the model may return a map, or a tuple of them."""
+    """Returns a step of AdamW on images of changing sizes; the model may return logits, or a tuple of maps."""
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
     losses: list[float] = []
@@ -190,7 +190,7 @@ def training(model: torch.nn.Module, backend: str, pictures: list[torch.Tensor])
 
 def calls(model: torch.nn.Module, pictures: list[torch.Tensor], mode: Callable = torch.inference_mode
           ) -> Callable[[int], None]:
-    """An inference call, of another size each time."""
+    """Returns an inference call, with another image size each time."""
     model.eval()
 
     def step(i: int) -> None:
@@ -201,7 +201,7 @@ def calls(model: torch.nn.Module, pictures: list[torch.Tensor], mode: Callable =
 
 
 def lives(name: str) -> Callable[[int], None]:
-    """Makes models of every kind, uses them, and deletes them: they are gone at once, without the collector."""
+    """Returns a step that makes, uses and deletes models of every kind; they must be freed without the collector."""
     image = images(1, largest=40)[0]
 
     def used(model: torch.nn.Module) -> torch.nn.Module:
@@ -229,7 +229,7 @@ def lives(name: str) -> Callable[[int], None]:
                     for module in model.modules()]
             del plain, fused, features, copied, pickled, loaded, trained, thread
             alive = [type(ref()).__name__ for ref in gone if ref() is not None]
-            assert not alive, f'{len(alive)} modules live on: {alive}'
+            assert not alive, f'{len(alive)} modules are still alive: {alive}'
         finally:
             gc.enable()
 
@@ -237,7 +237,7 @@ def lives(name: str) -> Callable[[int], None]:
 
 
 def loads(name: str) -> Callable[[int], None]:
-    """Loads other weights into a fused model; its outputs are those of the weights."""
+    """Returns a step that loads other weights into a fused model, whose outputs must follow."""
     image = images(1, largest=40)[0]
     states, expected = [], []
     for seed in range(2):
@@ -248,7 +248,7 @@ def loads(name: str) -> Callable[[int], None]:
             expected.append(san_backbones.fuse_for_inference(model)(image))
 
     def step(i: int) -> None:
-        model.load_state_dict(states[i % 2], assign=i % 4 >= 2)  # what is assigned, the next load but one overwrites
+        model.load_state_dict(states[i % 2], assign=i % 4 >= 2)  # later loads overwrite the assigned tensors
         with torch.inference_mode():
             assert torch.equal(model(image), expected[i % 2])
 
@@ -257,7 +257,7 @@ def loads(name: str) -> Callable[[int], None]:
 
 
 def backbone() -> torch.nn.Module:
-    """An MMDetection backbone."""
+    """Returns an MMDetection backbone."""
     from san_backbones.mm import SANBackbone
     torch.manual_seed(0)
     return SANBackbone(arch=dict(attention='pairwise', depths=(1, 1, 1, 1, 1), widths=(32, 64, 64, 96, 128)))
@@ -266,7 +266,7 @@ def backbone() -> torch.nn.Module:
 # --- All of it -------------------------------------------------------------------------------------------------------
 
 def runs(kind: str, steps: int, count: int, rounds: int) -> Iterator[Figures]:
-    """The runs of a kind."""
+    """Does the runs of a kind."""
     if kind == 'training':
         pictures = images(8, batch=2, largest=48)
         for name, backend in itertools.product(NAMES, ('native', 'tiled')):

@@ -1,9 +1,9 @@
-"""Plants small faults in a copy of the checkout, one at a time, and says which test noticed each.
+"""Plants small faults in a copy of the checkout, one at a time, and reports which test detected each.
 
-    python tests/run_mutants.py [--list] [--only TEXT] [--rest]
+    python -m tools.run_mutants [--list] [--only TEXT] [--rest]
 
-The faults are in mutants.py. A fault that no test notices, and one whose place is not found any more, are errors. The
-results go into the table tests/mutants.md. The compiled loops are built for the least instruction set, which
+The faults are in mutants.py. It is an error if no test detects a fault, or if its text is not found any more. The
+results go into the table tools/mutants.md. The compiled loops are built for the lowest instruction set only, which
 takes a few seconds for each fault in C; tests run in forks of this process, which has imported torch already.
 """
 import argparse
@@ -24,10 +24,11 @@ from typing import NamedTuple
 import pytest
 import timm
 import torch
-from mutants import MUTANTS, Mutant
+
+from tools.mutants import MUTANTS, Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TABLE = ROOT / 'tests' / 'mutants.md'
+TABLE = ROOT / 'tools' / 'mutants.md'
 LIMIT = 300  # seconds for the tests of one fault
 FAILED = re.compile(r'^(?:FAILED|ERROR) (.+?)(?: - .*)?$', re.M)
 
@@ -39,7 +40,7 @@ class Result(NamedTuple):
 
 
 def copy_checkout(to: pathlib.Path) -> None:
-    """What git knows of or would; without the compiled loops, which `build` makes."""
+    """Copies all files that git tracks or would add; `build` makes the compiled loops."""
     listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, check=True,
                             capture_output=True, text=True).stdout
     for name in filter(None, listed.split('\0')):
@@ -63,19 +64,19 @@ def replaced(text: str, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
-def place(folder: pathlib.Path, mutant: Mutant) -> pathlib.Path:
-    """The file that the fault goes into."""
+def locate(folder: pathlib.Path, mutant: Mutant) -> pathlib.Path:
+    """Finds the file that the fault goes into."""
     files = [path for path in sorted(folder.glob(mutant.where)) if path.is_file()]
     counts = {path: path.read_text().count(mutant.old) for path in files}
     if sum(counts.values()) != 1:
         found = ', '.join(f'{count} times in {path.relative_to(folder)}' for path, count in counts.items() if count)
-        sys.exit(f'{mutant.name}: expected its text once in {mutant.where}, found it {found or "nowhere"}. Mend the '
-                 f'entry in tests/mutants.py:\n{mutant.old}')
+        sys.exit(f'{mutant.name}: expected its text once in {mutant.where}, found it {found or "nowhere"}. Correct '
+                 f'the entry in tools/mutants.py:\n{mutant.old}')
     return max(counts, key=lambda path: counts[path])
 
 
 def _run_tests(folder: pathlib.Path, arguments: Sequence[str], output: pathlib.Path, interpret: bool) -> None:
-    """In a process of its own, forked before anything of the package was imported."""
+    """Runs pytest in a process that was forked before the package was imported."""
     os.setpgrp()
     with open(output, 'wb') as file:
         for stream in (1, 2):
@@ -83,7 +84,7 @@ def _run_tests(folder: pathlib.Path, arguments: Sequence[str], output: pathlib.P
     os.chdir(folder)
     os.environ.update(PYTHONPATH=str(folder), OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
     options = ['-q', '-rfE', '--no-header', '--tb=no', '-p', 'no:cacheprovider', *arguments]
-    if interpret:  # which Triton must be told before it is imported
+    if interpret:  # must be set before Triton is imported
         os.environ['TRITON_INTERPRET'] = '1'
         os.execv(sys.executable, [sys.executable, '-m', 'pytest', *options])
     sys.dont_write_bytecode = True
@@ -96,7 +97,7 @@ def _run_tests(folder: pathlib.Path, arguments: Sequence[str], output: pathlib.P
 
 def run_tests(folder: pathlib.Path, arguments: Sequence[str], limit: float | None = None,
               interpret: bool = False) -> tuple[int | None, str]:
-    """pytest's exit code, None for one that did not end in time, and what it printed."""
+    """Runs tests; returns pytest's exit code, None if it did not end in time, and its output."""
     output = folder / 'pytest-output'
     process = multiprocessing.get_context('fork').Process(
         target=_run_tests, args=(folder, arguments, output, interpret))
@@ -110,8 +111,8 @@ def run_tests(folder: pathlib.Path, arguments: Sequence[str], limit: float | Non
 
 
 def judge(folder: pathlib.Path, mutant: Mutant) -> Result:
-    """Plants the fault, runs its tests, takes it out again."""
-    path = place(folder, mutant)
+    """Plants the fault, runs its tests, and removes it again."""
+    path = locate(folder, mutant)
     sound, start = path.read_text(), time.monotonic()
     path.write_text(replaced(sound, mutant.old, mutant.new))
     libraries = {library: library.read_bytes() for library in folder.glob('san_backbones/ops/native/_*.so')}
@@ -137,7 +138,7 @@ def judge(folder: pathlib.Path, mutant: Mutant) -> Result:
 
 
 def confirmed(folder: pathlib.Path, results: Sequence[tuple[Mutant, Result]]) -> list[tuple[Mutant, Result]]:
-    """Takes back what a test noticed that fails without any fault."""
+    """Corrects results of tests that fail without any fault."""
     failed: set[tuple[bool, str]] = set()
     for interpret in (False, True):
         tests = sorted({result.by for mutant, result in results if result.caught and result.by.startswith('tests/')
@@ -154,7 +155,7 @@ def rows_of_table() -> dict[str, str]:
 
 
 def write_table(results: Sequence[tuple[Mutant, Result]]) -> None:
-    """Replaces the rows of these faults; those of faults that are no more go."""
+    """Replaces the rows of these faults, and removes rows of faults that no longer exist."""
     rows = rows_of_table()
     for mutant, result in results:
         by = f'`{result.by}`'.replace('|', '\\|') if result.caught else f'**nothing**: {result.by}'
@@ -163,17 +164,17 @@ def write_table(results: Sequence[tuple[Mutant, Result]]) -> None:
     versions = f'Python {sys.version_info[0]}.{sys.version_info[1]}, torch {torch.__version__}, timm {timm.__version__}'
     TABLE.write_text('\n'.join([
         '# Planted faults', '',
-        'Faults that `make test-mutants` plants one at a time, and the first test that noticed each.',
-        f'{sum("**nothing**" not in row for row in kept)} of {len(MUTANTS)} were noticed. Last run: '
+        'Faults that `make test-mutants` plants one at a time, and the first test that detected each.',
+        f'{sum("**nothing**" not in row for row in kept)} of {len(MUTANTS)} were detected. Last run: '
         f'{datetime.date.today().isoformat()}, {versions}.', '',
-        '| fault | in | noticed by | s |', '| --- | --- | --- | ---: |', *kept]) + '\n')
+        '| fault | in | detected by | s |', '| --- | --- | --- | ---: |', *kept]) + '\n')
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--list', action='store_true', help='list the faults and stop')
     parser.add_argument('--only', metavar='TEXT', help='those whose names contain TEXT')
-    parser.add_argument('--rest', action='store_true', help='those that nothing noticed yet, as the table has it')
+    parser.add_argument('--rest', action='store_true', help='those that the table does not list as detected')
     options = parser.parse_args()
     noticed = {name for name, row in rows_of_table().items() if '**nothing**' not in row} if options.rest else ()
     mutants = [mutant for mutant in MUTANTS
@@ -181,7 +182,7 @@ def main() -> int:
     if not mutants:
         parser.error(f'no fault is called {options.only!r}; --list names them')
     for mutant in mutants:
-        place(ROOT, mutant)
+        locate(ROOT, mutant)
         if options.list:
             print(f'{mutant.name} ({mutant.where}): {", ".join(mutant.tests)}')
     if options.list:
@@ -200,9 +201,9 @@ def main() -> int:
         results = confirmed(folder, results)
     write_table(results)
     survived = [mutant.name for mutant, result in results if not result.caught]
-    print(f'{len(results) - len(survived)} of {len(results)} faults were noticed')
+    print(f'{len(results) - len(survived)} of {len(results)} faults were detected')
     if survived:
-        print('nothing noticed: ' + '; '.join(survived))
+        print('not detected: ' + '; '.join(survived))
     return bool(survived)
 
 

@@ -1,4 +1,4 @@
-"""Run by run_package.py where the package, torch and timm are installed and nothing else: does what it should work?"""
+"""Tests an installed package; run_package.py runs this in an environment with only the package, torch and timm."""
 import functools
 import http.server
 import importlib.util
@@ -30,16 +30,16 @@ model = timm.create_model('test_san_patchwise', pretrained=True).eval()  # offli
 with torch.inference_mode():
     logits = model(torch.rand(2, 3, 96, 96))
     torch.testing.assert_close(fuse_for_inference(model)(torch.rand(2, 3, 96, 96)).shape, logits.shape)
-timm.create_model('san10_patchwise.distilled', pretrained=True, num_classes=10)  # ship, too
+timm.create_model('san10_patchwise.distilled', pretrained=True, num_classes=10)  # its weights ship too
 for name in ('test_san_pairwise', 'test_san_patchwise'):
     network = timm.create_model(name, features_only=True)
     sum(features.square().mean() for features in network(torch.rand(2, 3, 64, 64))).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 command = pathlib.Path(sys.executable).with_name('san-backbones')
-done = subprocess.run([command, 'weights', 'get', 'test_san_patchwise'], capture_output=True, text=True)  # no extra
+done = subprocess.run([command, 'weights', 'get', 'test_san_patchwise'], capture_output=True, text=True)  # no extras
 assert done.returncode == 0 and 'test_san_patchwise.shapes: ' in done.stdout, done.stdout + done.stderr
-# a first use, of a file in the authors' format, from a mirror
+# first use of a file in the authors' format, from a mirror
 NAMES = [(r'^stem\.conv', 'conv_in'), (r'^stem\.norm', 'bn_in'), (r'^stages\.(\d)\.conv', r'conv\1'),
          (r'^stages\.(\d)\.norm', r'bn\1'), (r'^stages\.(\d)\.blocks', r'layer\1'), (r'^head\.fc', 'fc'),
          (r'\.attn\.query', '.sam.conv1'), (r'\.attn\.key', '.sam.conv2'), (r'\.attn\.value', '.sam.conv3'),
@@ -60,7 +60,7 @@ with tempfile.TemporaryDirectory() as folder:
         use = [sys.executable, '-c', 'import timm, san_backbones; timm.create_model("san10_pairwise", pretrained=True)']
         subprocess.run(use, check=True, env=environment, cwd=folder)
         server.shutdown()
-    subprocess.run(use, check=True, env=environment, cwd=folder)  # with nobody to ask
+    subprocess.run(use, check=True, env=environment, cwd=folder)  # again, without the server
 
 draw = 'import san_backbones.visualize as v; v.feature_figure(None, None)'
 for extra, command in (('cli', [pathlib.Path(sys.executable).with_name('san-backbones'), 'list']),

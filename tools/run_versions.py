@@ -1,11 +1,11 @@
-"""Installs the package with the oldest and the newest of what it needs, and runs the tests of its core.
+"""Installs the package with the oldest and the newest supported dependencies, and runs its core tests.
 
-    python tests/run_versions.py [--only NAME] [--keep]
+    python -m tools.run_versions [--only NAME] [--keep]
 
-Each corner of the range that setup.cfg gives has a fresh environment in .cache (several GB, while it runs), with
-packages from the registry and the package installed from this checkout, as a user would. With --keep it stays there,
-for whoever looks into a failure, and is used again. The results go into docs/reference/versions.md; with --only, into
-one row of its table.
+Each corner of the ranges in setup.cfg gets a fresh environment in .cache (several GB while it runs), with packages from
+the registry and the package installed from this checkout, as a user would do. With --keep the environment stays, to
+investigate a failure, and is reused. The results go into docs/reference/versions.md; with --only, into one row of its
+table.
 """
 import argparse
 import datetime
@@ -16,20 +16,21 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tools.run_apart import ROOT, count_tests
+
 PAGE = ROOT / 'docs' / 'reference' / 'versions.md'
 SHOWN = ('torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors', 'numpy')
-# what needs torch and timm only, and the Hub with its client; others skip what is not there
+# tests that need only torch, timm and huggingface_hub; they skip what is not installed
 TESTS = ('tests/ops', 'tests/test_models.py', 'tests/test_fuse.py', 'tests/test_weights.py', 'tests/test_hub_server.py',
          'tests/test_export.py', 'tests/test_supply.py', 'tests/weights/test_authors.py')
-TESTS_OF_MM = ('tests/mm', 'tests/trust/test_interruption.py')
-TESTS_OF_EXTRAS = {'[mm]': TESTS_OF_MM, '[onedl]': TESTS_OF_MM}
-LEFT_OUT = 'not test_in_the_interpreter'  # of Triton: minutes, and `make test` has it
-TIME_LIMIT = 3600  # seconds for the tests of a corner
+TESTS_OF_MM = (*TESTS, 'tests/mm', 'tests/trust/test_interruption.py')
+TESTS_OF_TOOLS = ('tests/test_cli.py', 'tests/extract', 'tests/distill', 'tests/test_visualize.py',
+                  'tests/test_viewer.py', 'tests/app')
+OLDEST = ('torch==2.4.0', 'torchvision==0.19.0', 'timm==1.0.26')
+LEFT_OUT = 'not test_in_the_interpreter'  # Triton's interpreter takes minutes, and `make test` covers it
+TIME_LIMIT = 60  # minutes for the tests of a corner
 
 
 class Corner(NamedTuple):
@@ -37,25 +38,39 @@ class Corner(NamedTuple):
     python: str
     pins: tuple[str, ...] = ()
     extras: str = ''
+    tests: tuple[str, ...] = TESTS
 
 
 CORNERS = (
     Corner('oldest', '3.10', ('torch==2.4.0', 'torchvision==0.19.0', 'timm==1.0.26', 'huggingface_hub==1.0.1')),
     Corner('oldest torch of the newest Python', '3.13', ('torch==2.6.0', 'timm==1.0.26', 'huggingface_hub<2')),
     Corner('oldest of the mm extra', '3.10', ('torch==2.6.0', 'timm==1.0.26', 'huggingface_hub<2', 'mmengine==0.10.7',
-                                              'mmcv-lite==2.0.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2'), '[mm]'),
-    Corner('newest of the mm extra', '3.13', extras='[mm]'),
-    Corner('OneDL', '3.13', extras='[onedl]'),
+                                              'mmcv-lite==2.0.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2'), '[mm]',
+           TESTS_OF_MM),
+    Corner('newest of the mm extra', '3.13', extras='[mm]', tests=TESTS_OF_MM),
+    Corner('OneDL', '3.13', extras='[onedl]', tests=TESTS_OF_MM),
+    Corner('OneDL, Python 3.14', '3.14', extras='[onedl]', tests=TESTS_OF_MM),
     Corner('oldest of the onnx extra', '3.11', ('torch==2.8.0', 'timm==1.0.31', 'huggingface_hub<2', 'onnx==1.17.*',
                                                 'onnxscript==0.6.1', 'onnxruntime==1.20.*'), '[onnx]'),
     Corner('in between', '3.12', ('torch==2.10.*', 'huggingface_hub==2.0.0'), '[onnx]'),
     Corner('newest, oldest Python', '3.10', extras='[onnx]'),
     Corner('newest', '3.13', extras='[onnx]'),
+    Corner('Python 3.14', '3.14', extras='[onnx]'),
+    # matplotlib 3.8.0 wants numpy 1
+    Corner('oldest of the command line, features and app', '3.10',
+           (*OLDEST, 'numpy<2', 'typer==0.20.0', 'pyarrow==16.0.0', 'tqdm==4.60.0', 'fsspec==2023.5.0',
+            'webdataset==0.2.96', 'matplotlib==3.8.0', 'gradio==6.31.0', 'scikit-image==0.22.0'),
+           '[cli,distill,features,visualize,app]', TESTS_OF_TOOLS),
+    Corner('oldest of other libraries', '3.10',
+           (*OLDEST, 'segmentation-models-pytorch==0.6.0', 'transformers==5.20.0', 'accelerate==1.15.0'),
+           '[smp,transformers,accelerate]', ('tests/ecosystem',)),
+    Corner('oldest of the openvino extra', '3.11', ('openvino==2025.0.0',), '[cli,openvino]',
+           ('tests/test_runtimes.py',)),
 )
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of that version: of the path, or of pyenv."""
+    """Finds a Python of that version on the PATH or in pyenv."""
     pyenv = pathlib.Path(os.environ.get('PYENV_ROOT', pathlib.Path.home() / '.pyenv')) / 'versions'
     for name in (sys.executable, shutil.which(f'python{version}'), *sorted(pyenv.glob(f'{version}.*/bin/python'))):
         if name is None:
@@ -68,7 +83,7 @@ def interpreter(version: str) -> str | None:
 
 
 def try_corner(corner: Corner, keep: bool) -> tuple[list[str], str]:
-    """Versions of `SHOWN`, and what came of it."""
+    """Installs and tests a corner; returns the versions of `SHOWN`, and the result as text."""
     python = interpreter(corner.python)
     if python is None:
         return ['-'] * len(SHOWN), f'not tried: no Python {corner.python} here'
@@ -88,29 +103,17 @@ def try_corner(corner: Corner, keep: bool) -> tuple[list[str], str]:
         code = f'import json; from importlib.metadata import version; print(json.dumps([*map(version, {SHOWN})]))'
         shown = subprocess.run([own / 'python', '-c', code], env=environment, capture_output=True, text=True,
                                check=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            report = pathlib.Path(temporary) / 'report.xml'
-            # not `python -m pytest`, which would find the package in this folder rather than the installed one
-            try:
-                subprocess.run(
-                    [own / 'pytest', '-q', '--tb=short', '--show-capture=no', '-p', 'no:cacheprovider', '-k', LEFT_OUT,
-                     f'--junitxml={report}', *TESTS, *TESTS_OF_EXTRAS.get(corner.extras, ())],
-                    cwd=ROOT, env=environment, timeout=TIME_LIMIT)
-            except subprocess.TimeoutExpired:
-                return json.loads(shown.stdout), f'not done after {TIME_LIMIT // 60} minutes'
-            if not report.is_file():
-                return json.loads(shown.stdout), 'no test ran'
-            counts = xml.etree.ElementTree.parse(report).getroot().find('testsuite').attrib
-        failed, skipped = int(counts['failures']) + int(counts['errors']), int(counts['skipped'])
-        passed = int(counts['tests']) - failed - skipped
-        return json.loads(shown.stdout), f'{passed} passed, {failed} failed, {skipped} skipped'
+        # -p imports the installed package before pytest puts this folder, which has the sources, on the path
+        said = count_tests([own / 'pytest'], ['-p', 'san_backbones', '-k', LEFT_OUT, *corner.tests], TIME_LIMIT,
+                           env=environment)
+        return json.loads(shown.stdout), said
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(rows: dict[str, str]) -> None:
-    """Replaces rows of the page's table, and puts them all into the order of `CORNERS`."""
+    """Replaces rows of the page's table, and sorts all rows in the order of `CORNERS`."""
     before = PAGE.read_text()
     present = {line.split('|')[1].strip(): line for line in before.splitlines() if line.startswith('| ')}
     heading = re.search(r'^\| corner .*\n\|[ |:-]*\n', before, re.M)
@@ -123,7 +126,7 @@ def write(rows: dict[str, str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', metavar='NAME', choices=[corner.name for corner in CORNERS])
-    parser.add_argument('--keep', action='store_true', help='use the environment again if it is there')
+    parser.add_argument('--keep', action='store_true', help='keep the environment, and reuse it if it exists')
     options = parser.parse_args()
     bad = 0
     for corner in CORNERS:

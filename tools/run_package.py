@@ -1,9 +1,9 @@
-"""Builds the sdist and, from it, the wheel; installs each in an environment without anything else; tries it there.
+"""Builds the sdist and from it the wheel, installs each in a clean environment, and runs smoke.py there.
 
-    python tests/run_package.py [ARCHIVE ...]
+    python -m tools.run_package [ARCHIVE ...]
 
-With wheels or sdists named, those are tried instead. The environment gets torch and timm from the registry, as a user's
-would. All of it lies in .cache.
+Given wheels or sdists are tested instead. The environment gets torch and timm from the registry, like a user's. It is
+in .cache.
 """
 import pathlib
 import shutil
@@ -34,7 +34,7 @@ def main() -> None:
     folder, elsewhere = CACHE / 'venv-package', CACHE / 'nowhere'
     archives = [pathlib.Path(name).resolve() for name in sys.argv[1:]] or build()
     venv.create(folder, clear=True, with_pip=True)
-    elsewhere.mkdir(exist_ok=True)  # a folder from which the sources are not found
+    elsewhere.mkdir(exist_ok=True)  # working folder, from which the sources cannot be imported
     python = folder / ('Scripts/python.exe' if sys.platform == 'win32' else 'bin/python')
     try:
         for archive in archives:
@@ -43,9 +43,9 @@ def main() -> None:
                            check=True)
             subprocess.run([python, '-m', 'pip', 'check'], check=True, stdout=subprocess.DEVNULL)
             print(archive.name, end=' ', flush=True)
-            subprocess.run([python, ROOT / 'tests' / 'smoke.py'], check=True, cwd=elsewhere)
+            subprocess.run([python, ROOT / 'tools' / 'smoke.py'], check=True, cwd=elsewhere)
     finally:
-        shutil.rmtree(folder)  # some GB
+        shutil.rmtree(folder)  # several GB
 
 
 if __name__ == '__main__':

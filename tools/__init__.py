@@ -1,0 +1,1 @@
+"""What maintainers run, from the folder above: `python -m tools.NAME`."""
