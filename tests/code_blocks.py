@@ -6,8 +6,11 @@ Blocks of a page run in order, in one namespace and one folder, as a reader woul
   `_base_ = ...` is an MMEngine config: it is loaded, and its model, optimizer and hooks are built on the meta device;
 - ```console``` holds commands, `$ ` before each: programs, files, targets, extras and options must exist;
 - `% run` before a ```console``` block has its commands run, too;
+- `% needs MODULE` before a block leaves it alone where that is not installed;
+- `% run by FILE` before a block leaves it to that test;
 - `% not run: REASON` before a block leaves it alone.
 """
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -15,8 +18,9 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-FENCE = re.compile(r'^(?:% (run|not run: \S[^\n]*)\n)?```(\w+)\n(.*?)^```$', re.M | re.S)
+from tests import ROOT
+
+FENCE = re.compile(r'^(?:% (run|run by \S+|needs \w+|not run: \S[^\n]*)\n)?```(\w+)\n(.*?)^```$', re.M | re.S)
 
 
 class Block(NamedTuple):
@@ -24,7 +28,7 @@ class Block(NamedTuple):
     line: int  # of the block's first line of code in the page
     language: str
     text: str
-    mark: str  # '', 'run' or 'not run: REASON'
+    mark: str  # '', 'run', 'run by FILE', 'needs MODULE' or 'not run: REASON'
 
     @property
     def is_config(self) -> bool:
@@ -32,16 +36,18 @@ class Block(NamedTuple):
 
     @property
     def runs(self) -> bool:
-        return not self.mark.startswith('not run')
+        if self.mark.startswith('needs '):
+            return importlib.util.find_spec(self.mark[6:]) is not None
+        return not self.mark.startswith(('run by', 'not run'))
 
     @property
     def file(self) -> str:
-        """The file that the first line of a block names, or ''."""
+        """Returns the file that the first line of a block names, or ''."""
         named = re.match(r'# (\S+\.py)\n', self.text)
         return named[1] if named else ''
 
     def commands(self) -> list[str]:
-        """The commands of a console block, continued lines joined."""
+        """Returns the commands of a console block, with continued lines joined."""
         return [line[2:] for line in self.text.replace('\\\n', ' ').splitlines() if line.startswith('$ ')]
 
 
@@ -94,7 +100,6 @@ def _require(condition: Any, command: str, what: str) -> None:
 
 
 def _source_of_module(name: str) -> str:
-    import importlib.util
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.submodule_search_locations:
         spec = importlib.util.find_spec(name + '.__main__') or spec
@@ -107,7 +112,6 @@ def _source_of_script(name: str) -> str:
         text = (ROOT / name).read_text()
         called = re.search(r'from (san_backbones[\w.]+) import main', text)  # the command that a thin script calls
         return text + (_source_of_module(called[1]) if called else '')
-    import importlib.util
     origins = (importlib.util.find_spec(package) for package in ('mmdet', 'mmseg'))
     paths = [pathlib.Path(spec.origin).parent / '.mim' / name for spec in origins if spec and spec.origin]
     return '\n'.join(path.read_text() for path in paths if path.is_file())
@@ -163,7 +167,7 @@ def _check_own_command(words: list[str], command: str) -> None:
     """words: [COMMAND [ARGUMENTS]] of `san-backbones`."""
     from typer.main import get_command
 
-    from san_backbones.cli.app import app
+    from san_backbones_cli.app import app
     found = get_command(app)
     if words[:1] == ['weights']:  # whose commands parse by themselves
         from san_backbones.weights.__main__ import COMMANDS
@@ -180,7 +184,7 @@ def _check_own_command(words: list[str], command: str) -> None:
 
 
 def check_command(command: str) -> None:
-    """Raises AssertionError where a command names what is not there."""
+    """Raises AssertionError if a command names something that does not exist."""
     words = shlex.split(command, comments=True)
     while words and re.fullmatch(r'[A-Z_]+=.*', words[0]):
         words.pop(0)

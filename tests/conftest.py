@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures for all tests."""
 import os
 
 import pytest

@@ -43,7 +43,7 @@ PAGES = {'confirm': CONFIRM, 'quota': QUOTA, 'other': PAGE.format(title='Sign in
 
 
 def missing() -> str:
-    """What tests with this server need and is not here; '' if all is."""
+    """Returns what tests with this server need and is not installed; '' if nothing is missing."""
     if importlib.util.find_spec('gdown') is None:
         return 'gdown is not installed'
     return '' if shutil.which('openssl') else 'needs the program openssl'
@@ -164,7 +164,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class DriveServer:
-    """The server; a context manager. What is below may be changed at any time.
+    """The server; a context manager. Its attributes may be changed at any time.
 
     Args:
         folder: For its certificate and the clients' home.
@@ -224,7 +224,7 @@ class DriveServer:
             self.requests.append(request)
 
     def end_of(self, start: int, length: int) -> int:
-        """How many bytes of so many come before the connection ends, from a place in a file."""
+        """Returns how many of `length` bytes from offset `start` are sent before the connection ends."""
         with self._lock:
             if not self.cuts:
                 return length
@@ -232,7 +232,7 @@ class DriveServer:
             return min(length, max(self.cut_after - start, 0))
 
     def seen(self, **fields: Any) -> list[Request]:
-        """The requests whose fields are these."""
+        """Returns the requests with these fields."""
         with self._lock:
             return [request for request in self.requests
                     if all(getattr(request, name) == value for name, value in fields.items())]

@@ -98,7 +98,7 @@ class _File:
 
     @functools.cached_property
     def blob(self) -> str:
-        """What git calls the file by."""
+        """Returns git's name of the file."""
         data = self.pointer if self.large else self.data
         return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
@@ -335,7 +335,7 @@ class HubServer:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Nothing answers any more, on connections that are open neither."""
+        """Stops the server and closes open connections."""
         self._closing.set()
         for server in self._servers:
             server.shutdown()
@@ -481,7 +481,7 @@ class HubServer:
             return list(self._requests)
 
     def seen(self, pattern: str = '*', method: str | None = None) -> list[Request]:
-        """The requests whose path matches a pattern."""
+        """Returns the requests whose path matches a pattern."""
         return [request for request in self.requests
                 if fnmatch.fnmatchcase(request.path, pattern) and method in (None, request.method)]
 

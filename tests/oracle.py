@@ -13,8 +13,21 @@ import torch
 
 State = dict[str, torch.Tensor]
 
-PAIRWISE_RELATIONS = ('summation', 'subtraction', 'concatenation', 'hadamard', 'dot')
-PATCHWISE_RELATIONS = ('concatenation', 'star', 'clique')
+# delta of one pair (phi(x_i), psi(x_j)) and of one patch (phi(x_i), all phi(x_j), all psi(x_j)), of vectors: what
+# test_oracle.py compares the tensors' form below with
+PAIRS = {
+    'summation': lambda phi, psi: phi + psi,
+    'subtraction': lambda phi, psi: phi - psi,
+    'concatenation': lambda phi, psi: [*phi, *psi],
+    'hadamard': lambda phi, psi: phi * psi,
+    'dot': lambda phi, psi: [phi @ psi],
+}
+PATCHES = {
+    'concatenation': lambda phi, phis, psis: [*phi, *(psi[channel] for channel in range(len(phi)) for psi in psis)],
+    'star': lambda phi, phis, psis: [phi @ psi for psi in psis],
+    'clique': lambda phi, phis, psis: [left @ right for left in phis for right in psis],
+}
+PAIRWISE_RELATIONS, PATCHWISE_RELATIONS = tuple(PAIRS), tuple(PATCHES)
 RELEASED_RELATION = {'pairwise': 'subtraction', 'patchwise': 'concatenation'}
 
 BN_EPS = 1e-5

@@ -8,11 +8,11 @@ import timm
 import torch
 from torch import nn
 
-import oracle
 from san_backbones import SAN, fuse_for_inference, ops
 from san_backbones.activations import BoundedReLU
 from san_backbones.count import count_multiply_adds
 from san_backbones.san import checkpoint_filter_fn
+from tests import oracle
 
 FORMS = ('pairwise', 'patchwise')
 BOUND = 0.7  # within a standard deviation of what norms put out: it changes a third of all values

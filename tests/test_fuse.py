@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-import san_backbones
-from san_backbones import SAN, fuse_for_inference, ops, refold
+import san_backbones.fuse
+from san_backbones import SAN, PatchwiseAttention, fuse_for_inference, ops, refold
 from san_backbones.san import Block, Stage
 
 
@@ -101,79 +101,78 @@ def test_training_and_back():
         assert not _runs_folded(model, image)
 
 
-@pytest.mark.parametrize('change', [
-    'load', 'assign', 'in place', 'one number in place', 'optimizer', 'replaced parameter', 'replaced layer', 'buffer',
-    'data', 'double', 'there and back', 'eps', 'dilation'])
+def _scaled(model):
+    return {name: tensor * 1.1 if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+
+
+def _step(model, block):
+    block.norm2.bias.grad = torch.ones_like(block.norm2.bias)
+    torch.optim.SGD(model.parameters(), 0.5).step()
+
+
+def _replace_layer(model, block):
+    block.norm1 = copy.deepcopy(block.norm1)
+    nn.init.constant_(block.norm1.bias, -0.2)
+
+
+CHANGES = {
+    'load': lambda model, block: model.load_state_dict(_scaled(model)),
+    'assign': lambda model, block: model.load_state_dict(_scaled(model), assign=True),
+    'in place': lambda model, block: block.attn.weight_mlp.fc2.weight.mul_(3),
+    'one element in place': lambda model, block: block.conv.weight[0, 1].add_(3),
+    'optimizer': _step,
+    'replaced parameter': lambda model, block: setattr(
+        block.attn.value, 'bias', nn.Parameter(block.attn.value.bias + 1)),
+    'replaced layer': _replace_layer,
+    'buffer': lambda model, block: block.attn.weight_mlp.norm2.running_var.mul_(4),
+    'data': lambda model, block: setattr(block.conv.weight, 'data', block.conv.weight.data * 2),
+    'double': lambda model, block: model.double(),
+    'there and back': lambda model, block: model.to(torch.bfloat16).float(),
+    'eps': lambda model, block: setattr(block.attn.weight_mlp.norm2, 'eps', 0.5),
+    'dilation': lambda model, block: setattr(block.attn, 'dilation', 2),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
 def test_changes_are_seen(change):
     model, image = fuse_for_inference(_model('pairwise')), _image()
     with torch.no_grad():
         before = model(image)
-    block = model.stages[1].blocks[0]
-    other = {name: tensor * 1.1 if tensor.is_floating_point() else tensor
-             for name, tensor in model.state_dict().items()}
-    if change in ('load', 'assign'):
-        model.load_state_dict(other, assign=change == 'assign')
-    elif change == 'in place':
-        with torch.no_grad():
-            block.attn.weight_mlp.fc2.weight.mul_(3)
-    elif change == 'one number in place':
-        with torch.no_grad():
-            block.conv.weight[0, 1] += 3
-    elif change == 'optimizer':
-        block.norm2.bias.grad = torch.ones_like(block.norm2.bias)
-        torch.optim.SGD(model.parameters(), 0.5).step()
-    elif change == 'replaced parameter':
-        block.attn.value.bias = nn.Parameter(block.attn.value.bias + 1)
-    elif change == 'replaced layer':
-        block.norm1 = copy.deepcopy(block.norm1)
-        nn.init.constant_(block.norm1.bias, -0.2)
-    elif change == 'buffer':
-        block.attn.weight_mlp.norm2.running_var.mul_(4)
-    elif change == 'data':
-        block.conv.weight.data = block.conv.weight.data * 2
-    elif change == 'double':
-        model, image = model.double(), image.double()
-    elif change == 'there and back':
-        model.to(torch.bfloat16).float()
-    elif change == 'eps':
-        block.attn.weight_mlp.norm2.eps = 0.5
-    elif change == 'dilation':
-        block.attn.dilation = 2
+        CHANGES[change](model, model.stages[1].blocks[0])
+        image = image.to(model.stem.conv.weight.dtype)
     assert _error(model, image) < 2e-6
     with torch.no_grad():
         assert change == 'double' or not torch.equal(model(image), before)
         assert _runs_folded(model, image)
 
 
+def _other_kind(module, kind, forward):
+    """Makes a module one of a class derived from `kind`, with another forward."""
+    module.__class__ = type('Other', (kind,), {'forward': forward})
+
+
 @pytest.mark.parametrize('change', [
-    'a layer more', 'another forward', 'another forward of a block', 'an attention of another kind',
-    'an activation of another kind', 'a block more', 'a block of another kind',
-    'another drop_path', 'blocks of another kind'])
+    pytest.param(lambda blocks, block: block.attn.weight_mlp.append(nn.Tanh()), id='a layer more'),
+    pytest.param(lambda blocks, block: setattr(block.act2, 'forward', lambda x: x.relu().square()),
+                 id='another forward'),
+    pytest.param(lambda blocks, block: setattr(block, 'forward', lambda x: 2 * x), id='another forward of a block'),
+    pytest.param(lambda blocks, block: _other_kind(
+        block.attn, PatchwiseAttention, lambda self, x: PatchwiseAttention.forward(self, x) / 2),
+        id='an attention of another kind'),
+    pytest.param(lambda blocks, block: setattr(block, 'act1', type('Leaky', (nn.ReLU,), {
+        'forward': lambda self, x: nn.functional.leaky_relu(x, 0.5)})()), id='an activation of another kind'),
+    pytest.param(lambda blocks, block: blocks.append(copy.deepcopy(block)), id='a block more'),
+    pytest.param(lambda blocks, block: _other_kind(block, Block, lambda self, x: Block.forward(self, x) / 2),
+                 id='a block of another kind'),
+    pytest.param(lambda blocks, block: setattr(block, 'drop_path', nn.Tanh()), id='another drop_path'),
+    pytest.param(lambda blocks, block: _other_kind(
+        blocks, nn.Sequential, lambda self, x: nn.Sequential.forward(self, x) / 2), id='blocks of another kind')])
 def test_what_does_not_fold_any_more_runs_as_modules(change):
     model, image = fuse_for_inference(_model()), _image()
+    blocks = model.stages[1].blocks
     with torch.no_grad():
         before = model(image)
-        block = model.stages[1].blocks[0]
-        if change == 'a layer more':
-            block.attn.weight_mlp.append(nn.Tanh())
-        elif change == 'another forward':
-            block.act2.forward = lambda x: x.relu().square()
-        elif change == 'another forward of a block':
-            block.forward = lambda x: 2 * x
-        elif change == 'an attention of another kind':
-            kind = type(block.attn)
-            block.attn.__class__ = type('Halved', (kind,), {'forward': lambda self, x: kind.forward(self, x) / 2})
-        elif change == 'an activation of another kind':
-            block.act1 = type('Leaky', (nn.ReLU,), {'forward': lambda self, x: nn.functional.leaky_relu(x, 0.5)})()
-        elif change == 'a block more':
-            model.stages[1].blocks.append(copy.deepcopy(block))
-        elif change == 'a block of another kind':
-            block.__class__ = type('Halved', (Block,), {'forward': lambda self, x: Block.forward(self, x) / 2})
-        elif change == 'another drop_path':
-            block.drop_path = nn.Tanh()
-        else:
-            model.stages[1].blocks.__class__ = type(
-                'Halved', (nn.Sequential,), {'forward': lambda self, x: nn.Sequential.forward(self, x) / 2})
+        change(blocks, blocks[0])
         found = model(image)
         assert not torch.allclose(found, before, rtol=1e-2)
         for stage in model.stages:
@@ -300,7 +299,8 @@ def test_memory_that_was_given_back_is_not_read():
         size = storage.nbytes()
         storage.resize_(0)
         watch.entries = []  # where nothing else tells of it
-        watch.entries.append((model.stages[1]._modules, 'conv', model.stages[1].conv, None))
+        watch.entries.append((model.stages[1]._modules, 'conv', model.stages[1].conv))
+        watch.tensors, watch.states = [], []
         assert not watch.unchanged(model.stages[1])
         storage.resize_(size)
         weight.data.copy_(kept)
@@ -381,13 +381,13 @@ def test_writes_of_others_are_seen_whole_or_not_at_all():
     """Into shared memory, say: a fold holds copies only."""
     model, image = fuse_for_inference(_model().share_memory()), _image()
     with torch.no_grad():
-        x = model.stages[0].conv(model.stages[0].pool(model.stem(image)))
-        folded = model.stages[0]._inference_form(x)
+        x = model.stages[0].pool(model.stem(image))
+        folded = model.stages[0].inference_form(x)
         before = folded(x.clone())
         for parameter in model.stages.parameters():
             parameter.detach().numpy()[...] *= 1.5
         assert torch.equal(folded(x.clone()), before)
-        again = model.stages[0]._inference_form(x)
+        again = model.stages[0].inference_form(x)
         assert again is not folded and not torch.equal(again(x.clone()), before)
 
 
@@ -521,7 +521,7 @@ def test_traced_and_compiled_models_hold_the_modules():
 @pytest.mark.parametrize('first', [True, False])
 @pytest.mark.parametrize('tool', ['fake tensors', 'subclass', 'make_fx', 'FlopCounterMode'])
 def test_tools_that_look_at_every_operator(tool, first):
-    """They see the modules, and leave no fold behind that is made of what they see."""
+    """They see the modules, and no fold made from their tensors is kept."""
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.testing._internal.two_tensor import TwoTensor
@@ -593,3 +593,29 @@ def test_no_warning_without_gradients():
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('error')
         san_backbones.fuse_for_inference(_model())(_image())
+
+
+@pytest.mark.parametrize('attention', ['pairwise', 'patchwise'])
+def test_images_that_go_through_a_stage_apart_have_the_same_bits(attention, monkeypatch):
+    """A batch goes through a stage in parts that stay in the caches."""
+    model, images = fuse_for_inference(_model(attention)), _image(5, 3, 36, 44)
+    with torch.no_grad():
+        expected, taken = model.forward_features(images), []
+        run = san_backbones.fuse._FoldedStage._run
+        monkeypatch.setattr(san_backbones.fuse._FoldedStage, '_run',
+                            lambda stage, x, output: taken.append(len(x)) or run(stage, x, output))
+        for size, parts in ((1, [1] * 5), (2 * 4 * 18 * 22 * 32, [2, 2, 1])):
+            monkeypatch.setattr(san_backbones.fuse, 'CACHED_BYTES', size)
+            taken.clear()
+            assert torch.equal(model.forward_features(images), expected)
+            assert taken[:len(parts)] == parts
+            if size == 1:
+                assert torch.equal(torch.cat([model.forward_features(image[None]) for image in images]), expected)
+
+
+def test_maps_of_other_channels_are_an_error():
+    model = fuse_for_inference(_model())
+    with torch.no_grad():
+        for backend in ('auto', 'reference'):
+            with ops.use_backend(backend), pytest.raises(ValueError, match=r'with 16 channels .*got \[2, 9, 11, 32\]'):
+                model.stages[0](torch.randn(2, 32, 9, 11))

@@ -12,7 +12,7 @@ huggingface_hub = pytest.importorskip('huggingface_hub', minversion='2.2')
 import httpx2  # noqa: E402
 from huggingface_hub import HfApi, constants, errors, hf_hub_download  # noqa: E402
 
-from hub_server import HubServer  # noqa: E402
+from tests.hub_server import HubServer  # noqa: E402
 
 SMALL, LARGE = 'config.json', 'model.safetensors'
 CONFIG = b'{"architecture": "test"}\n'
@@ -22,7 +22,7 @@ REPO = 'org/name'
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub with one repository, and a client that asks nobody else and sends no token of ours."""
+    """A Hub with one repository, and a client that contacts no other server and sends no token of the user."""
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_TELEMETRY', True)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from san_backbones import SAN, PairwiseAttention, PatchwiseAttention
+from san_backbones.visualize import effective_size, footprint_weights
 
 
 @pytest.mark.parametrize('relation', ['concatenation', 'star', 'clique'])
@@ -30,13 +31,24 @@ def test_patchwise_layers_begin_near_fixed_kernels(relation, kernel_size):
 
 
 def test_only_that_map_differs_from_torch():
-    """All other layers have the spread that torch gives them, those of the pairwise form too."""
+    """All have the spread that torch gives them, but for gamma's last: a tenth patchwise, four times pairwise."""
     torch.manual_seed(0)
-    for layer in (PatchwiseAttention(256), PairwiseAttention(256)):
+    for layer, last in ((PatchwiseAttention(256), 0.1), (PairwiseAttention(256), 4)):
         for name, module in layer.named_modules():
-            if isinstance(module, nn.Conv2d) and not (isinstance(layer, PatchwiseAttention) and name.endswith('fc2')):
-                limit = module.in_channels ** -0.5
+            if isinstance(module, nn.Conv2d):
+                limit = module.in_channels ** -0.5 * (last if name.endswith('fc2') else 1)
                 assert 0.8 * limit < module.weight.abs().max() <= limit * (1 + 1e-6), name
+
+
+def test_pairwise_layers_begin_with_weights_that_differ():
+    """On noise, the footprint of a new layer is not evenly weighed; with torch's weights it nearly is."""
+    torch.manual_seed(0)
+    layer, x = PairwiseAttention(256), torch.randn(2, 256, 12, 12)
+    sharp = effective_size(footprint_weights(layer, x)).mean()
+    with torch.no_grad():
+        layer.weight_mlp.fc2.weight.div_(4)
+    flat = effective_size(footprint_weights(layer, x)).mean()
+    assert flat > 45 and sharp < 0.85 * flat  # of 49
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

@@ -165,6 +165,23 @@ def test_other_process_wide_hooks(register):
     assert not {name for name, module in layer.named_modules() if module not in seen}
 
 
+@pytest.mark.parametrize('change, convolutions', [('none', 1), ('hook', 3), ('no bias', 3), ('compiled', 3)])
+def test_projections_are_one_convolution(change, convolutions, monkeypatch):
+    layer, x = PatchwiseAttention(32, kernel_size=3).eval(), torch.randn(2, 32, 6, 5)
+    expected = layer(x)
+    if change == 'hook':
+        layer.key.register_forward_hook(lambda *_: None)
+    elif change == 'no bias':
+        layer.query.bias.data.zero_()
+        expected, layer.query.bias = layer(x), None
+    elif change == 'compiled':
+        monkeypatch.setattr(ops, 'symbolic_caller', lambda x: 'torch.compile')
+    calls, plain = [], nn.functional.conv2d
+    monkeypatch.setattr(nn.functional, 'conv2d', lambda *given: calls.append(given) or plain(*given))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == convolutions
+
+
 def test_what_counts_operations_leaves_the_fast_paths():
     from torch.utils.module_tracker import ModuleTracker
     layer = _model('patchwise').stages[0].blocks[0].attn

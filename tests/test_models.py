@@ -14,13 +14,13 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import oracle
 import san_backbones
 from san_backbones import SAN, ops
 from san_backbones.activations import ReLU
 from san_backbones.attention import PairwiseAttention, PatchwiseAttention
 from san_backbones.count import count_multiply_adds, count_parameters
 from san_backbones.san import Block, checkpoint_filter_fn
+from tests import oracle
 
 # Zhao, Jia, Koltun, CVPR 2020: exact parameters of the released models; multiply-adds of linear maps and aggregation
 # in G; the paper's own count in G
@@ -93,7 +93,7 @@ def test_unknown_model_and_keyword():
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(attention='global'), "'pairwise' or 'patchwise', got 'global'"),
+    (dict(attention='global'), "one of 'pairwise', 'patchwise', got 'global'"),
     (dict(attention='pairwise', relation='star'), "'subtraction'.*got 'star'"),
     (dict(attention='patchwise', relation='subtraction'), "'clique'.*got 'subtraction'"),
     (dict(attention='pairwise', position='learned'), "'relative'.*got 'learned'"),
@@ -167,26 +167,29 @@ def test_what_pruning_leaves():
     assert model(image).shape == (1, 3)
 
 
-@pytest.mark.parametrize('change', [
-    'activation', 'a layer more', 'no bias', 'frozen norms with their eps', 'statistics not tracked'])
+def _frozen_norms(layer):
+    from torchvision.ops import FrozenBatchNorm2d
+    mlp = layer.weight_mlp
+    mlp.norm1, mlp.norm2 = (FrozenBatchNorm2d(norm.num_features, eps=0.7) for norm in (mlp.norm1, mlp.norm2))
+
+
+CHANGES_OF_GAMMA = {
+    'activation': lambda layer: setattr(layer.weight_mlp, 'act1', nn.GELU()),
+    'a layer more': lambda layer: layer.weight_mlp.append(nn.Tanh()),
+    'no bias': lambda layer: setattr(layer.weight_mlp.fc2, 'bias', None),
+    'frozen norms with their eps': _frozen_norms,
+    'statistics not tracked': lambda layer: setattr(layer.train().weight_mlp.norm1, 'track_running_stats', False),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES_OF_GAMMA)
 def test_what_gamma_is_made_of_counts(change):
     """On every path."""
-    from torchvision.ops import FrozenBatchNorm2d
     torch.manual_seed(0)
     layer, x = PatchwiseAttention(64, kernel_size=3).eval(), torch.randn(2, 64, 5, 6)
     mlp = layer.weight_mlp
     nn.init.uniform_(mlp.fc2.bias)
-    if change == 'activation':
-        mlp.act1 = nn.GELU()
-    elif change == 'a layer more':
-        mlp.append(nn.Tanh())
-    elif change == 'no bias':
-        mlp.fc2.bias = None
-    elif change == 'frozen norms with their eps':
-        mlp.norm1, mlp.norm2 = (FrozenBatchNorm2d(norm.num_features, eps=0.7) for norm in (mlp.norm1, mlp.norm2))
-    else:
-        layer.train()
-        mlp.norm1.track_running_stats = False
+    CHANGES_OF_GAMMA[change](layer)
     with torch.no_grad():
         pad = ops.padding(3, 1)
         query, key, value = layer.query(x), layer.key(x), ops.reflect_pad(layer.value(x), pad)

@@ -10,11 +10,11 @@ import timm
 import torch
 from torch import nn
 
-import oracle
 import san_backbones
 from san_backbones.attention import PairwiseAttention, PatchwiseAttention
 from san_backbones.ops import use_backend
 from san_backbones.san import SAN, checkpoint_filter_fn
+from tests import oracle
 
 BACKENDS = ('reference', 'tiled')  # those that compute in float64 and train; others have tests of their own
 LAYERS = {'pairwise': PairwiseAttention, 'patchwise': PatchwiseAttention}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import oracle
+from tests import oracle
 
 EXACT_PARAMETERS = {
     'san10_pairwise': 10_531_848, 'san10_patchwise': 11_841_124, 'san15_pairwise': 14_065_436,
@@ -110,8 +110,7 @@ def mirrored(i, n):
 def pair_features(params, relation, position, centre, neighbour, height, width, image):
     phi, psi = linear(params, 'conv1', image[:, centre[0], centre[1]]), linear(
         params, 'conv2', image[:, neighbour[0], neighbour[1]])
-    delta = {'summation': lambda: phi + psi, 'subtraction': lambda: phi - psi, 'hadamard': lambda: phi * psi,
-             'concatenation': lambda: np.concatenate([phi, psi]), 'dot': lambda: np.array([phi @ psi])}[relation]()
+    delta = np.array(oracle.PAIRS[relation](phi, psi))
 
     def place(pixel):
         xy = [2 * pixel[1] / (width - 1) - 1, 2 * pixel[0] / (height - 1) - 1]
@@ -126,11 +125,7 @@ def patch_features(params, relation, centre, neighbours, image):
     phis = [linear(params, 'conv1', image[:, y, x]) for y, x in neighbours]
     psis = [linear(params, 'conv2', image[:, y, x]) for y, x in neighbours]
     phi = linear(params, 'conv1', image[:, centre[0], centre[1]])
-    if relation == 'concatenation':
-        return np.array(list(phi) + [psi[channel] for channel in range(len(phi)) for psi in psis])
-    if relation == 'star':
-        return np.array([phi @ psi for psi in psis])
-    return np.array([left @ right for left in phis for right in psis])
+    return np.array(oracle.PATCHES[relation](phi, phis, psis))
 
 
 def attend_by_hand(image, params, attention, relation, position, kernel_size, dilation, share):

@@ -1,7 +1,5 @@
 """What the workflows call exists, and they run no code of others but what a digest names."""
-import importlib.util
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -9,7 +7,9 @@ import sys
 import pytest
 import yaml
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests import ROOT
+from tools import run_versions, wheels
+
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / '.github' / 'workflows').glob('*.yml')}
 JOBS = [(workflow, name, job) for workflow, content in WORKFLOWS.items() for name, job in content['jobs'].items()]
 
@@ -46,19 +46,13 @@ def test_workflows_take_nothing_on_trust():
 
 
 def test_the_workflow_tries_every_corner():
-    spec = importlib.util.spec_from_file_location('run_versions', ROOT / 'tests' / 'run_versions.py')
-    versions = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(versions)
     job = WORKFLOWS['tests']['jobs']['corners']
-    assert job['strategy']['matrix']['corner'] == [corner.name for corner in versions.CORNERS]
+    assert job['strategy']['matrix']['corner'] == [corner.name for corner in run_versions.CORNERS]
     python, = (step['with']['python-version'] for step in job['steps'] if 'setup-python' in step.get('uses', ''))
-    assert {corner.python for corner in versions.CORNERS} <= {*python.split()}
+    assert {corner.python for corner in run_versions.CORNERS} <= {*python.split()}
 
 
 def test_the_workflow_tries_a_wheel_of_each_system():
-    spec = importlib.util.spec_from_file_location('wheels', ROOT / 'tools' / 'wheels.py')
-    wheels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(wheels)
     tags = wheels.platforms_of_setup()
     tried = [entry['tag'] for entry in WORKFLOWS['wheels']['jobs']['try']['strategy']['matrix']['include']]
     assert {tag.partition('.')[0] for tag in tags if not tag.startswith('musllinux')} == {*tried}

@@ -18,8 +18,8 @@ from packaging.utils import canonicalize_name
 
 import san_backbones
 from san_backbones import _requirements, hub
+from tests import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOCK = ROOT / 'requirements' / 'dev.lock'
 LOCKED_EXTRAS = ('mm', 'demo', 'test', 'lint')  # those of the Makefile
 

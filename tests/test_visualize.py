@@ -4,6 +4,7 @@ Weights are recovered from what the operators do: values that are random in more
 neighbours determine every weight. The roll-out's oracle builds each block and pool as a dense matrix, pixel by pixel.
 """
 import concurrent.futures
+import math
 import sys
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-import oracle
 import san_backbones  # noqa: F401, registers the models
 from san_backbones import PairwiseAttention, PatchwiseAttention, fuse_for_inference, ops, visualize
 from san_backbones.san import SAN
+from tests import oracle
 
 LAYERS = {'pairwise': PairwiseAttention, 'patchwise': PatchwiseAttention}
 FORMS = ([('pairwise', relation, position) for relation in oracle.PAIRWISE_RELATIONS
@@ -349,11 +350,11 @@ def test_footprints_lie_where_they_are(picture):
     pytest.importorskip('matplotlib', reason='needs the visualize extra')
     model = small('patchwise')
     figure = visualize.footprint_figure(model, picture, '1.1', pixels=[(31, 20)], size=96)
-    axes = axes_of(figure, 'mean over the channels, on the pixels weighed')
+    axes = axes_of(figure, 'weights on the pixels that they weigh,\nmean over the channels')
     cell = np.array([15, 10, 16, 11]) * 2 - 0.5  # left, top, right, bottom, edges of pixels being at halves
     assert patches_of(axes) == [(cell + [-4, -4, 4, 4]).tolist()]  # 5 x 5: two neighbours more on each side
-    weights = visualize.attention_weights(
-        model, visualize._show(model, visualize._find(model), picture, 96).images, '1.1', [(10, 15)])[0, 0]
+    shown = visualize.prepare_picture(model, visualize.find_network(model), picture, 96)
+    weights = visualize.attention_weights(model, shown.images, '1.1', [(10, 15)])[0, 0]
     for index in range(2):
         shown, = axes_of(figure, f'channel {index}').images
         np.testing.assert_allclose(shown.get_array(), weights[index], rtol=1e-4, atol=1e-6)
@@ -364,18 +365,93 @@ def test_footprints_lie_where_they_are(picture):
     assert overlay.get_extent() == [-0.5, 59.5, 47.5, -0.5] and overlay.get_array().shape == (24, 30, 4)
     covered = np.argwhere(overlay.get_array()[..., 3] > 0)
     assert covered.min(0).tolist() == [8, 13] and covered.max(0).tolist() == [12, 17]
-    covers, = axes_of(figure, 'covers').images  # 5 x 5 cells of 4 x 4: the edge at x = 30 comes after two of five
+    covers, = axes_of(figure, 'what it covers').images  # 5 x 5 cells of 4 x 4: the edge at x = 30 is after two of them
     dark = np.asarray(covers.get_array())[..., 0].mean(0) < 130
     assert covers.get_array().shape == (20, 20, 3) and dark.tolist() == [True] * 8 + [False] * 12
+
+
+def title_of(figure):
+    return figure.get_suptitle()
+
+
+DRAWINGS = [lambda model, p: visualize.footprint_figure(model, p), visualize.rollout_figure, visualize.feature_figure,
+            lambda model, p: visualize.footprint_figure(model, p, grid=2),
+            lambda model, p: visualize.rollout_figure(model, p, grid=2)]
+
+
+@pytest.mark.parametrize('draw_figure', DRAWINGS)
+def test_an_untrained_network_is_marked_in_the_picture(draw_figure, picture):
+    """In the title and over every panel; a network whose norms have seen pictures is not."""
+    pytest.importorskip('matplotlib', reason='needs the visualize extra')
+    model = timm.create_model('test_san_patchwise')
+    figure = draw_figure(model, picture)
+    assert 'UNTRAINED' in title_of(figure)
+    panels = [axes for axes in figure.axes if axes.images]
+    assert panels and all('untrained' in [text.get_text() for text in axes.texts] for axes in panels)
+    model.train()(torch.rand(2, 3, 96, 96))
+    figure = draw_figure(model.eval(), picture)
+    assert 'UNTRAINED' not in title_of(figure)
+    assert not [text for axes in figure.axes for text in axes.texts if text.get_text() == 'untrained']
+
+
+def test_labels_say_what_they_count(picture):
+    """Neighbours of how many, and what weights sum to; a colour bar for each scale says where the scale is used."""
+    pytest.importorskip('matplotlib', reason='needs the visualize extra')
+    model = small('patchwise')
+    figure = visualize.footprint_figure(model, picture, '1.0', pixels=[(31, 20)], channel=1)
+    image = visualize.prepare_picture(model, visualize.find_network(model), picture, None).images
+    weights = visualize.attention_weights(model, image, '1.0', [(5, 7)])[0, 0, 1]
+    assert axes_of(figure, 'channel 1').get_xlabel() == (
+        f'{visualize.effective_size(weights):.0f} of 25 pixels count\nweights sum to {weights.sum():+.2f}')
+    labels = [axes.get_xlabel() + axes.get_ylabel() for axes in figure.axes]
+    assert sum('on the picture and in' in label for label in labels) == 1
+    assert sum('in single channels' in label for label in labels) == 1
+
+
+def test_footprints_of_a_grid_are_square(picture):
+    pytest.importorskip('matplotlib', reason='needs the visualize extra')
+    figure = visualize.footprint_figure(small('patchwise'), picture, grid=(2, 5))
+    axes = axes_of(figure, "the same, each pixel's footprint for itself")
+    assert axes.get_aspect() == 1 and axes.images[0].get_array().shape == (2 * 6 - 1, 5 * 6 - 1)
+
+
+def test_features_show_the_picture_once(picture):
+    pytest.importorskip('matplotlib', reason='needs the visualize extra')
+    figure = visualize.feature_figure(small('patchwise'), picture, channels=1)
+    same = [axes for axes in figure.axes for image in axes.images
+            if image.get_array().shape == picture.shape and (image.get_array() == picture).all()]
+    assert len(same) == 1
+
+
+def test_how_local_it_is(picture):
+    """The part of a roll-out within a distance, counted pixel by pixel; and a curve for each stage."""
+    pytest.importorskip('matplotlib', reason='needs the visualize extra')
+    model = small('patchwise')
+    net = visualize.find_network(model)
+    shown, block = visualize.prepare_picture(model, net, picture, 96), net.blocks['stages.1.blocks.0']
+    mass = visualize.attention_rollout(model.eval(), shown.images, [(3, 7)], 'stages.1.blocks.0')[0, 0]
+    radii = np.array([1.3, 4.2, 9.8, 100.])
+    found = visualize._within(mass, shown, block, (3, 7), radii)
+    expected = np.zeros(4)
+    for y in range(96):
+        for x in range(120):  # the picture has 48 x 60 pixels, half as many
+            distance = math.hypot((y + .5 - 3.5 * 4) / 2, (x + .5 - 7.5 * 4) / 2)
+            expected += mass[y, x].item() * (distance <= radii)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    figure = visualize.rollout_figure(model, picture)
+    curves = axes_of(figure, 'how local is it? The mean of pixels all over the picture').lines
+    curves = [line.get_ydata() for line in curves if len(line.get_ydata()) > 2]
+    assert len(curves) == len(net.stages)
+    assert all((np.diff(curve) >= -1e-3).all() and curve[-1] == pytest.approx(100, abs=0.1) for curve in curves)
 
 
 def test_what_a_footprint_covers():
     noise = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
     model = small('patchwise')
-    net = visualize._find(model)
-    given, block = visualize._show(model, net, noise, None), net.blocks['stages.1.blocks.0']
-    np.testing.assert_array_equal(visualize._mosaic(given, block, (4, 5)), noise[8:28, 12:32])
-    corner = visualize._mosaic(given, block, (0, 0))  # two rows and columns of cells are mirrored
+    net = visualize.find_network(model)
+    given, block = visualize.prepare_picture(model, net, noise, None), net.blocks['stages.1.blocks.0']
+    np.testing.assert_array_equal(visualize.make_mosaic(given, block, (4, 5)), noise[8:28, 12:32])
+    corner = visualize.make_mosaic(given, block, (0, 0))  # two rows and columns of cells are mirrored
     np.testing.assert_array_equal(corner[8:, 8:], noise[:12, :12])
     np.testing.assert_array_equal(corner[:4, 8:], noise[8:12, :12])
 
@@ -389,7 +465,7 @@ def test_a_pairwise_footprint_is_shown_beside_average_pooling(picture):
 
 
 def test_mirrored_neighbours_count_where_they_come_from():
-    block = visualize._find(small('patchwise')).blocks['stages.1.blocks.0']
+    block = visualize.find_network(small('patchwise')).blocks['stages.1.blocks.0']
     spread = visualize._spread(torch.arange(25.).view(5, 5), block, (0, 3), 4, 4)
     expected = np.full((4, 4), np.nan)
     for a in range(5):
@@ -402,8 +478,8 @@ def test_mirrored_neighbours_count_where_they_come_from():
 def test_rollout_frames_hold_all_mass(picture):
     """No mass lies beyond the dashed frame, and some on its edge: it is the reach of the footprints, exactly."""
     model = small('pairwise', kernel_sizes=3, depths=(1, 1, 0))
-    net = visualize._find(model)
-    shown = visualize._show(model, net, picture, None)
+    net = visualize.find_network(model)
+    shown = visualize.prepare_picture(model, net, picture, None)
     last = net.blocks['stages.1.blocks.0']
     mass = visualize.attention_rollout(model, shown.images, [(5, 6)], residual=0.5)[0, 0]
     reach = visualize._reach(net, last)
@@ -412,7 +488,7 @@ def test_rollout_frames_hold_all_mass(picture):
         assert first - reach <= places.min() <= first - reach + 1
         assert first + 3 + reach - 1 <= places.max() <= first + 3 + reach
     away = (((torch.arange(48) + 0.5 - 22)[:, None].square() + (torch.arange(60) + 0.5 - 26).square()).sqrt())
-    radius = visualize._half(mass, shown, last, (5, 6))
+    radius = visualize.half_mass_radius(mass, shown, last, (5, 6))
     assert mass[away < radius - 1e-4].sum() <= 0.5 + 1e-5 <= mass[away <= radius + 1e-4].sum() + 2e-5
 
 
@@ -420,17 +496,17 @@ def test_channels_that_differ_most():
     weights = torch.zeros(1, 4, 3, 3)
     weights[:, 0] = weights[:, 1] = 1.
     weights[:, 2, 0, 0], weights[:, 3, 2, 2] = 1, 1
-    assert visualize._varied(weights, 3)[-2:] == [2, 3]
-    assert visualize._varied(weights, 9) == [0, 1, 2, 3]
+    assert visualize._most_different(weights, 3)[-2:] == [2, 3]
+    assert visualize._most_different(weights, 9) == [0, 1, 2, 3]
 
 
 def test_main_components():
     features = torch.zeros(6, 8, 8)
     features[1, :4], features[2, :, :4], features[5] = 3, 1, 7
-    colours, held = visualize._principal(features)
+    colours, held = visualize.principal_components(features)
     assert held == pytest.approx(1) and colours.shape == (8, 8, 3)
     assert len(colours.flatten(0, 1)[:, :2].round(decimals=3).unique(dim=0)) == 4
-    assert visualize._principal(torch.rand(4, 1, 1))[0].shape == (1, 1, 3)
+    assert visualize.principal_components(torch.rand(4, 1, 1))[0].shape == (1, 1, 3)
 
 
 @pytest.mark.parametrize(('call', 'message'), [
@@ -463,7 +539,7 @@ def test_without_matplotlib(picture, monkeypatch):
 # --- Pictures as the model takes them --------------------------------------------------------------------------------
 
 def shown(model, image, size=None):
-    return visualize._show(model, visualize._find(model), image, size)
+    return visualize.prepare_picture(model, visualize.find_network(model), image, size)
 
 
 def test_preprocessing(picture, tmp_path):

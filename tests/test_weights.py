@@ -16,10 +16,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save, save_file
 
 import san_backbones
-from hub_server import HubServer
 from san_backbones import hub
 from san_backbones._requirements import LEAST_FOR_CONVERSION, older
 from san_backbones.hub import WeightsError
+from tests import ROOT
+from tests.hub_server import HubServer
 
 REPOSITORY = 'someone/weights'
 
@@ -238,23 +239,25 @@ def test_a_file_without_tensors(server):
     assert 'holds no tensors' in _error()
 
 
-def test_what_was_damaged_in_the_cache_is_fetched_anew(server, monkeypatch):
+@pytest.fixture
+def cached(server, monkeypatch):
+    """The content of a file of the manifest, and where it lies in the cache."""
     content = _content(2.)
     server.add_repo('san-backbones/model.tag')
     server.put('san-backbones/model.tag', hub.FILENAME, content)
     monkeypatch.setattr(hub, 'manifest', lambda: {'model.tag': {'sha256': hashlib.sha256(content).hexdigest()}})
-    path = pathlib.Path(hub.weights('san-backbones/model.tag'))
+    return content, pathlib.Path(hub.weights('san-backbones/model.tag'))
+
+
+def test_what_was_damaged_in_the_cache_is_fetched_anew(cached):
+    content, path = cached
     path.resolve().write_bytes(content[:-1] + b'?')
     assert 'SHA-256' in _error('san-backbones/model.tag')
     assert pathlib.Path(hub.weights('san-backbones/model.tag')).read_bytes() == content
 
 
-def test_a_file_that_cannot_be_read_now_stays(server, monkeypatch):
-    content = _content(2.)
-    server.add_repo('san-backbones/model.tag')
-    server.put('san-backbones/model.tag', hub.FILENAME, content)
-    monkeypatch.setattr(hub, 'manifest', lambda: {'model.tag': {'sha256': hashlib.sha256(content).hexdigest()}})
-    path = pathlib.Path(hub.weights('san-backbones/model.tag'))
+def test_a_file_that_cannot_be_read_now_stays(cached, server, monkeypatch):
+    content, path = cached
 
     def fail(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -467,8 +470,7 @@ print(json.dumps(hashlib.sha256(y.numpy().tobytes()).hexdigest()))
 @pytest.mark.skipif(older(timm.__version__, LEAST_FOR_CONVERSION['timm']), reason='config.json needs a newer timm')
 def test_from_the_authors_file_to_pretrained(tmp_path):
     """Released format, convert, publish, `pretrained=True` with an empty cache, offline: the same bits."""
-    import oracle
-    root = pathlib.Path(__file__).resolve().parent.parent
+    from tests import oracle
     source = tmp_path / 'source' / 'san10_pairwise'
     source.mkdir(parents=True)
     state = oracle.random_state('san10_pairwise', seed=3, dtype=torch.float32)
@@ -476,10 +478,10 @@ def test_from_the_authors_file_to_pretrained(tmp_path):
     with HubServer() as server:
         server.add_token('maintainer', 'maintainer', organisations=['san-backbones'])
         environment = server.environment(tmp_path / 'home', 'maintainer')
-        command = [sys.executable, root / 'weights' / 'publish.py', 'san10_pairwise', '--org', 'san-backbones',
+        command = [sys.executable, ROOT / 'weights' / 'publish.py', 'san10_pairwise', '--org', 'san-backbones',
                    '--source', tmp_path / 'source', '--work', tmp_path / 'work',
                    '--manifest', tmp_path / 'manifest.json']
-        (tmp_path / 'manifest.json').write_text((root / 'weights' / 'manifest.json').read_text())
+        (tmp_path / 'manifest.json').write_text((ROOT / 'weights' / 'manifest.json').read_text())
         done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         recorded = json.loads((tmp_path / 'manifest.json').read_text())['models']['san10_pairwise.in1k']
