@@ -1,10 +1,15 @@
-"""Draws the figures of explanation/mathematics.md from the package's own functions: `python docs/figures.py FOLDER`.
+"""Draws the figures of the pages: `python docs/figures.py FOLDER [PAGE]`.
 
 conf.py calls `draw_all` before each build. Nothing here is drawn by hand: positions, weights and counts come out of the
-code that they explain.
+code that they explain, the floors of the house out of the table on their page, and the figures of PAGES out of the code
+on those pages.
 """
+import os
 import pathlib
+import re
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -12,6 +17,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 import san_backbones  # noqa: F401, registers the models
 from san_backbones import SAN, PairwiseAttention, PatchwiseAttention
@@ -19,6 +25,7 @@ from san_backbones.count import count_multiply_adds, count_parameters
 from san_backbones.ops import coordinates, footprint, padding, reflect_pad, reflection_index
 from san_backbones.ops.reference import aggregate
 
+HERE = pathlib.Path(__file__).resolve().parent
 BLUE, ORANGE, GREEN, RED, GREY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '0.55'  # Okabe and Ito
 STYLE: Any = {'font.size': 9, 'axes.titlesize': 9.5, 'axes.spines.top': False, 'axes.spines.right': False,
          'svg.hashsalt': 'san', 'svg.fonttype': 'path', 'legend.frameon': False}
@@ -258,12 +265,86 @@ def complexity() -> Figure:
     return figure
 
 
-FIGURES = (footprints, sharing, geometry, positions, complexity)
+def architecture() -> Figure:
+    """The floors of explanation/architecture.md, from its table, and the ways of an image and of a weight file."""
+    rows = [[cell.strip() for cell in line.split('|')[1:3]] for line in
+            (HERE / 'explanation/architecture.md').read_text(encoding='utf-8').splitlines()
+            if line.startswith('| ') and '`' in line][1:]
+    images = {'programs': 'a detector', 'network': 'SAN, Stage, Block', 'layers': 'query, key, value, gamma',
+              'operators': 'relation, weights, sum'}
+    files = {'people': 'weights get, verify', 'programs': 'init_cfg', 'network': 'folder, package, Hub, authors'}
+    figure = Figure(figsize=(9.4, 4.4))
+    axis = figure.add_subplot()
+    for level, (floor, modules) in enumerate(reversed(rows)):
+        axis.add_patch(Rectangle((0, level), 11.6, 0.86, facecolor='0.96', edgecolor='0.6'))
+        axis.text(0.1, level + 0.55, floor, weight='bold', fontsize=9, va='center')
+        axis.text(0.1, level + 0.23, modules.replace('`', ''), fontsize=6, va='center', family='monospace')
+        for x, colour, steps in ((12.1, BLUE, images), (15.8, ORANGE, files)):
+            if floor in steps:
+                axis.plot(x, level + 0.43, 'o', color=colour, markersize=5)
+                axis.text(x + 0.18, level + 0.43, steps[floor], fontsize=8, va='center', color=colour)
+    names = [floor for floor, _ in reversed(rows)]
+    for x, colour, title, steps in ((12.1, BLUE, 'an image', images),
+                                    (15.8, ORANGE, 'a weight file', files)):
+        levels = [names.index(floor) + 0.43 for floor in steps]
+        axis.plot([x, x], [min(levels), max(levels)], color=colour, linewidth=1.5)
+        axis.text(x, len(rows) + 0.1, title, fontsize=9, weight='bold', color=colour)
+    axis.set(xlim=(-0.1, 20), ylim=(-0.1, len(rows) + 0.5))
+    axis.axis('off')
+    return figure
+
+
+FIGURES = (footprints, sharing, geometry, positions, complexity, architecture)
+
+
+# pages whose own code draws, and the pictures that it writes and the page shows
+PAGES = {
+    'how-to/see-attention.md': ('*.png',),
+    'tutorial/detection.md': ('truth.png',),
+    'tutorial/segmentation.md': ('segmented/vis/0000.jpg',),
+}
+
+
+SMALLEST = 400  # pixels: smaller pictures are enlarged
+
+
+def run_page(page: pathlib.Path, folder: pathlib.Path, pictures: tuple[str, ...]) -> None:
+    """Runs the Python blocks of a page, and keeps the pictures that they write as `folder/PAGE-NAME`.
+
+    A block whose first line names a file is written there, too, as readers are told to.
+    """
+    here, namespace = os.getcwd(), {'__name__': page.stem}
+    with tempfile.TemporaryDirectory() as work:
+        os.chdir(work)
+        os.symlink(HERE.parent / 'mm_configs', 'mm_configs')
+        try:
+            for block in re.findall(r'^```python\n(.*?)^```$', page.read_text(), re.M | re.S):
+                named = re.match(r'# (\w+\.py)\n', block)
+                if named:
+                    pathlib.Path(named[1]).write_text(block)
+                else:
+                    exec(compile(block, str(page), 'exec'), namespace)
+        finally:
+            os.chdir(here)
+        for path in [path for pattern in pictures for path in pathlib.Path(work).glob(pattern)]:
+            picture = Image.open(path)
+            times = max(1, SMALLEST // picture.width)
+            picture.resize((times * picture.width, times * picture.height)).save(folder / f'{page.stem}-{path.name}')
+
+
+def draw_page(page: str, folder: pathlib.Path) -> None:
+    """Runs a page in a process of its own: trainings leave loggers and registries behind."""
+    done = subprocess.run([sys.executable, __file__, folder, page], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f'the code of {page} failed:\n{done.stderr[-3000:]}')
 
 
 def draw_all(folder: pathlib.Path) -> None:
-    """Writes each figure as `folder/NAME.svg`; the same bytes each time."""
+    """Writes each figure as `folder/NAME.svg`, the same bytes each time, and those of the pages as `PAGE-NAME.png`."""
+    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    for page in PAGES:
+        draw_page(page, folder)
     random = torch.get_rng_state()
     for figure in FIGURES:
         with rc_context(STYLE):
@@ -273,4 +354,8 @@ def draw_all(folder: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-    draw_all(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else 'docs/_figures'))
+    target = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else 'docs/_figures').absolute()
+    if len(sys.argv) > 2:
+        run_page(HERE / sys.argv[2], target, PAGES[sys.argv[2]])
+    else:
+        draw_all(target)
