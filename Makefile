@@ -1,4 +1,4 @@
-# make demo   sets everything up, then trains, evaluates and draws a small SAN Mask R-CNN
+# make demo   sets everything up, then trains, evaluates and draws a SAN Mask R-CNN
 # make test   sets everything up, then runs the tests
 # make docs   builds the documentation into docs/_build
 # make lint   ruff, mypy, licences, the workflows
@@ -9,10 +9,10 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 READY := .venv/.ready
 
-.PHONY: demo test coverage docs docs-check lint api test-timm test-mim test-mmpretrain test-package test-wheel wheels release release-check test-sanitize test-mutants \
-  test-long test-kills test-versions lock locked clean
+.PHONY: demo test coverage docs docs-check app-check lint types api test-timm test-mim test-mmpretrain test-package test-wheel wheels release release-check test-sanitize test-mutants \
+  test-long test-kills test-versions test-hosts test-exports lock locked clean
 
-# make demo DATA=/folder/of/coco-format/data trains on your own pictures
+# make demo DATA=/folder/of/data trains on your own pictures, with labels of COCO, VOC or YOLO
 demo: $(READY)
 	$(BIN)/python demo/train.py $(if $(DATA),--data "$(DATA)")
 
@@ -30,13 +30,24 @@ docs: $(READY)
 # every page in a headless Chromium, without a network, at 390 and 1280 pixels. Needs chromium and its driver
 docs-check: docs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'selenium>=4.20'
-	$(BIN)/python tools/check_docs.py
+	$(BIN)/python -m tools.check_docs
+
+# the page of san-backbones app, and the file of attention --html, in such a browser: drop, click, switch, download
+app-check: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'selenium>=4.20' -e '.[app]'
+	$(BIN)/python -m tools.check_app
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/reuse lint --quiet
 	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/actionlint .github/workflows/*.yml
+
+# how much of the public interface has a known type
+types: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pyright[nodejs]>=1.1.400'
+	$(BIN)/python -m tools.check_types
 
 # what has changed in the public interface since the last release, in a way that breaks programs
 api: $(READY)
@@ -45,55 +56,65 @@ api: $(READY)
 
 # timm's own model tests, for our models
 test-timm: $(READY)
-	$(BIN)/python tests/run_timm_tests.py
+	$(BIN)/python -m tools.run_timm_tests
 
 # OpenMMLab's mim and MMPretrain do not go together with all the rest: their tests run in environments of their own
 test-mim test-mmpretrain: test-%: $(READY)
-	$(BIN)/python tests/run_apart.py $*
+	$(BIN)/python -m tools.run_apart $*
 
 # an sdist, the wheel made of it, and both in environments with nothing else
 test-package: $(READY)
-	$(BIN)/python tests/run_package.py
+	$(BIN)/python -m tools.run_package
 
 # make test-wheel TAG=win_amd64 tries the wheel of that tag in dist/, on such a machine, in a clean environment
 test-wheel:
-	$(PYTHON) tests/run_package.py dist/*$(TAG)*.whl
+	$(PYTHON) -m tools.run_package dist/*$(TAG)*.whl
 
 # the sdist and the wheels of all platforms, cross-compiled, into dist/
 wheels: $(READY)
-	$(BIN)/python tools/wheels.py --install
+	$(BIN)/python -m tools.wheels --install
 
-# make release VERSION=0.2.0, behind `python tools/release.py prepare 0.2.0`: wheels, SBOM, checksums, and an upload to a
+# make release VERSION=0.2.0, behind `python -m tools.release prepare 0.2.0`: wheels, SBOM, checksums, and an upload to a
 # package index on this machine, from which it is installed
 release: $(READY)
-	$(BIN)/python tools/release.py build $(VERSION)
-	$(BIN)/python tools/release.py check $(VERSION)
-	$(BIN)/python tools/release.py try $(VERSION)
+	$(BIN)/python -m tools.release build $(VERSION)
+	$(BIN)/python -m tools.release check $(VERSION)
+	$(BIN)/python -m tools.release try $(VERSION)
 
 release-check:
-	$(PYTHON) tools/release.py check $(VERSION)
+	$(PYTHON) -m tools.release check $(VERSION)
 
 # the compiled loops under AddressSanitizer and UndefinedBehaviorSanitizer; needs a GCC with libasan and libubsan
 test-sanitize: $(READY)
-	$(BIN)/python tests/run_sanitized.py
+	$(BIN)/python -m tools.run_sanitized
 
-# small faults, planted one at a time: which test notices each? Writes tests/mutants.md
+# small faults, planted one at a time: which test notices each? Writes tools/mutants.md
 test-mutants: $(READY)
-	$(BIN)/python tests/run_mutants.py
+	$(BIN)/python -m tools.run_mutants
 
 # thousands of training steps and calls: memory stays flat
 test-long: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/trust/run_long.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.run_long
 
-# kill -9 at random moments of trainings, downloads, the authors' files, conversions and publications
+# kill -9 at random moments of trainings, downloads, the authors' files, conversions, publications and extractions
 test-kills: $(READY)
-	$(BIN)/python tests/trust/run_kills.py all
+	$(BIN)/python -m tools.run_kills all
 
 # the oldest and newest Python, torch, timm and huggingface_hub, each in an environment of its own; hours and some GB.
 # ONLY=NAME: one of them.
 # Writes docs/reference/versions.md
 test-versions: $(READY)
-	$(BIN)/python tests/run_versions.py $(if $(ONLY),--only "$(ONLY)")
+	$(BIN)/python -m tools.run_versions $(if $(ONLY),--only "$(ONLY)")
+
+# SAN in other libraries, each in an environment of its own; an hour, and some GB. ONLY=NAME: one of them.
+# Writes the table of docs/how-to/other-libraries.md
+test-hosts: $(READY)
+	$(BIN)/python -m tools.run_hosts $(if $(ONLY),--only $(ONLY))
+
+# every runtime of `san-backbones export`, each in an environment of its own; an hour, and some GB. ONLY=NAME: one of them.
+# Writes the table of docs/how-to/export.md
+test-exports: $(READY)
+	$(BIN)/python -m tools.run_exports $(if $(ONLY),--only $(ONLY))
 
 # versions and digests of everything that make test installs; needs uv. Versions that still fit stay as they are
 lock:

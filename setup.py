@@ -32,8 +32,9 @@ REQUIRED = PLATFORM or os.environ.get('SAN_BACKBONES_REQUIRE_LOOPS', '') not in 
 INSTRUCTION_SETS = {'baseline': []}
 if MACHINE in ('x86_64', 'amd64'):
     INSTRUCTION_SETS.update(avx2=['-march=x86-64-v3'], avx512=['-march=x86-64-v4', '-mprefer-vector-width=512'])
-SOURCES = ('footprint', 'backward', 'pointwise', 'threads')
-FLAGS = ['-O3', '-g0', '-std=gnu11', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi']
+SOURCES = ('footprint', 'backward', 'linear', 'pointwise', 'threads')
+FLAGS = ['-O3', '-g0', '-std=gnu11', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi',
+         '-Werror=switch']  # a relation that a switch over them leaves out
 
 
 class BuildLibrary(build_ext):
@@ -43,9 +44,10 @@ class BuildLibrary(build_ext):
         return fullname.replace('.', '/') + ('.dll' if WINDOWS else '.so')
 
     def get_export_symbols(self, ext):
-        runs = (f'{name}_{what}' for name in ('san', 'san_backward', 'san_stem', 'san_scaled')
+        runs = (f'{name}_{what}'
+                for name in ('san', 'san_backward', 'san_linear', 'san_normed', 'san_scaled', 'san_stem')
                 for what in ('run', 'bytes'))
-        return ['san_width', 'san_kmp_use', 'san_kmp_parallel', *runs]
+        return ['san_width', 'san_panel', 'san_unchanged', 'san_relations', 'san_kmp_use', 'san_kmp_parallel', *runs]
 
     def build_extension(self, ext):
         if not PLATFORM:
@@ -90,7 +92,8 @@ class BuildPackage(build_py):
 setup(
     ext_modules=[
         Extension(f'san_backbones.ops.native._{name}', [f'san_backbones/ops/native/{file}.c' for file in SOURCES],
-                  depends=['san_backbones/ops/native/footprint.h'],
+                  depends=[f'san_backbones/ops/native/{file}.h' for file in (
+                      'footprint', 'planes', 'planes_backward', 'relations')],
                   extra_compile_args=[*FLAGS, *flags], optional=not REQUIRED)
         for name, flags in INSTRUCTION_SETS.items()],
     cmdclass={'build_py': BuildPackage, 'build_ext': BuildLibrary, 'bdist_wheel': PlatformWheel},
