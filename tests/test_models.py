@@ -515,24 +515,27 @@ class TestTracing:
         with ops.use_backend(backend):
             self._same(model, torch.compile(model, fullgraph=True, backend='aot_eager'))
 
-    @pytest.mark.parametrize('backend', ['auto', 'reference'])
+    @pytest.mark.parametrize('backend, dtype', [
+        ('auto', torch.float32), ('auto', torch.float64), ('reference', torch.float64)])
     @pytest.mark.parametrize('training', [False, True])
-    def test_compiled_gradients(self, model, training, backend):
+    def test_compiled_gradients(self, model, training, backend, dtype):
         torch.compiler.reset()
-        model.train(training)
+        model.train(training).to(dtype)
+        for block in model.modules():
+            # a pair of a pixel with itself has a difference of 0: with a bias of 0 it would lie on the edge of the ReLU
+            if hasattr(block, 'weight_mlp'):
+                nn.init.uniform_(block.weight_mlp.norm1.bias, 0.1, 0.3)
         with ops.use_backend(backend):
             results = []
             for run in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')):
-                run(self.image).square().mean().backward()
+                run(self.image.to(dtype)).square().mean().backward()
                 results.append([p.grad for p in run.parameters()] + [b for b in run.buffers() if b.dim()])
-            # training: the stem's batch statistics are float64 outside of a graph and float32 inside, and what is
-            # near 0 may land on the other side of a ReLU, so that no single number can be compared
-            largest = max(expected.norm() for expected in results[0])
-            for expected, actual in zip(*results):
-                if training:
-                    assert (actual - expected).norm() < 0.01 * max(expected.norm(), 0.01 * largest)
-                else:
-                    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+        # in float32 the rounding of batch statistics moves single values to the other side of a ReLU, which changed
+        # a gradient by up to 4 %
+        rtol = 1e-9 if dtype == torch.float64 else 0.2 if training else 1e-3
+        largest = max(expected.norm() for expected in results[0])
+        for expected, actual in zip(*results):
+            assert (actual - expected).norm() < rtol * max(expected.norm(), 0.01 * largest)
 
     def test_what_a_compiled_graph_calls(self, model):
         """The compiled loops where they are, unless told otherwise; an exported program never does."""

@@ -18,17 +18,33 @@ __all__ = ['SUPPORTED', 'relation_statistics']
 _Moments = tuple[Tensor, Tensor]  # mean and biased variance, one for each channel
 
 
-def _seen(size: int, spec: Spec, like: Tensor) -> Tensor:
-    """Which row every row sees at each tap, as ones among zeros: (k, size, size)."""
-    reach = spec.dilation * (spec.kernel_size - 1)
-    index = geometry.reflection_index(size, reach // 2, like.device).unfold(0, size, spec.dilation)
-    return (index[..., None] == torch.arange(size, device=like.device)).to(like.dtype)
+_BLOCK = 512  # pixels whose boxes one product computes: a matrix for a whole axis grows with its square
+
+
+def _taps(size: int, spec: Spec, like: Tensor) -> Tensor:
+    """Which pixel of an axis every pixel sees at each tap: (k, size)."""
+    reach = geometry.padding(spec.kernel_size, spec.dilation)
+    return geometry.reflection_index(size, reach, like.device).unfold(0, size, spec.dilation)
+
+
+def _box_row(x: Tensor, spec: Spec) -> Tensor:
+    """Mean over the taps along the last axis of x (..., size)."""
+    size, reach = x.shape[-1], geometry.padding(spec.kernel_size, spec.dilation)
+    taps, blocks, matrices = _taps(size, spec, x), [], {}
+    for at in range(0, size, _BLOCK):
+        first, last = max(at - reach, 0), min(at + _BLOCK + reach, size)
+        kind = None if last - first == _BLOCK + 2 * reach else at  # all blocks that see no end of the axis are equal
+        if kind not in matrices:
+            block = taps[:, at:at + _BLOCK] - first
+            matrices[kind] = x.new_zeros(last - first, block.shape[1]).scatter_add_(
+                0, block, torch.full_like(block, 1 / spec.kernel_size, dtype=x.dtype))
+        blocks.append(x[..., first:last] @ matrices[kind])
+    return torch.cat(blocks, -1)
 
 
 def _box(x: Tensor, spec: Spec) -> Tensor:
     """Mean over the footprint of every pixel of x (N, C, H, W)."""
-    rows, columns = (_seen(size, spec, x).mean(0) for size in x.shape[-2:])
-    return rows @ x @ columns.t()
+    return _box_row(_box_row(x, spec).mT, spec).mT
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -37,7 +53,8 @@ def _mean(x: Tensor) -> Tensor:
 
 def _tap_means(x: Tensor, spec: Spec) -> Tensor:
     """Mean over batch and pixels of what each pixel sees at each tap: (C, k, k)."""
-    rows, columns = (_seen(size, spec, x).sum(1) for size in x.shape[-2:])
+    rows, columns = (x.new_zeros(spec.kernel_size, size).scatter_add_(1, taps, torch.ones_like(taps, dtype=x.dtype))
+                     for size in x.shape[-2:] for taps in [_taps(size, spec, x)])
     return rows @ x.sum(0) @ columns.t() / max(x.numel() // x.shape[1], 1)
 
 
