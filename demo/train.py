@@ -17,6 +17,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 
 import sheet
 
@@ -103,6 +104,12 @@ def main(arguments=None):
     say(f'{cfg.model.type} on {cfg.model.backbone.type}: {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, '
         f'on {parameters[0].device}, from {start.checkpoint if start else "random weights"}')
 
+    with console.others_quiet():
+        try:
+            runner.model.init_weights()  # before the first evaluation, and before minutes of it if there are no weights
+        except (OSError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
+            sys.exit(f'error: {error}')
+
     say(f'\nevaluating before training, on {len(val.coco["images"])} {kind} pictures')
     with console.others_quiet():
         before = runner.test()
@@ -145,7 +152,7 @@ What next? The commands work as they stand.
   your data: boxes or masks, COCO's, VOC's or YOLO's
     make demo DATA=/folder/of/data
   a longer training
-    {python} {script} --iterations 2000 --minutes 30
+    {python} {script}{weights} --iterations 2000 --minutes 30
 The config {config} is a good start for one of your own.'''
 
 HINTS_OWN_DATA = '''
@@ -156,9 +163,9 @@ What next? The commands work as they stand.
   find such objects on other pictures (here: those of the validation)
     {python} -m san_backbones predict {checkpoint} {pictures} --out {predicted}
   can it learn? Eight pictures, evaluated on themselves: the AP should climb far above zero
-    {python} {script} --data {data} --train-images 8 --evaluate-on-train --work-dir {memory}
+    {python} {script}{weights} --data {data} --train-images 8 --evaluate-on-train --work-dir {memory}
   longer and larger
-    {python} {script} --data {data} --iterations 5000 --minutes 120 --size 512
+    {python} {script}{weights} --data {data} --iterations 5000 --minutes 120 --size 512
   a training in earnest, with the config {own}, which has your folders and classes (best on a GPU)
     {python} -m san_backbones.mm.run {tool} {own} --work-dir {training}'''
 
@@ -203,7 +210,8 @@ def hints(options, train, val, masks, init_cfg):
     if options.data:
         write_config(words['own'], train, val, masks, init_cfg)
     text = HINTS_OWN_DATA if options.data else HINTS
-    return text.format(**{name: shlex.quote(str(word)) for name, word in words.items()})
+    weights = f' --weights {shlex.quote(options.weights)}' if options.weights else ''
+    return text.format(weights=weights, **{name: shlex.quote(str(word)) for name, word in words.items()})
 
 
 def nearest(path):

@@ -218,6 +218,13 @@ class TestTrain:
             assert (cfg.init_cfg and cfg.init_cfg.checkpoint) == checkpoint
         assert (backbone.frozen_stages, backbone.norm_eval) == ((2, True) if checkpoint else (-1, False))
 
+    def test_weights_that_are_not_there(self, made, tmp_path):
+        """Said in words, before the minutes of an evaluation."""
+        pytest.importorskip('mmdet')
+        import train
+        with pytest.raises(SystemExit, match='^error: .*missing.pth'):
+            train.main(['--data', str(made), '--weights', 'missing.pth', '--work-dir', str(tmp_path)])
+
     def test_boxes_of_voc(self, made, tmp_path, capsys, monkeypatch):
         """A Faster R-CNN, which says so; what it prints at last is pasted and works, from the same folder."""
         pytest.importorskip('mmdet')
@@ -251,7 +258,7 @@ class TestTrain:
         assert done.returncode == 0, done.stderr
         assert len(json.loads((work / 'predicted/predictions.json').read_text())['images']) == 4
         for words in commands[1:3]:
-            train.parse(words[2:])
+            assert train.parse(words[2:]).weights == 'random'
         assert commands[3][1:3] == ['-m', 'san_backbones.mm.run'] and str(work / 'my_config.py') in commands[3]
 
     def test_some_objects_without_a_mask(self):
