@@ -36,7 +36,7 @@ def _box_row(x: Tensor, spec: Spec) -> Tensor:
         kind = None if last - first == _BLOCK + 2 * reach else at  # all blocks that see no end of the axis are equal
         if kind not in matrices:
             block = taps[:, at:at + _BLOCK] - first
-            matrices[kind] = x.new_zeros(last - first, block.shape[1]).scatter_add_(
+            matrices[kind] = x.new_zeros(last - first, block.shape[1]).scatter_add(
                 0, block, torch.full_like(block, 1 / spec.kernel_size, dtype=x.dtype))
         blocks.append(x[..., first:last] @ matrices[kind])
     return torch.cat(blocks, -1)
@@ -53,7 +53,7 @@ def _mean(x: Tensor) -> Tensor:
 
 def _tap_means(x: Tensor, spec: Spec) -> Tensor:
     """Mean over batch and pixels of what each pixel sees at each tap: (C, k, k)."""
-    rows, columns = (x.new_zeros(spec.kernel_size, size).scatter_add_(1, taps, torch.ones_like(taps, dtype=x.dtype))
+    rows, columns = (x.new_zeros(spec.kernel_size, size).scatter_add(1, taps, torch.ones_like(taps, dtype=x.dtype))
                      for size in x.shape[-2:] for taps in [_taps(size, spec, x)])
     return rows @ x.sum(0) @ columns.t() / max(x.numel() // x.shape[1], 1)
 
