@@ -64,9 +64,9 @@ def seconds(function):
     return measure.seconds(function, DEVICE)
 
 
-def alternate(cases, rounds, patience=20.):
+def alternate(cases, rounds, patience=20., warm=False):
     """`measure.alternate` on DEVICE."""
-    return measure.alternate(cases, rounds, DEVICE, patience)
+    return measure.alternate(cases, rounds, DEVICE, patience, warm=warm)
 
 
 def figure(value, digits=0):

@@ -3,9 +3,9 @@
     python benchmarks/operators.py
 
 At 224 x 224, batch 8 (--size, one number or height and width; --batch). Forward, and forward plus backward in all maps
-and parameters, with norms in eval mode. A row's floor is the larger of its operations over the measured matrix rate and
-its bytes (each map read or written once) over the measured copy rate. The last rows add up all fifteen layers of the
-network.
+and parameters, with norms in eval mode; each timed call follows one of the same layer, as in a network. A row's floor
+is the larger of its operations over the measured matrix rate and its bytes (each map read or written once) over the
+measured copy rate. The last rows add up all fifteen layers of the network.
 """
 import math
 
@@ -73,7 +73,8 @@ def main():
                 layer = cls(dim, kernel_size=kernel_size, device=harness.DEVICE).eval()
                 size = [length // stride for length in (options.size * 2)[:2]]
                 medians = harness.alternate(
-                    {path: make(layer, options.batch, size, training, path, dtype) for path in paths}, options.rounds)
+                    {path: make(layer, options.batch, size, training, path, dtype) for path in paths}, options.rounds,
+                    warm=True)
                 operations, moved = work(layer, options.batch, size, training, dtype)
                 medians['floor'] = max(operations / matrix_rate, moved / copy_rate)
                 for name, value in medians.items():

@@ -68,6 +68,7 @@ def alternate(
         device: torch.device,
         patience: float = 20.,
         report: Callable[[str], Any] = _say,
+        warm: bool = False,
 ) -> dict[str, float]:
     """Measures the median seconds of each case, in turns, after one warm-up call.
 
@@ -77,6 +78,8 @@ def alternate(
         device: Where they run.
         patience: A case that has taken more seconds than this in total skips the remaining rounds.
         report: Called with a line of text for a case that fails.
+        warm: Whether each timed call follows one of the same case. Otherwise it finds the caches and the heap as the
+            case before has left them.
 
     Returns:
         Seconds by name; NaN for a case that failed.
@@ -92,6 +95,8 @@ def alternate(
         for name, function in cases.items():
             taken = times[name]
             if taken is not None and sum(taken) < patience:
+                if warm:
+                    function()
                 taken.append(seconds(function, device))
     return {name: statistics.median(taken) if taken else math.nan for name, taken in times.items()}
 

@@ -1,8 +1,8 @@
 """Draws the picture of the README from what `make demo` leaves: detections, and what the backbone attends to.
 
-    python -m tools.readme_picture [work_dirs/demo] [--picture 7] [--out docs/static/san.png]
+    python -m tools.readme_picture [work_dirs/demo] [--picture 9] [--out docs/static/san.png]
 
-The photograph of picture 7 is scikit-image's `coffee` (CC0).
+The photograph of picture 9 is scikit-image's `chelsea` (CC0).
 """
 import argparse
 import pathlib
@@ -78,8 +78,8 @@ def draw(model, path, out):
     grid = figure.add_gridspec(len(pixels), 5, width_ratios=(4.6, 0.1, 1, 1, 1), wspace=0.1, hspace=0.1, left=0.01,
                                right=0.89, top=0.9, bottom=0.02)
     axis = figure.add_subplot(grid[:, 0])
-    sheet.draw_cell(axis, picture, found, model.dataset_meta['classes'])
-    axis.set_title('a SAN Mask R-CNN, 600 steps from random weights', fontsize=9)
+    sheet.draw_cell(axis, picture, found, model.dataset_meta['classes'], few=True)
+    axis.set_title('a SAN Mask R-CNN after the 400 steps of make demo', fontsize=9)
     half = k // 2 * stride + stride / 2
     padded = np.pad(picture, ((64, 64), (64, 64), (0, 0)), 'reflect')
     largest = [np.abs(values).max() for values in columns]
@@ -112,7 +112,7 @@ def draw(model, path, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('demo', nargs='?', type=pathlib.Path, default=ROOT / 'work_dirs/demo')
-    parser.add_argument('--picture', type=int, default=7, help='which of the held-out ones')
+    parser.add_argument('--picture', type=int, default=9, help='which of the held-out ones')
     parser.add_argument('--out', type=pathlib.Path, default=ROOT / 'docs/static/san.png')
     options = parser.parse_args()
     config, = options.demo.glob('mask-rcnn*.py')
