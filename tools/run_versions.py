@@ -58,7 +58,7 @@ CORNERS = (
     Corner('Python 3.14', '3.14', extras='[onnx]'),
     # matplotlib 3.8.0 wants numpy 1
     Corner('oldest of the command line, features and app', '3.10',
-           (*OLDEST, 'numpy<2', 'typer==0.20.0', 'pyarrow==16.0.0', 'tqdm==4.60.0', 'fsspec==2023.5.0',
+           (*OLDEST, 'numpy<2', 'typer==0.20.0', 'pyarrow==17.0.0', 'tqdm==4.60.0', 'fsspec==2023.5.0',
             'webdataset==0.2.96', 'matplotlib==3.8.0', 'gradio==6.31.0', 'scikit-image==0.22.0'),
            '[cli,distill,features,visualize,app]', TESTS_OF_TOOLS),
     Corner('oldest of other libraries', '3.10',
