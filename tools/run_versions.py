@@ -63,7 +63,7 @@ CORNERS = (
            '[cli,distill,features,visualize,app]', TESTS_OF_TOOLS),
     Corner('oldest of other libraries', '3.10',
            ('torch==2.6.0', 'torchvision==0.21.0', 'timm==1.0.26', 'segmentation-models-pytorch==0.6.0',
-            'transformers==5.20.0', 'accelerate==1.15.0'),
+            'transformers==5.20.0', 'accelerate==1.15.0', 'scipy'),
            '[smp,transformers,accelerate]', ('tests/ecosystem',)),
     Corner('oldest of the openvino extra', '3.11', ('openvino==2025.0.0',), '[cli,openvino]',
            ('tests/test_runtimes.py',)),

@@ -201,7 +201,10 @@ class Partition:
                 fields += [('stage', pyarrow.int32())]
         if extractor.network.maps:
             fields += [('maps', pyarrow.string()), ('key', pyarrow.int32())]
-        fields += [(name, pyarrow.list_(self._number, length)) for name, length in self._columns.items()]
+        # of boxes with vectors of one stage each, the others are null; only pyarrow 26 reads null lists of fixed length
+        several = extractor.network.boxes and len(extractor.network.stages) > 1
+        self._lengths = {name: -1 if several and name != 'logits' else length for name, length in self._columns.items()}
+        fields += [(name, pyarrow.list_(self._number, length)) for name, length in self._lengths.items()]
         described = {f'{PREFIX}{name}': value if isinstance(value, str) else json.dumps(value)
                      for name, value in about.items()}
         self._schema = pyarrow.schema(fields, metadata=described)
@@ -270,13 +273,17 @@ class Partition:
         names = self._schema.names[:len(self._rows[0])]
         arrays = [pyarrow.array(column, self._schema.field(name).type)
                   for name, column in zip(names, zip(*self._rows))]
-        for name, length in self._columns.items():
+        for name, length in self._lengths.items():
             given = self._vectors[name]
-            missing = np.array([row is None for row in given])
-            flat = np.concatenate([np.zeros(length, np.float32) if row is None else row for row in given])
-            arrays.append(pyarrow.FixedSizeListArray.from_arrays(
-                pyarrow.array(flat.astype(self._number.to_pandas_dtype())), length,
-                mask=pyarrow.array(missing) if missing.any() else None))
+            flat = np.concatenate([row for row in given if row is not None] or [np.empty(0, np.float32)])
+            values = pyarrow.array(flat.astype(self._number.to_pandas_dtype()))
+            if length > 0:
+                arrays.append(pyarrow.FixedSizeListArray.from_arrays(values, length))
+            else:
+                ends = np.cumsum([0, *(0 if row is None else len(row) for row in given)]).tolist()
+                begins = [None if row is None else at for row, at in zip(given, ends)]
+                offsets = pyarrow.array([*begins, ends[-1]], pyarrow.int32())
+                arrays.append(pyarrow.ListArray.from_arrays(offsets, values))
             given.clear()
         self._writer.write_batch(pyarrow.record_batch(arrays, schema=self._schema))
         self._rows.clear()

@@ -7,7 +7,7 @@ from torch import Tensor
 from .contract import FusedBackend
 from .folding import Shape, round_up
 from .gamma import Gamma, Spec
-from .relations import POSITIONS
+from .relations import POSITIONS, constant
 
 __all__ = ['check_attention', 'check_channels', 'check_gamma', 'check_maps', 'check_operator', 'check_shape',
            'check_spec', 'need']
@@ -20,7 +20,7 @@ def _described(**tensors: Tensor | None) -> str:
 
 def check_spec(spec: Spec) -> None:
     """Raises ValueError unless `spec` describes an attention that exists."""
-    spec.described  # noqa: B018, raises for a relation that its form has not
+    constant(spec, 'name')  # raises for a relation that its form has not
     if spec.position not in POSITIONS:
         raise ValueError(f'position must be one of {", ".join(map(repr, POSITIONS))}, got {spec.position!r}')
     if spec.kernel_size < 1 or spec.kernel_size % 2 == 0 or spec.dilation < 1:
@@ -55,7 +55,7 @@ def check_maps(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) 
 def check_gamma(query: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma, spec: Spec) -> None:
     """Raises ValueError unless gamma's tensors have the widths that maps and spec call for."""
     area = spec.kernel_size ** 2
-    inputs = spec.described.width(query.shape[1], area, place is not None)
+    inputs = constant(spec, 'width', query.shape[1], area, place is not None)
     for number, norm in ((1, gamma.norm1), (2, gamma.norm2)):
         if not norm.batch_statistics and (norm.running_mean is None or norm.running_var is None):
             raise ValueError(f'norm{number} of gamma has no running_mean or running_var; expected both, or '
@@ -91,7 +91,7 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, place: Tensor | N
     """Raises ValueError for what `ops.footprint_attention` does not accept."""
     check_spec(spec)
     check_maps(query, key, value, place)
-    if spec.described.has_positions and (place is None) != (spec.position == 'none'):
+    if constant(spec, 'has_positions') and (place is None) != (spec.position == 'none'):
         raise ValueError(f"place must be given for position {spec.position!r}" if place is None else
                          "place must be None for position 'none'; 'relative' and 'absolute' take it")
     check_gamma(query, value, place, gamma, spec)

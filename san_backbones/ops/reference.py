@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import geometry
 from .gamma import Gamma, Spec, apply_gamma
-from .relations import reads_every_query
+from .relations import constant, reads_every_query
 
 __all__ = ['aggregate', 'attend', 'combine', 'combine_patch', 'relate']
 
@@ -162,7 +162,7 @@ def attend(
 ) -> Tensor:
     """Footprint attention by its definition; arguments as `ops.footprint_attention`."""
     pad = geometry.padding(spec.kernel_size, spec.dilation)
-    if spec.described.every_query:
+    if constant(spec, 'every_query'):
         query = geometry.reflect_pad(query, pad)
     place_padded = None if place is None else geometry.reflect_pad(place, pad)
     hidden = relate(query, geometry.reflect_pad(key, pad), place, place_padded, *spec)

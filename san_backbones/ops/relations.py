@@ -3,12 +3,12 @@
 How a relation is computed stands in `reference.combine` and `reference.combine_patch`, and, for the fused backends that
 have it, in `native/relations.h` and `triton/kernels.py`.
 """
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ['FORMS', 'PAIRWISE_RELATIONS', 'PATCHWISE_RELATIONS', 'POSITIONS', 'RELATIONS', 'Relation', 'find', 'names',
-           'number']
+__all__ = ['FORMS', 'PAIRWISE_RELATIONS', 'PATCHWISE_RELATIONS', 'POSITIONS', 'RELATIONS', 'Relation', 'constant',
+           'find', 'names', 'number']
 
 FORMS = ('pairwise', 'patchwise')
 POSITIONS = ('relative', 'absolute', 'none')
@@ -93,6 +93,19 @@ def find(pairwise: bool, name: str) -> Relation:
         ValueError: The form has none of that name; the message lists those it has.
     """
     return RELATIONS[number(pairwise, name)]
+
+
+@torch.compiler.assume_constant_result
+def _constant(pairwise: bool, name: str, what: str, sizes: tuple) -> Any:
+    found = getattr(find(pairwise, name), what)
+    return found(*sizes) if callable(found) else found
+
+
+def constant(spec: Any, what: str, *sizes: Any) -> Any:
+    """An attribute of the relation of `spec`, or what a method of it gives for `sizes`: a constant of a graph, since
+    torch 2.6 traces no methods of named tuples. Raises as `find`.
+    """
+    return _constant(spec.pairwise, spec.relation, what, sizes)
 
 
 @torch.compiler.assume_constant_result  # a graph holds the number, not the table

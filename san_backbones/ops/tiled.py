@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import geometry, reference
 from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, moments, refuse_other_backward
+from .relations import constant
 
 __all__ = ['TILE_ELEMENTS', 'attend']
 
@@ -184,11 +185,11 @@ def attend(
     batch, _, height, width = value.shape
     hidden_width = max(gamma.weight1.shape[:2])
     area = spec.kernel_size ** 2 if spec.pairwise else 1
-    products = spec.described.operations(query.shape[1], spec.kernel_size ** 2)  # before they are summed
+    products = constant(spec, 'operations', query.shape[1], spec.kernel_size ** 2)  # before they are summed
     depth = max(area * hidden_width, spec.kernel_size ** 2 * value.shape[1], products)
     cuts = list(tiles(batch, height, width, depth, 2 * pad))
 
-    query_kind = HALO if spec.described.every_query else OWN
+    query_kind = HALO if constant(spec, 'every_query') else OWN
     maps = [geometry.reflect_pad(query, pad) if query_kind == HALO else query, geometry.reflect_pad(key, pad)]
     kinds = [query_kind, HALO]
     if place is not None:

@@ -19,6 +19,11 @@ from .gamma import Gamma, Spec, apply_gamma
 from .reference import combine, combine_patch
 from .relations import reads_every_query
 
+try:
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+except ImportError:  # torch 2.6 and older
+    has_static_value = None  # type: ignore[assignment]
+
 __all__ = ['aggregate', 'attend', 'relate']
 
 
@@ -36,11 +41,7 @@ def reflected(x: Tensor, axis: int, pad: int) -> Tensor:
 def is_known(size: int) -> bool:
     """Whether the size of an axis is an int now, and in whatever is being traced."""
     if torch.compiler.is_dynamo_compiling():  # which takes its symbols for integers
-        try:
-            from torch.fx.experimental.symbolic_shapes import has_static_value
-        except ImportError:  # torch 2.6 and older
-            return False
-        return has_static_value(size)
+        return has_static_value is not None and has_static_value(size)
     return type(size) is int
 
 

@@ -30,7 +30,7 @@ def test_features_are_those_of_timm():
 
 def test_a_segmenter():
     torch.manual_seed(0)
-    task = SemanticSegmentationTask('EncoderDecoderFactory', dict(
+    task = SemanticSegmentationTask(model_factory='EncoderDecoderFactory', model_args=dict(
         backbone=NAME, backbone_pretrained=True, decoder='UperNetDecoder', decoder_channels=16, num_classes=3))
     masks = task(torch.rand(2, 3, 64, 64)).output
     assert masks.shape == (2, 3, 64, 64)
