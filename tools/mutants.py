@@ -136,7 +136,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      'queries[:, :, None] * neighbours[:, :, :, None]', layer('patchwise-clique-none')),
     # --- statistics in closed form
     ('box without its last row', f'{OPS}/statistics.py', 'block = taps[:, at:', 'block = taps[:-1, at:', (STATISTICS,)),
-    ('box: one matrix for all blocks', f'{OPS}/statistics.py', '2 * reach else at ', '2 * reach else None ', (STATISTICS,)),
+    ('box: one matrix for all blocks', f'{OPS}/statistics.py', '2 * reach else at ', '2 * reach else None ',
+     (STATISTICS,)),
     ('binomial without its 2', f'{OPS}/statistics.py', '- 2 * _mean(q * _box', '- _mean(q * _box', (STATISTICS,)),
     ('places of the footprint transposed', f'{OPS}/statistics.py',
      'rows @ x.sum(0) @ columns.t()', '(rows @ x.sum(0) @ columns.t()).transpose(1, 2)', (STATISTICS,)),

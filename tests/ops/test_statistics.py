@@ -8,7 +8,8 @@ from san_backbones.ops import Spec, geometry, reference, statistics
 @pytest.mark.parametrize('pairwise, relation', sorted(statistics.SUPPORTED))
 @pytest.mark.parametrize('position', ['relative', 'absolute', 'none'])
 @pytest.mark.parametrize(
-    'kernel_size, dilation, size', [(1, 1, (3, 4)), (3, 1, (1, 5)), (5, 2, (6, 3)), (7, 1, (9, 8)), (3, 2, (2, 1700)), (5, 1, (1100, 1))])
+    'kernel_size, dilation, size', [
+        (1, 1, (3, 4)), (3, 1, (1, 5)), (5, 2, (6, 3)), (7, 1, (9, 8)), (3, 2, (2, 1700)), (5, 1, (1100, 1))])
 def test_mean_variance_and_gradients(pairwise, relation, position, kernel_size, dilation, size):
     if not pairwise and position != 'none':
         pytest.skip('patchwise has no positions')
