@@ -1,5 +1,6 @@
 """Programs and files made of the models: torch.compile, torch.export, ONNX, int8; all against the model itself."""
 import copy
+import re
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 
 import san_backbones
 from san_backbones import SAN, PairwiseAttention, PatchwiseAttention
+from san_backbones._requirements import older
 from san_backbones.export import export_detector, export_onnx, quantize_onnx
 from san_backbones.ops import traced
 
@@ -123,9 +125,12 @@ class TestExport:
             loaded = torch.export.load(tmp_path / 'model.pt2').module()
             for size in ((1, 3, 12, 8), (3, 3, 28, 44)) if export_keeps_parity else SIZES:
                 assert_equal(loaded(pictures(*size)), model(pictures(*size)))
-            # torch takes an open size to be at least 2, in the last map as elsewhere, and says so
-            with pytest.raises((AssertionError, RuntimeError), match=r'Guard failed: .*8|shape\[2\] to be >= 8'):
-                loaded(pictures(1, 3, 7, 16))
+            # torch takes an open size to be at least 2, in the last map as elsewhere, and says so; 2.6 not always
+            try:
+                assert_equal(loaded(pictures(1, 3, 7, 16)), model(pictures(1, 3, 7, 16)))
+                assert older(torch.__version__, '2.7')
+            except (AssertionError, RuntimeError) as error:
+                assert re.search(r'Guard failed: .*8|shape\[2\] to be >= 8', str(error))
 
 
 @pytest.fixture(scope='module')
@@ -378,8 +383,8 @@ class TestDetector:
 
     @pytest.mark.parametrize('kind', ['mask', 'one-stage'])
     def test_finds_what_torch_finds(self, kind, tmp_path):
-        import onnxruntime
         detector, image = self.make(kind), torch.rand(3, 48, 64)
+        import onnxruntime
         path = export_detector(detector, tmp_path / 'detector.onnx', image)
         assert not detector.training
         session = onnxruntime.InferenceSession(path)

@@ -70,7 +70,7 @@ def test_what_is_traced(form):
     """Five axes at most; nothing as large as the footprints of the value; no index where sizes are known."""
     layer = form(32, kernel_size=7).eval()
     with torch.no_grad():
-        program = torch.export.export(layer, (torch.randn(1, 32, 12, 12),))
+        program = torch.export.export(layer, (torch.randn(1, 32, 12, 12),), strict=False)
     shapes = [node.meta['val'].shape for node in program.graph.nodes if hasattr(node.meta.get('val'), 'shape')]
     assert max(map(len, shapes)) == 5
     channels = layer.weight_mlp.norm1.num_features * (49 if form is PairwiseAttention else 1)
