@@ -187,15 +187,19 @@ class TestSizes:
     def test_draft(self, tmp_path, model, monkeypatch):
         """A large JPEG is decoded at a quarter, nearly to the same features; others are left alone."""
         noise(tmp_path / 'in' / 'large.jpg', 600, 800, quality=95)
-        drafts, draft = [], Image.Image.draft
         from PIL import JpegImagePlugin
-        draft = JpegImagePlugin.JpegImageFile.draft
-        monkeypatch.setattr(JpegImagePlugin.JpegImageFile, 'draft',
-                            lambda self, *given: drafts.append(result := draft(self, *given)) or result)
+        decoded, draft = [], JpegImagePlugin.JpegImageFile.draft
+
+        def watched(self, *given):
+            result = draft(self, *given)
+            decoded.append(self.size)
+            return result
+
+        monkeypatch.setattr(JpegImagePlugin.JpegImageFile, 'draft', watched)
         found, _ = run(tmp_path / 'in', tmp_path / 'out')
-        assert len(drafts) == 1 and drafts[0][1] is not None
+        assert decoded == [(200, 150)]
         full, _ = run(tmp_path / 'in', tmp_path / 'full', Settings(draft=False, **SMALL))
-        assert len(drafts) == 1
+        assert len(decoded) == 1
         with torch.inference_mode():
             expected = model.forward_features(prepared(tmp_path / 'in' / 'large.jpg', model)).mean((2, 3))
         torch.testing.assert_close(vectors(full), expected)
