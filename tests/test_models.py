@@ -525,17 +525,24 @@ class TestTracing:
             # a pair of a pixel with itself has a difference of 0: with a bias of 0 it would lie on the edge of the ReLU
             if hasattr(block, 'weight_mlp'):
                 nn.init.uniform_(block.weight_mlp.norm1.bias, 0.1, 0.3)
-        with ops.use_backend(backend):
-            results = []
-            for run in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')):
-                run(self.image.to(dtype)).square().mean().backward()
-                results.append([p.grad for p in run.parameters()] + [b for b in run.buffers() if b.dim()])
-        # in float32 the rounding of batch statistics moves single values to the other side of a ReLU, which changed
-        # a gradient by up to 4 %
-        rtol = 1e-9 if dtype == torch.float64 else 0.2 if training else 1e-3
-        largest = max(expected.norm() for expected in results[0])
-        for expected, actual in zip(*results):
-            assert (actual - expected).norm() < rtol * max(expected.norm(), 0.01 * largest)
+        rounded = training and dtype == torch.float32
+        runs = copy.deepcopy(model), torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')
+        errors = []
+        for seed in range(3 if rounded else 1):
+            image, results = torch.randn(2, 3, 65, 80, generator=torch.Generator().manual_seed(seed), dtype=dtype), []
+            for run in runs:
+                run.zero_grad()
+                with ops.use_backend(backend):
+                    run(image).square().mean().backward()
+                results.append([p.grad for p in run.parameters()] + [b.clone() for b in run.buffers() if b.dim()])
+            largest = max(expected.norm() for expected in results[0])
+            errors.append(max((actual - expected).norm() / max(expected.norm(), 0.01 * largest)
+                              for expected, actual in zip(*results)))
+            if not training and dtype == torch.float32:
+                for expected, actual in zip(*results):
+                    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+        # rounding of batch statistics may move a value to the other side of a ReLU with one picture, not with all
+        assert min(errors) < (1e-9 if dtype == torch.float64 else 0.01)
 
     def test_what_a_compiled_graph_calls(self, model):
         """The compiled loops where they are, unless told otherwise; an exported program never does."""
