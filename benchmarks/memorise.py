@@ -4,10 +4,10 @@
     python benchmarks/memorise.py mask2former --data FOLDER
     python benchmarks/memorise.py yolo --data FOLDER
 
-FOLDER is a data set in COCO's format, with masks. The first pictures with at most --most objects are scaled to squares;
-RT-DETR v2 and Mask2Former of transformers, or a YOLO head of Ultralytics, learn them for --steps, from the backbone's
-pretrained weights. COCO's average precision on those same pictures, before and after, says whether gradients arrive
-where they should: a network that works comes close to 1.
+FOLDER is a data set in COCO's format, with masks. The first pictures with at most --most objects, none smaller than
+--least, are scaled to squares; RT-DETR v2 and Mask2Former of transformers, or a YOLO head of Ultralytics, learn them
+for --steps, from the backbone's pretrained weights. COCO's average precision on those same pictures, before and after,
+says whether gradients arrive where they should: a network that works comes close to 1.
 """
 import argparse
 import contextlib
@@ -35,11 +35,19 @@ CHANNELS = [64, 64, 96, 128]  # at strides 4 to 32
 class Pictures:
     """Squares: `images` (N, 3, S, S) uint8, and of each its `masks` (objects, S, S) and `classes`."""
 
-    def __init__(self, folder, count, size, most):
+    def __init__(self, folder, count, size, most, least=0):
         split = coco.find(folder)[0]
         api = quietly(COCO, str(split.json))
         found = {index: api.loadAnns(api.getAnnIds(index, iscrowd=False)) for index in sorted(api.getImgIds())}
-        chosen = [index for index, things in found.items() if 0 < len(things) <= most][:count]
+
+
+        def smallest(index, things):
+            picture = api.imgs[index]
+            return min(min(thing['bbox'][2] / picture['width'], thing['bbox'][3] / picture['height'])
+                       for thing in things) * size
+
+        chosen = [index for index, things in found.items()
+                  if 0 < len(things) <= most and smallest(index, things) >= least][:count]
         names = sorted({thing['category_id'] for index in chosen for thing in found[index]})
         self.size, self.names = size, [api.cats[name]['name'] for name in names]
         self.images, self.masks, self.classes = [], [], []
@@ -201,7 +209,7 @@ class Yolo:
     def train(self, steps):
         self.model.train(
             data=self.folder / 'data.yaml', epochs=steps, patience=steps, workers=0,
-            batch=len(self.pictures.images),
+            batch=len(self.pictures.images), nbs=len(self.pictures.images),  # nbs: a step of the optimizer every epoch
             imgsz=self.pictures.size, device='cpu', project=self.folder, name='run', plots=False, verbose=False,
             val=False, amp=False, optimizer='AdamW', lr0=2e-3, warmup_epochs=5, mosaic=0., fliplr=0., scale=0.,
             translate=0., hsv_h=0., hsv_s=0., hsv_v=0., erasing=0., auto_augment=None)
@@ -228,11 +236,12 @@ def main():
     parser.add_argument('--data', type=pathlib.Path, required=True, help="a data set in COCO's format, with masks")
     parser.add_argument('--pictures', type=int, default=8)
     parser.add_argument('--most', type=int, default=6, help='objects in a picture')
+    parser.add_argument('--least', type=int, default=0, help='pixels of the shorter side of every object')
     parser.add_argument('--size', type=int, default=160, help='pixels a side')
     parser.add_argument('--steps', type=int, default=500, help='of training, each with all pictures')
     options = parser.parse_args()
     torch.manual_seed(0)
-    pictures = Pictures(options.data, options.pictures, options.size, options.most)
+    pictures = Pictures(options.data, options.pictures, options.size, options.most, options.least)
     objects = sum(map(len, pictures.classes))
     print(f'{options.detector} on {BACKBONE}, {len(pictures.images)} pictures of {options.size} pixels with {objects} '
           f'objects of {len(pictures.names)} classes; {harness.machine()}')

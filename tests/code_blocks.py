@@ -139,6 +139,11 @@ def _check_script(words: list[str], command: str) -> None:
         else:
             _check_options(words[2:], source, command)
         return
+    if words[0] == '-c':
+        compile(words[1], command, 'exec')
+        for module in re.findall(r'\bsan_backbones[\w.]*', words[1]):
+            _require(_source_of_module(module), command, f'there is no module {module}')
+        return
     if (pathlib.Path.cwd() / words[0]).is_file() and not (ROOT / words[0]).is_file():
         _check_options(words[1:], pathlib.Path(words[0]).read_text(), command)  # a block wrote it
         return

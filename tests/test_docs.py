@@ -124,7 +124,7 @@ def test_every_fence_is_seen():
     'python weights/convert.py --no-such-option', 'python -m san_backbones.no_such_module', 'no-such-program',
     'san-backbones weights no-such-command', 'san-backbones weights get --no-such-option',
     'san-backbones no-such-command', 'san-backbones list --no-such-option',
-    'torchrun --no-such-option 2 tools/train.py CONFIG',
+    'torchrun --no-such-option 2 tools/train.py CONFIG', 'python -c "import san_backbones.no_such_module"',
     'python tools/train.py mm_configs/mask_rcnn/mask-rcnn_san15-patchwise_fpn_1x_coco.py --cfg-options '
     'model.no_such_part.depth=1'])
 def test_a_wrong_command_is_noticed(command, monkeypatch):
