@@ -4,12 +4,13 @@
 
 The data holds `train/CLASS/*` and `val/CLASS/*`. Pictures are resized to 1.25 times --size without keeping the aspect
 ratio; training takes a random crop of --size, mirrored or not, validation the centre crop. AdamW, one cycle.
-`--variants` initialises SANs in other ways than the package (whose patchwise form is `kernel`, and whose pairwise form
-multiplies torch's weights of gamma's last layer by 4; `gain-...` are other factors). One thread; seconds are processor
-time of training. The accuracy is that of the last epoch. `not_finite` counts validation pictures whose logits are NaN
-or infinite, in the first, second, middle and last epoch. `recalibrated` is the largest logit of the untrained network
-after `torch.optim.swa_utils.update_bn`, twice, on 36 training pictures in batches of 12. Runs that the CSV already has
-are skipped.
+`--variants` initialises SANs in other ways than the package: `random-last` makes the last convolution of each block as
+torch does; all others do so too, and change gamma and the bound (what the package has of those is `kernel` in the
+patchwise form; in the pairwise form four times torch's weights in gamma's last layer, of which `gain-...` are other
+factors). One thread; seconds are processor time of training. The accuracy is that of the last epoch. `not_finite`
+counts validation pictures whose logits are NaN or infinite, in the first, second, middle and last epoch. `recalibrated`
+is the largest logit of the untrained network after `torch.optim.swa_utils.update_bn`, twice, on 36 training pictures in
+batches of 12. Runs that the CSV already has are skipped.
 """
 import argparse
 import csv
@@ -78,17 +79,9 @@ def variant(change, bounded=('act1',), limit=6.):
     return apply
 
 
-def zero_last(model):
-    """Every block begins as the identity: zeros in its last convolution, as timm's ResNets have in their last norms."""
-    for block in model.modules():
-        if isinstance(block, Block):
-            nn.init.zeros_(block.conv.weight)
-            nn.init.zeros_(block.conv.bias)
-
-
 VARIANTS = {
     'package': lambda model: None,
-    'zero-last': zero_last,
+    'random-last': lambda model: None,
     'torch': variant(lambda model: last_linear(model, 1., None), ()),
     'bound': variant(lambda model: last_linear(model, 1., None)),
     'kernel': variant(lambda model: last_linear(model, .1, noise)),
@@ -99,6 +92,8 @@ VARIANTS = {
 
 
 def make(name, variant, classes, **options):
+    if variant != 'package':
+        options['zero_init_last'] = False
     model = timm.create_model(name, num_classes=classes, **options)
     VARIANTS[variant](model)
     return model

@@ -170,7 +170,7 @@ def main():
         for seed in options.seeds:
             def make(name=name, seed=seed):
                 torch.manual_seed(seed)
-                return timm.create_model(name)
+                return timm.create_model(name, zero_init_last=False)  # else its blocks would do nothing
             add(f'{name}, random', 0, seed, make, False)
     for name in options.teacher:
         add(name, '', 0, lambda name=name: load_teacher(name), True)

@@ -188,7 +188,8 @@ class SpareBuffers:
 class Block(nn.Module):
     """Pre-activation residual block: x + conv1x1( relu(norm2( attn( relu(norm1(x)) ) )) ).
 
-    The first ReLU may have an upper bound.
+    The first ReLU may have an upper bound. With `zero_init_last` the convolution begins as zeros, and so the block as
+    the identity.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class Block(nn.Module):
             act_layer: type[nn.Module] | str = nn.ReLU,
             drop_path: float = 0.,
             act1_layer: Callable[..., nn.Module] | None = None,
+            zero_init_last: bool = True,
             device: Any = None,
             dtype: Any = None,
     ):
@@ -212,6 +214,15 @@ class Block(nn.Module):
         self.act2: nn.Module = make_act(act_layer)
         self.conv: nn.Conv2d = nn.Conv2d(self.attn.out_planes, dim, 1, **dd)
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        if zero_init_last:
+            self.init_last_as_zeros()
+
+    @torch.jit.ignore
+    def init_last_as_zeros(self) -> None:
+        """Fills the last convolution with zeros."""
+        nn.init.zeros_(self.conv.weight)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to the same."""
@@ -272,6 +283,7 @@ class Stage(fuse.FoldableStage):
             act_layer: type[nn.Module] | str = nn.ReLU,
             drop_path_rates: Sequence[float] = (),
             act1_layer: Callable[..., nn.Module] | None = None,
+            zero_init_last: bool = True,
             device: Any = None,
             dtype: Any = None,
     ):
@@ -287,7 +299,7 @@ class Stage(fuse.FoldableStage):
         self.conv: nn.Conv2d = nn.Conv2d(in_dim, dim, 1, bias=False, **dd)
         self.blocks: nn.Sequential = nn.Sequential(*[
             Block(dim, attention, norm_layer=norm_layer, act_layer=act_layer, act1_layer=act1_layer,
-                  drop_path=drop_path_rates[i] if drop_path_rates else 0., **dd)
+                  drop_path=drop_path_rates[i] if drop_path_rates else 0., zero_init_last=zero_init_last, **dd)
             for i in range(depth)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -352,6 +364,8 @@ class SAN(nn.Module):
         relu_bound: Upper bound of the first ReLU of each block; 0 for none. A number given here is kept when weights
             are loaded. None uses the bound of loaded weights (the released ones have none); a new network gets 6 in
             the patchwise form and no bound in the pairwise form. Other activations have no bound.
+        zero_init_last: Whether the last convolution of each block begins as zeros, and so each block as the identity,
+            as in timm's ResNets; without it, as torch initialises it. No effect on loaded weights.
         norm_layer: Norm of all layers, called with the number of channels, or timm's name of one ('groupnorm1').
         act_layer: Activation of all layers, or timm's name of one ('gelu'). With norms other than batch norms or
             activations other than ReLU, the attention runs by its plain definition, whose memory grows with the
@@ -382,6 +396,7 @@ class SAN(nn.Module):
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             relu_bound: float | None = None,
+            zero_init_last: bool = True,
             norm_layer: type[nn.Module] | str = nn.BatchNorm2d,
             act_layer: type[nn.Module] | str = nn.ReLU,
             device: Any = None,
@@ -441,7 +456,8 @@ class SAN(nn.Module):
                 layer = partial(PatchwiseAttention, **options)
             stage = Stage(
                 in_dim, dim, depth, layer, downsample=downsample, norm_layer=norm_layer, act_layer=act_layer,
-                act1_layer=act1_layer if is_relu else None, drop_path_rates=drop_path_rates[i], **dd)
+                act1_layer=act1_layer if is_relu else None, drop_path_rates=drop_path_rates[i],
+                zero_init_last=zero_init_last, **dd)
             stride *= stage.stride
             stages.append(stage)
             self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f'stages.{i}'))

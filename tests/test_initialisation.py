@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from san_backbones import SAN, PairwiseAttention, PatchwiseAttention
+from san_backbones.san import Block
 from san_backbones.visualize import effective_size, footprint_weights
 
 
@@ -38,6 +39,53 @@ def test_only_that_map_differs_from_torch():
             if isinstance(module, nn.Conv2d):
                 limit = module.in_channels ** -0.5 * (last if name.endswith('fc2') else 1)
                 assert 0.8 * limit < module.weight.abs().max() <= limit * (1 + 1e-6), name
+
+
+@pytest.mark.parametrize('form', ['pairwise', 'patchwise'])
+def test_blocks_begin_as_the_identity(form, zero_init_last):
+    """So that stages are what their first convolution and last norm make, unless they are told otherwise."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+    x = images
+    for option in ({}, dict(zero_init_last=True), dict(zero_init_last=False)):
+        model = timm.create_model(f'test_san_{form}', num_classes=0, global_pool='', **option).train()
+        with torch.no_grad():
+            x = model.stem(images)
+            for stage in model.stages:
+                x = F.relu(F.batch_norm(stage.conv(stage.pool(x)), None, None, training=True))
+            same = torch.allclose(model(images), x, atol=1e-5)
+        assert same == option.get('zero_init_last', True)
+
+
+@pytest.mark.parametrize('form', ['pairwise', 'patchwise'])
+def test_zeros_in_the_last_convolution_move_with_the_first_step_the_rest_with_the_second(form, zero_init_last):
+    """Nothing stays where it is: gradients reach everything behind the zeros as soon as those have moved."""
+    torch.manual_seed(0)
+    model = timm.create_model(f'test_san_{form}', num_classes=4)
+    inside = [(f'{name}.{part}', parameter) for name, block in model.named_modules() if isinstance(block, Block)
+              for part, parameter in block.named_parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    moved = []
+    for _ in range(2):
+        before = [parameter.clone() for _, parameter in inside]
+        F.cross_entropy(model(torch.randn(8, 3, 64, 64)), torch.arange(8) % 4).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append({name for (name, parameter), old in zip(inside, before, strict=True)
+                      if not torch.equal(parameter, old)})
+    last = {name for name, _ in inside if '.conv.' in name and '.attn.' not in name}
+    assert {name for name in last if name.endswith('weight')} <= moved[0] <= last
+    assert moved[1] >= {name for name, _ in inside if name.endswith('weight')}
+
+
+def test_what_was_loaded_is_not_zeroed(zero_init_last):
+    source = timm.create_model('test_san_patchwise', zero_init_last=False)
+    model = timm.create_model('test_san_patchwise')
+    assert not model.stages[0].blocks[0].conv.weight.any()
+    model.load_state_dict(source.state_dict())
+    assert torch.equal(model.stages[0].blocks[0].conv.weight, source.stages[0].blocks[0].conv.weight)
+    shipped = timm.create_model('test_san_patchwise', pretrained=True)
+    assert shipped.stages[0].blocks[0].conv.weight.any()
 
 
 def test_pairwise_layers_begin_with_weights_that_differ():

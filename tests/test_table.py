@@ -112,7 +112,7 @@ def plain():
     ('--seeds 1', 'seed', '1'), ('--every 2 1', 'pictures', '24'), ('--precision bf16', 'precision', 'bf16'),
     ('--relations star', 'relation', 'star'), ('--footprints 5', 'footprint', '5'),
     ('--options stem=patch', 'option', 'stem=patch'), ('--options drop_path_rate=.5', 'option', 'drop_path_rate=.5'),
-    ('--variants zero-last', 'variant', 'zero-last'),
+    ('--variants random-last', 'variant', 'random-last'),
     ('--models test_san_pairwise --positions none', 'position', 'none'),
     ('--models test_san_pairwise --relations summation', 'relation', 'summation')])
 def test_an_option_changes_the_network(words, column, value, run, plain, trained):

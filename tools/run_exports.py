@@ -55,7 +55,7 @@ def requirements(extra: str) -> list[str]:
 def write_weights(name: str, path: pathlib.Path) -> None:
     """Random weights; norms with factors of 0.75 to 1.25, and means and offsets that are not 0."""
     torch.manual_seed(0)
-    model = timm.create_model(name)
+    model = timm.create_model(name, zero_init_last=False)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             for tensor, around in ((module.weight, 1.), (module.running_var, 1.), (module.bias, 0.),

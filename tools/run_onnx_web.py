@@ -51,7 +51,7 @@ def differences(name: str, dynamic: bool, sizes: list[tuple[int, int]]) -> list[
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         write_weights(name, folder / 'weights')
-        model = timm.create_model(name).eval()
+        model = timm.create_model(name, zero_init_last=False).eval()
         model.load_state_dict(load_file(folder / 'weights'))
         export_onnx(model, folder / 'model.onnx', sizes[0], dynamic=dynamic)
         cases = []

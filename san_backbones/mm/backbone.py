@@ -74,6 +74,8 @@ class SANBackbone(BaseModule):
         relu_bound: Upper bound of the first ReLU of each block; 0 for none. A number given here is kept when weights
             are loaded. None uses the bound of loaded weights (the released ones have none); a new network gets 6 in
             the patchwise form and no bound in the pairwise form.
+        zero_init_last: Whether the last convolution of each block begins as zeros, and so each block as the identity;
+            without it, as torch initialises it. No effect on loaded weights.
         ceil_mode: Round up when pooling halves an odd side, so that maps have the sizes of a ResNet's, ceil(side /
             stride), which PAFPN, FPN_CARAFE and DyHead expect. The released networks round down; for multiples of the
             last stride there is no difference.
@@ -104,6 +106,7 @@ class SANBackbone(BaseModule):
             position_ref_size: int | None = 224,
             drop_path_rate: float = 0.,
             relu_bound: float | None = None,
+            zero_init_last: bool = True,
             ceil_mode: bool = False,
             init_cfg: dict[str, Any] | None = None,
     ):
@@ -111,7 +114,7 @@ class SANBackbone(BaseModule):
         net = san.SAN(
             **self._architecture(arch), in_chans=in_channels, num_classes=0, norm_layer=_norm_layer(norm_cfg),
             output_stride=output_stride, position_ref_size=position_ref_size, drop_path_rate=drop_path_rate,
-            relu_bound=relu_bound)
+            relu_bound=relu_bound, zero_init_last=zero_init_last)
         n_stages = len(net.stages)
         out_indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
         if not out_indices or any(not is_integer(i, 0) or i >= n_stages for i in out_indices) \
@@ -144,7 +147,7 @@ class SANBackbone(BaseModule):
                 raise ValueError(f'arch must be one of {", ".join(map(repr, ARCHITECTURES))} or a dict, got {arch!r}')
             return ARCHITECTURES[arch]
         reserved = {'self', 'in_chans', 'num_classes', 'global_pool', 'drop_rate', 'norm_layer', 'output_stride',
-                    'position_ref_size', 'drop_path_rate', 'relu_bound', 'device', 'dtype'}
+                    'position_ref_size', 'drop_path_rate', 'relu_bound', 'zero_init_last', 'device', 'dtype'}
         allowed = [name for name in inspect.signature(san.SAN).parameters if name not in reserved]
         if not isinstance(arch, dict) or not set(arch) <= set(allowed):
             raise ValueError(f'arch must be a model name or a dict with keys of {allowed}, got {arch!r}')

@@ -39,7 +39,7 @@ from . import card, common
 
 # arguments of SAN that the checkpoint, the architecture or the caller decides
 NOT_OPTIONS = {'attention', 'in_chans', 'num_classes', 'global_pool', 'drop_rate', 'drop_path_rate', 'relu_bound',
-               'norm_layer', 'device', 'dtype'}
+               'zero_init_last', 'norm_layer', 'device', 'dtype'}
 OPTIONS = [name for name in inspect.signature(SAN).parameters if name not in NOT_OPTIONS]
 DATA_OPTIONS = ['input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode']
 MM_POSITION_REF_SIZE = 224  # the default of SANBackbone

@@ -80,6 +80,13 @@ def test_freezing_random_weights_is_said(frozen, monkeypatch):
     assert len(said) == bool(frozen) and all('frozen_stages=-1 and norm_eval=False' in line for line in said)
 
 
+@pytest.mark.parametrize('given', [{}, dict(zero_init_last=True), dict(zero_init_last=False)])
+def test_zero_init_last(given, zero_init_last):
+    backbone = small(**given)
+    assert backbone.stages[0].blocks[0].conv.weight.any() != given.get('zero_init_last', True)
+    assert backbone.stages[0].conv.weight.any()
+
+
 def test_norm_eval_keeps_statistics_and_learns():
     backbone = small(norm_eval=True).train()
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
