@@ -179,8 +179,13 @@ def _load_ncnn(path: pathlib.Path) -> Run:
     def run(images: Tensor) -> list[np.ndarray]:
         extractor = net.create_extractor()
         extractor.input(net.input_names()[0], ncnn.Mat(images[0].numpy()).clone())
-        names = sorted(net.output_names(), key=lambda name: int(name.removeprefix('out')))
-        return [np.array(extractor.extract(name)[1])[None] for name in names]
+        outputs = []
+        for name in sorted(net.output_names(), key=lambda name: int(name.removeprefix('out'))):
+            failed, output = extractor.extract(name)
+            if failed:  # the output is then empty, and an array of it ends the process
+                raise RuntimeError(f'ncnn ends with {failed} where it computes {name}')
+            outputs.append(np.array(output)[None])
+        return outputs
     return run
 
 

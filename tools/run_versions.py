@@ -28,7 +28,11 @@ TESTS = ('tests/ops', 'tests/test_models.py', 'tests/test_fuse.py', 'tests/test_
 TESTS_OF_MM = ('tests/test_models.py', 'tests/mm', 'tests/trust/test_interruption.py')  # the core: by other corners
 TESTS_OF_TOOLS = ('tests/test_cli.py', 'tests/extract', 'tests/distill', 'tests/test_visualize.py',
                   'tests/test_viewer.py', 'tests/app')
+TESTS_OF_RUNTIMES = ('tests/test_runtimes.py',)
 OLDEST = ('torch==2.4.0', 'torchvision==0.19.0', 'timm==1.0.26')
+OLDEST_OF_MM = ('torch==2.6.0', 'timm==1.0.26', 'huggingface_hub<2', 'mmengine==0.10.7', 'mmcv-lite==2.0.0',
+                'mmdet==3.3.0', 'mmsegmentation==1.2.2')
+OLDEST_OF_FEATURES = ('typer==0.20.0', 'pyarrow==17.0.0', 'tqdm==4.60.0', 'fsspec==2023.5.0', 'webdataset==0.2.96')
 LEFT_OUT = 'not test_in_the_interpreter'  # Triton's interpreter takes minutes, and `make test` covers it
 TIME_LIMIT = 60  # minutes for the tests of a corner
 
@@ -44,9 +48,7 @@ class Corner(NamedTuple):
 CORNERS = (
     Corner('oldest', '3.10', ('torch==2.4.0', 'torchvision==0.19.0', 'timm==1.0.26', 'huggingface_hub==1.0.1')),
     Corner('oldest torch of the newest Python', '3.13', ('torch==2.6.0', 'timm==1.0.26', 'huggingface_hub<2')),
-    Corner('oldest of the mm extra', '3.10', ('torch==2.6.0', 'timm==1.0.26', 'huggingface_hub<2', 'mmengine==0.10.7',
-                                              'mmcv-lite==2.0.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2'), '[mm]',
-           TESTS_OF_MM),
+    Corner('oldest of the mm extra', '3.10', OLDEST_OF_MM, '[mm]', TESTS_OF_MM),
     Corner('newest of the mm extra', '3.13', extras='[mm]', tests=TESTS_OF_MM),
     Corner('OneDL', '3.13', extras='[onedl]', tests=TESTS_OF_MM),
     Corner('OneDL, Python 3.14', '3.14', extras='[onedl]', tests=TESTS_OF_MM),
@@ -58,15 +60,25 @@ CORNERS = (
     Corner('Python 3.14', '3.14', extras='[onnx]'),
     # matplotlib 3.8.0 wants numpy 1
     Corner('oldest of the command line, features and app', '3.10',
-           (*OLDEST, 'numpy<2', 'typer==0.20.0', 'pyarrow==17.0.0', 'tqdm==4.60.0', 'fsspec==2023.5.0',
-            'webdataset==0.2.96', 'matplotlib==3.8.0', 'gradio==6.31.0', 'scikit-image==0.22.0'),
+           (*OLDEST, *OLDEST_OF_FEATURES, 'numpy<2', 'matplotlib==3.8.0', 'gradio==6.31.0', 'scikit-image==0.22.0'),
            '[cli,distill,features,visualize,app]', TESTS_OF_TOOLS),
     Corner('oldest of other libraries', '3.10',
            ('torch==2.6.0', 'torchvision==0.21.0', 'timm==1.0.26', 'segmentation-models-pytorch==0.6.0',
             'transformers==5.20.0', 'accelerate==1.15.0', 'scipy'),
            '[smp,transformers,accelerate]', ('tests/ecosystem',)),
-    Corner('oldest of the openvino extra', '3.11', ('openvino==2025.0.0',), '[cli,openvino]',
-           ('tests/test_runtimes.py',)),
+    Corner('oldest of the openvino extra', '3.11', ('openvino==2025.0.0',), '[cli,openvino]', TESTS_OF_RUNTIMES),
+    # executorch 1.5 itself asks for coremltools 9.0
+    Corner('oldest of the executorch and coreml extras', '3.10', ('executorch==1.5.0', 'coremltools==9.0'),
+           '[cli,executorch,coreml]', TESTS_OF_RUNTIMES),
+    Corner('oldest of the litert extra', '3.10', ('litert-torch==0.10.0',), '[cli,litert]', TESTS_OF_RUNTIMES),
+    # scikit-image 0.22 wants numpy 1
+    Corner('oldest of the ncnn and demo extras', '3.10',
+           ('numpy<2', 'ncnn==1.0.20250503', 'pnnx==20260112', 'scikit-image==0.22.0'), '[cli,ncnn,demo]',
+           TESTS_OF_RUNTIMES),
+    Corner('oldest of the ray extra', '3.10', (*OLDEST, *OLDEST_OF_FEATURES, 'ray==2.40.0'), '[ray]',
+           ('tests/extract/test_cluster.py',)),
+    Corner('oldest of the mmpretrain extra', '3.10', (*OLDEST_OF_MM, 'mmpretrain==1.2.0'), '[mm,mmpretrain]',
+           ('tests/mm/test_classification.py', 'tests/ecosystem/test_timm_in_mmpretrain.py')),
 )
 
 

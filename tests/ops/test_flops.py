@@ -64,7 +64,8 @@ def test_training_steps(cls, relation, training):
             step()
 
     vectors = pixels * (area if layer.pairwise else 1)
-    products = 2 * pixels * area * layer.rel_planes if relation in ('hadamard', 'dot', 'star') else 0
+    multiplied = relations.find(layer.pairwise, relation).operation == 'multiply'
+    products = 2 * pixels * area * layer.rel_planes if multiplied else 0
     hidden = 2 * vectors * layer.weight_mlp.fc1.weight.numel() + products
     weights = 2 * vectors * layer.weight_mlp.fc2.weight.numel()
     weighted_sum = 2 * pixels * area * layer.out_planes
