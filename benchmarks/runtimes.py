@@ -2,9 +2,11 @@
 
     python benchmarks/runtimes.py                  # batches of 8 and of 1
     python benchmarks/runtimes.py --batch 1 --rounds 20
+    python benchmarks/runtimes.py --int8           # in 8 bits beside float32
 
 `eager` is the model as timm makes it, in channels_last; `fused` SAN after `fuse_for_inference()`; `frozen`
 torch.compile with `torch._inductor.config.freezing`; `onnxruntime` and `OpenVINO` run ONNX files with fixed sizes.
+`int8` is `fuse_for_inference(int8=True)`, or the ONNX file after `quantize_onnx`, its weights in whole 8 bits.
 Every case is a process of its own with the same number of threads, so that no runtime's waiting threads disturb
 another; in a round each of them runs a few times, one process after the other. OpenVINO needs the extra `openvino`.
 """
@@ -21,6 +23,11 @@ import time
 
 CASES = [('resnet50', way) for way in ('eager', 'frozen', 'onnxruntime', 'OpenVINO')] + [
     (model, way) for model in ('san15_pairwise', 'san15_patchwise') for way in ('fused', 'onnxruntime', 'OpenVINO')]
+CASES_INT8 = [  # not files of the pairwise form: onnxruntime's calibration takes long over its products
+    *(('resnet50', way) for way in ('eager', 'OpenVINO', 'onnxruntime int8', 'OpenVINO int8')),
+    *(('san15_pairwise', way) for way in ('fused', 'fused int8')),
+    *(('san15_patchwise', way) for way in ('fused', 'fused int8', 'onnxruntime', 'onnxruntime int8', 'OpenVINO',
+                                           'OpenVINO int8'))]
 SIZE = 224
 CALLS = {8: 3, 1: 10}  # in a round, by batch
 
@@ -31,11 +38,12 @@ def build(name, way, batch, threads):
     import torch
 
     import san_backbones
-    from san_backbones.export import export_onnx
+    from san_backbones.export import KEEP_FLOAT, export_onnx, quantize_onnx
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = timm.create_model(name, zero_init_last=False).eval()  # a runtime might leave out what is times zero
     images = torch.randn(batch, 3, SIZE, SIZE)
+    way, int8 = way.removesuffix(' int8'), way.endswith(' int8')
     if way in ('onnxruntime', 'OpenVINO'):
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, 'model.onnx')
@@ -43,10 +51,12 @@ def build(name, way, batch, threads):
                 export_onnx(model, path, SIZE, batch, dynamic=False, verify=False)
             else:
                 torch.onnx.export(model, (images,), path, dynamo=False)
+            if int8:
+                quantize_onnx(path, path, [images], KEEP_FLOAT if 'pairwise' in name else (), reduce_range=False)
             return (onnxruntime_of if way == 'onnxruntime' else openvino_of)(str(path), images.numpy(), threads)
     model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
     if way == 'fused':
-        san_backbones.fuse_for_inference(model)
+        san_backbones.fuse_for_inference(model, int8)
     if way == 'frozen':
         import torch._inductor.config
         torch._inductor.config.freezing = True
@@ -112,14 +122,15 @@ def main():
     options = harness.parser(__doc__.splitlines()[0], precisions=False)
     options.add_argument('--batch', type=int, nargs='+', default=[8, 1])
     options.add_argument('--only', default='', help='run the models whose name contains this, and resnet50')
+    options.add_argument('--int8', action='store_true', help='in 8 bits, and the float32 beside them')
     options = options.parse_args()
     threads, machine, rows = torch.get_num_threads(), harness.machine(), []
     print(machine)
     left_out = {'frozen'} if options.no_compile else set()
     left_out |= {package for package in ('onnxruntime', 'OpenVINO') if not importlib.util.find_spec(package.lower())}
     for batch in options.batch:
-        cases = [(model, way) for model, way in CASES
-                 if way not in left_out and (options.only in model or model == 'resnet50')]
+        cases = [(model, way) for model, way in (CASES_INT8 if options.int8 else CASES)
+                 if way.partition(' ')[0] not in left_out and (options.only in model or model == 'resnet50')]
         processes = []
         for case in cases:  # one after the other: compilers and exporters need memory
             processes.append(start([*case, batch, threads], threads))
@@ -134,7 +145,7 @@ def main():
             process.stdin.close()
             process.wait()
         medians = {case: statistics.median(found) for case, found in times.items()}
-        best = min(medians[case] for case in cases if case[0] == 'resnet50')
+        best = min(medians[case] for case in cases if case[0] == 'resnet50')  # with --int8 in 8 bits
         for case in cases:
             rows.append(dict(
                 batch=batch, model=case[0], runtime=case[1], milliseconds=harness.figure(medians[case] * 1e3, 1),
@@ -142,7 +153,8 @@ def main():
                 images_per_second=harness.figure(batch / medians[case], 1),
                 speed_to_best_resnet50=harness.ratio(best, medians[case]), machine=machine))
             harness.show(rows[-1])
-    harness.write(options.results / f'runtimes-{harness.suffix("fp32")}.csv', rows)
+    precision = 'int8-' if options.int8 else ''
+    harness.write(options.results / f'runtimes-{precision}{harness.suffix("fp32")}.csv', rows)
 
 
 if __name__ == '__main__':

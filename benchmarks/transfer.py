@@ -150,6 +150,7 @@ def main():
                         help='that the weights had seen where the distillation started from')
     parser.add_argument('--random', nargs='+', default=[], metavar='MODEL', help='with random weights')
     parser.add_argument('--teacher', nargs='+', default=[], metavar='NAME', help='as for san-backbones distill')
+    parser.add_argument('--int8', action='store_true', help='compute in 8 bits, after fuse_for_inference(int8=True)')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the random weights')
     parser.add_argument('--sizes', nargs='+', type=int, default=[64, 96], help='pixels (default: 64 96)')
     parser.add_argument('--results', type=pathlib.Path, default=harness.RESULTS, help='folder for the CSV')
@@ -158,6 +159,11 @@ def main():
     path = options.results / 'transfer.csv'
 
     def add(network, pictures, seed, make, trained):
+        if options.int8:
+            network, made = f'{network}, int8', make
+
+            def make():
+                return made().eval().fuse_for_inference(int8=True)
         for size in options.sizes:
             key = dict(network=network, pictures=pictures, seed=seed, size=size)
             small_data.once(path, key, lambda key=key: score(key, options.data, make(), trained))

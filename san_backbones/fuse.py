@@ -22,7 +22,8 @@ from .norms import BATCH_NORM, as_norm
 from .ops import native
 from .ops.gamma import widened
 
-__all__ = ['FoldableStage', 'FoldedBlock', 'fuse_for_inference', 'linear_of', 'refold', 'scale_and_shift']
+__all__ = ['FoldableStage', 'FoldedBlock', 'fuse_for_inference', 'linear_of', 'missing_for_int8', 'refold',
+           'scale_and_shift']
 
 _logger = logging.getLogger('san_backbones')
 
@@ -176,10 +177,10 @@ class _FoldedStage:
         self.blocks: list[FoldedBlock] = []
         with torch.no_grad():
             conv = stage.conv
-            self.conv = ops.Linear(conv.weight.flatten(1), conv.bias)
+            self.conv = ops.Linear(conv.weight.flatten(1), conv.bias, stage.folds_to_int8)
             offset = widened(conv.weight.new_zeros(conv.out_channels))
             for block in stage.blocks:
-                folded, offset = block.fold(offset)
+                folded, offset = block.fold(offset, stage.folds_to_int8)
                 self.blocks.append(folded)
             self.last = ops.ScaleShiftReLU(*scale_and_shift(stage.norm, conv.weight[:, 0, 0, 0], offset))
 
@@ -207,9 +208,10 @@ class _FoldedStage:
 class FoldableStage(nn.Module):
     """A convolution `conv`, `blocks`, `norm` and `act`, which run folded for inference if possible.
 
-    Blocks fold themselves: `block.obstacle(prefix)` says why a block cannot be folded; `block.fold(offset)` returns the
-    `FoldedBlock` for x + offset, and the offset of its output.
+    Blocks fold themselves: `block.obstacle(prefix)` says why a block cannot be folded; `block.fold(offset, int8)`
+    returns the `FoldedBlock` for x + offset, and the offset of its output.
     """
+    folds_to_int8: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,9 +219,9 @@ class FoldableStage(nn.Module):
         self._folded: list[_FoldedStage | None] = [None]
 
     @torch.jit.ignore
-    def set_folding(self, enable: bool = True) -> None:
+    def set_folding(self, enable: bool = True, int8: bool = False) -> None:
         """Turns folding for inference on or off (`fuse_for_inference`); the next call folds again."""
-        self._folding = enable
+        self._folding, self.folds_to_int8 = enable, int8
         self._folded = [None]
 
     @torch.jit.ignore
@@ -281,7 +283,7 @@ class FoldableStage(nn.Module):
         return {**self.__dict__, '_folded': [None]}
 
 
-def fuse_for_inference(model: nn.Module) -> nn.Module:
+def fuse_for_inference(model: nn.Module, int8: bool = False) -> nn.Module:
     """Lets every SAN stage inside `model` run folded when it is in eval mode and gradients are off.
 
     Norms, biases and the separate projections are folded into fewer passes. Parameters, buffers and the state dict do
@@ -294,6 +296,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     Args:
         model: A SAN, a SANBackbone, or a module that holds one: a feature extractor, a detector.
+        int8: Compute the 1x1 convolutions in 8 bits on processors with AVX-512 VNNI; elsewhere, and on other devices, a
+            warning says that it has no effect. Each pixel of a map is rounded with a scale of its own when it is read,
+            so that no calibration is needed and no picture changes what another gives; weights are rounded with a scale
+            for each output channel. The attention, the maps between layers and narrow convolutions stay in float32.
 
     Returns:
         `model` itself.
@@ -312,9 +318,24 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
                     'stages or the whole model (blocks that are wrapped run unfused)'
         if found is not None:
             raise ValueError(f'fuse_for_inference cannot fold {name or "this stage"}: {found}')
+    missing = missing_for_int8(model) if int8 else None
+    if missing is not None:
+        warnings.warn(f'int8=True has no effect, and the model runs as without: {missing}', RuntimeWarning,
+                      stacklevel=2)
     for stage in stages.values():
-        stage.set_folding(True)
+        stage.set_folding(True, int8)
     return model
+
+
+def missing_for_int8(model: nn.Module) -> str | None:
+    """Says why the SAN stages inside `model` do not compute in 8 bits when they are folded for it; None if they do."""
+    dtypes = {f'{x.dtype} on {x.device.type}' for stage in model.modules() if hasattr(stage, 'set_folding')
+              for x in stage.parameters()}
+    if dtypes != {'torch.float32 on cpu'}:
+        return f'8 bits are for a SAN in float32 on the CPU, and this is {" and ".join(sorted(dtypes)) or "none"}'
+    if native.unavailable() is not None or native.has_int8():
+        return native.unavailable()
+    return f'8 bits need a processor with AVX-512 VNNI, and the compiled loops here are those for {native.build()}'
 
 
 def refold(model: nn.Module) -> nn.Module:
@@ -337,5 +358,5 @@ def refold(model: nn.Module) -> nn.Module:
         raise ValueError(f'there is no fused SAN in this {type(model).__name__}: expected a model that '
                          'fuse_for_inference was called for')
     for stage in stages:
-        stage.set_folding(True)
+        stage.set_folding(True, stage.folds_to_int8)
     return model

@@ -250,7 +250,7 @@ class Block(nn.Module):
         return self.attn.obstacle(f'{name}.attn') if found is None else found
 
     @torch.jit.ignore
-    def fold(self, offset: torch.Tensor) -> tuple[fuse.FoldedBlock, torch.Tensor]:
+    def fold(self, offset: torch.Tensor, int8: bool = False) -> tuple[fuse.FoldedBlock, torch.Tensor]:
         """Returns the folded block for x + offset (a vector of its channels), and the offset of its output."""
         attention, conv = self.attn, self.conv
         scale, shift = fuse.scale_and_shift(self.norm1, attention.query.weight[0, :, 0, 0], offset)
@@ -259,9 +259,9 @@ class Block(nn.Module):
         weight, bias = (part.to(conv.weight.dtype) for part in attention.projections(out_scale))
         limit = getattr(self.act1, 'limit', None)  # torch's own ReLU has none
         return fuse.FoldedBlock(
-            ops.ScaleShiftReLU(scale, shift, limit), ops.Linear(weight, bias), attention,
-            attention.gamma()._replace(cache={}), out_shift, ops.Linear(out_weight.to(conv.weight.dtype)),
-            {}), offset + out_bias
+            ops.ScaleShiftReLU(scale, shift, limit), ops.Linear(weight, bias, int8), attention,
+            attention.gamma()._replace(cache={}), out_shift,
+            ops.Linear(out_weight.to(conv.weight.dtype), int8=int8), {}), offset + out_bias
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if isinstance(self.act1, BoundedReLU) and any(name.startswith(f'{prefix}conv.') for name in state_dict):
@@ -498,9 +498,9 @@ class SAN(nn.Module):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def fuse_for_inference(self) -> 'SAN':
+    def fuse_for_inference(self, int8: bool = False) -> 'SAN':
         """Folds the stages for inference; see `san_backbones.fuse_for_inference`."""
-        fuse.fuse_for_inference(self)
+        fuse.fuse_for_inference(self, int8)
         return self
 
     @torch.jit.ignore

@@ -71,6 +71,42 @@ def test_outputs(attention, options, backend):
         assert _runs_folded(model, _image())
 
 
+@pytest.mark.skipif(not ops.native.has_int8(), reason='needs AVX-512 VNNI')
+@pytest.mark.parametrize('attention', ['pairwise', 'patchwise'])
+def test_int8(attention):
+    torch.manual_seed(0)
+    model = SAN(attention, depths=(1, 2), widths=(64, 256), kernel_sizes=(3, 7), stem_width=64, num_classes=7).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 1:
+            nn.init.uniform_(tensor, 0.3, 1.3)
+    state, image = {name: tensor.clone() for name, tensor in model.state_dict().items()}, _image()
+    assert fuse_for_inference(model, int8=True) is model
+    error = _error(model, image)
+    assert 1e-4 < error < 0.02
+    with torch.no_grad():
+        several = model.forward_features(image)
+        for i in range(2):
+            torch.testing.assert_close(model.forward_features(image[i:i + 1]), several[i:i + 1])
+        assert _runs_folded(model, image)
+        model.stages[0].conv.weight.mul_(2)  # it folds anew, and so does refold, as before
+        assert 1e-4 < _error(model, image) < 0.02
+        model.load_state_dict(state)
+        assert torch.equal(refold(model).forward_features(image), several)
+        assert torch.equal(copy.deepcopy(model).forward_features(image), several)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    fuse_for_inference(model)
+    assert _error(model, image) < 2e-6
+
+
+def test_int8_is_not_everywhere(monkeypatch):
+    image = _image()
+    with pytest.warns(RuntimeWarning, match='int8=True has no effect.* torch.float64 on cpu'):
+        assert _error(_model().double().fuse_for_inference(int8=True), image.double()) < 1e-12
+    monkeypatch.setattr(ops.native, 'has_int8', lambda: False)
+    with pytest.warns(RuntimeWarning, match='int8=True has no effect.*(AVX-512 VNNI|not installed)'):
+        assert _error(_model().fuse_for_inference(int8=True), image) < 2e-6
+
+
 def test_state_dict_is_untouched():
     model = _model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -32,7 +32,8 @@ class Settings:
             side. None: the weights' own, as timm evaluates them; with boxes, the pictures'.
         whole: Pictures as they are, neither scaled nor cropped.
         draft: Decode a JPEG at a reduced scale where it is more than twice as large as wanted.
-        precision: In which the network computes: 'fp32', 'bf16' or 'fp16'.
+        precision: In which the network computes: 'fp32', 'bf16' or 'fp16'; 'int8' for the 1x1 convolutions of a SAN
+            on a processor with AVX-512 VNNI (`fuse_for_inference`).
         partition: Most pictures of a partition. None: 2048, with maps 128.
         batch_size: Pictures that the network computes at a time; of their own sizes, as many pixels.
 
@@ -46,7 +47,7 @@ class Settings:
     size: tuple[int, int] | None = None
     whole: bool = False
     draft: bool = True
-    precision: Literal['fp32', 'bf16', 'fp16'] = 'fp32'
+    precision: Literal['fp32', 'bf16', 'fp16', 'int8'] = 'fp32'
     partition: int | None = None
     batch_size: int = 16
 

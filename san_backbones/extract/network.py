@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fuse import fuse_for_inference
+from ..fuse import fuse_for_inference, missing_for_int8
 from ..san import SAN
 
 __all__ = ['POOLS', 'Network', 'digest', 'gem']
 
-PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16, 'int8': torch.float32}
+"""Dtypes of maps."""
 
 
 def gem(maps: Tensor, p: float = 3.) -> Tensor:
@@ -44,11 +45,11 @@ class Network:
         logits: The classifier's, too.
         boxes: Pictures have boxes.
         device: Where to compute.
-        precision: 'fp32', 'bf16' or 'fp16'.
+        precision: 'fp32', 'bf16' or 'fp16'; 'int8' as `fuse_for_inference` has it.
 
     Raises:
         IndexError: There are no such stages.
-        ValueError: There is no classifier, or the model gives no feature maps.
+        ValueError: There is no classifier, the model gives no feature maps, or it does not compute in 8 bits here.
     """
 
     def __init__(self, model: Any, stages: Sequence[int] | None, pool: str, logits: bool, boxes: bool,
@@ -72,7 +73,10 @@ class Network:
         self.device: torch.device = device
         self._dtype = PRECISIONS[precision]
         model = model.to(device, self._dtype, memory_format=torch.channels_last).eval()
-        self._model: Any = fuse_for_inference(model) if isinstance(model, SAN) else model
+        missing = missing_for_int8(model) if precision == 'int8' else None
+        if missing is not None:
+            raise ValueError(f"precision 'int8': {missing}; take another precision")
+        self._model: Any = fuse_for_inference(model, precision == 'int8') if isinstance(model, SAN) else model
 
     def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Sets mean and standard deviation of the pixels, from 0 to 1, for each channel."""

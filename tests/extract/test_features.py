@@ -14,6 +14,7 @@ from torchvision.ops import roi_align
 from torchvision.transforms.functional import to_tensor
 
 from san_backbones.extract import Maps, Settings, extract
+from san_backbones.ops import native
 
 parquet = pytest.importorskip('pyarrow.parquet', reason='needs the features extra')
 
@@ -100,6 +101,25 @@ class TestValues:
         assert not torch.equal(vectors(table), vectors(full))
         torch.testing.assert_close(vectors(table), vectors(full), rtol=0.1, atol=0.1 * vectors(full).abs().max().item())
 
+    @pytest.mark.skipif(not native.has_int8(), reason='needs AVX-512 VNNI')
+    def test_int8(self, folder, tmp_path):
+        """Near the float32, and a picture's features do not depend on those beside it."""
+        net = timm.create_model('test_san_patchwise', depths=(1, 1), widths=(64, 256), kernel_sizes=(3, 5),
+                                stem_width=64).eval()
+        full, _ = run(folder, tmp_path / 'full', Settings(**SMALL), net)
+        table, _ = run(folder, tmp_path / 'out', Settings(precision='int8', **SMALL), net)
+        alone, _ = run(folder, tmp_path / 'alone', Settings(precision='int8', **{**SMALL, 'batch_size': 1}), net)
+        error = (vectors(table) - vectors(full)).norm() / vectors(full).norm()
+        assert 0 < error < 0.05
+        torch.testing.assert_close(vectors(alone), vectors(table))
+
+    def test_int8_is_not_everywhere(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(native, 'has_int8', lambda: False)
+        with pytest.raises(ValueError, match="precision 'int8': .*(AVX-512 VNNI|not installed).*another precision"):
+            run(folder, tmp_path / 'out', Settings(precision='int8', **SMALL), 'test_san_pairwise', random=True)
+        with pytest.raises(ValueError, match="precision 'int8': .* and this is none"):
+            run(folder, tmp_path / 'out', Settings(precision='int8', **SMALL), timm.create_model('test_resnet').eval())
+
     def test_another_model_of_timm(self, folder, tmp_path):
         torch.manual_seed(0)
         net = timm.create_model('test_resnet').eval()
@@ -132,8 +152,8 @@ class TestValues:
 
     @pytest.mark.parametrize('given, message', [
         (dict(pool='sum'), "pool 'sum': expected avg, max, gem, none"), (dict(dtype='int8'), 'expected float32'),
-        (dict(precision='int8'), 'expected fp32'), (dict(whole=True, size=(32, 32)), 'exclude each other'),
-        (dict(partition=0), 'expected 1 or more')])
+        (dict(precision='int4'), 'expected fp32, bf16, fp16, int8'),
+        (dict(whole=True, size=(32, 32)), 'exclude each other'), (dict(partition=0), 'expected 1 or more')])
     def test_settings(self, given, message):
         with pytest.raises(ValueError, match=message):
             Settings(**given)

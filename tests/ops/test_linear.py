@@ -87,6 +87,101 @@ def test_a_pixel_has_the_same_bits_wherever_it_is():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.skipif(not native.has_int8(), reason='needs AVX-512 VNNI')
+class TestInt8:
+    @staticmethod
+    def _pixels(*size, below=0.):
+        """(..., C): multiples from 0 to 255 of a step of each pixel, of every other from `below`: rounding is exact."""
+        steps = torch.randint(0, 256, size).float()
+        steps[..., 0], steps[..., 1] = 0, 255
+        return (steps - below * torch.randint(0, 2, (*size[:-1], 1))) * 2. ** torch.randint(-3, 4, (*size[:-1], 1))
+
+    @staticmethod
+    def _weight(columns, inner):
+        """Multiples from -127 to 127 of a step of each column."""
+        steps = torch.randint(-127, 128, (columns, inner)).float()
+        steps[:, -1] = -127
+        return steps * 2. ** torch.randint(-9, -4, (columns, 1))
+
+    @pytest.mark.parametrize('height, width, inner, columns', [
+        (1, 1, 64, 64), (1, 7, 65, 97), (7, 7, 66, 130), (5, 10, 513, 80), (1, 61, 1030, 150), (3, 43, 127, 200)])
+    def test_against_float64(self, height, width, inner, columns):
+        torch.manual_seed(inner)
+        weight, bias = self._weight(columns, inner), torch.randn(columns)
+        x, there = self._pixels(2, height, width, inner, below=100.), torch.randn(2, height, width, columns)
+        after, before = _functions(inner, columns)[1], ops.ScaleShiftReLU(torch.ones(inner), torch.zeros(inner))
+        product = x.double() @ weight.double().t()
+        with torch.no_grad():
+            project, expand = ops.Linear(weight, bias, int8=True), ops.Linear(weight, int8=True)
+            assert torch.equal(project.weight, weight)
+            _close(project(x), product + bias)
+            _close(expand.add_to(there.clone(), x), there + product)
+            _close(expand.add_to(there.clone(), x, after), _apply(after, there + product))
+            x = self._pixels(2, height, width, inner)
+            _close(project(x, before), x.double() @ weight.double().t() + bias)
+            assert not torch.equal(project(x + .3), ops.Linear(weight, bias)(x + .3))
+
+    def test_error_of_rounding(self):
+        """At most half a step for each element of a pixel, and for each weight."""
+        torch.manual_seed(0)
+        weight, x = torch.randn(96, 200), torch.randn(2, 5, 5, 200)
+        before = _functions(200, 96)[0]
+        y = _apply(before, x.double())
+        step = y.amax(-1, keepdim=True) / 255
+        bound = 0.51 * step * 1.01 * weight.abs().sum(1) \
+            + 0.51 * y.abs() @ (weight.abs().amax(1) / 127).double().expand(200, -1)
+        with torch.no_grad():
+            error = (ops.Linear(weight, int8=True)(x, before) - y @ weight.double().t()).abs()
+        assert (error <= bound).all() and error.max() > 1e-4
+
+    def test_bits_do_not_depend_on_the_batch_or_threads(self):
+        project, x = ops.Linear(torch.randn(150, 600), torch.randn(150), int8=True), torch.randn(1, 1, 500, 600)
+        before, threads = _functions(600, 150)[0], torch.get_num_threads()
+        try:
+            with torch.no_grad():
+                expected = project(x, before)
+                for count in (1, 2, 5):
+                    torch.set_num_threads(count)
+                    for begin, end in ((0, 1), (3, 64), (100, 161), (499, 500)):
+                        assert torch.equal(project(x[:, :, begin:end], before), expected[:, :, begin:end])
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_no_value_and_no_number(self):
+        """A pixel of zeros gives the bias; one that is not finite NaN, and changes no other."""
+        weight, bias, x = torch.randn(64, 70), torch.randn(64), torch.randn(1, 1, 9, 70)
+        x[0, 0, 2] = 0
+        project = ops.Linear(weight, bias, int8=True)
+        with torch.no_grad():
+            expected = project(x)
+            assert torch.equal(expected[0, 0, 2], bias)
+            x[0, 0, 3, 7], x[0, 0, 5, 69], x[0, 0, 6, 0] = torch.nan, torch.inf, -torch.inf
+            y = project(x)
+        assert y[0, 0, [3, 5, 6]].isnan().all()
+        assert torch.equal(y[0, 0, [0, 1, 2, 4, 7, 8]], expected[0, 0, [0, 1, 2, 4, 7, 8]])
+
+    def test_a_column_of_zeros(self):
+        weight = torch.randn(64, 64)
+        weight[5] = 0
+        with torch.no_grad():
+            y = ops.Linear(weight, int8=True)(torch.randn(1, 2, 3, 64))
+        assert (y[..., 5] == 0).all() and y.isfinite().all()
+
+    @pytest.mark.parametrize('inner, columns', [(63, 64), (64, 63)])
+    def test_narrow_maps_stay_in_float32(self, inner, columns):
+        weight = torch.randn(columns, inner)
+        assert torch.equal(ops.Linear(weight, int8=True).weight, weight)
+
+    def test_elsewhere_with_the_rounded_weights(self):
+        """Where the loops do not serve a call, as in float64 maps."""
+        weight, x = torch.randn(64, 64), torch.randn(1, 2, 3, 64)
+        with torch.no_grad(), ops.use_backend('reference'):
+            linear = ops.Linear(weight, int8=True)
+            assert torch.equal(linear.weight, ops.Linear(linear.weight, int8=True).weight) and (
+                (linear.weight - weight).abs() <= 0.51 * weight.abs().amax(1, keepdim=True) / 127).all()
+            _close(linear(x), x.double() @ linear.weight.double().t())
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_weights_are_copies(dtype):
     weight, bias, x = (torch.randn(*shape, dtype=dtype) for shape in ((20, 6), (20,), (1, 2, 2, 6)))

@@ -1,13 +1,31 @@
 """The compiled loops for the CPU: optional at installation; without them `unavailable()` says why."""
 from ..contract import FusedBackend
 from . import attention
-from .library import QUIET_VARIABLE, build, pool, unavailable, warn_if_unavailable, width
-from .linear import linear, pack, unpack
+from .library import QUIET_VARIABLE, build, has_int8, pool, unavailable, warn_if_unavailable, width
+from .linear import Int8, linear, pack, pack_int8, unpack, unpack_int8
 from .pointwise import moments, scale_shift_relu, scale_shift_relu_gradient, scale_shift_relu_sums, stem
 
-__all__ = ['BACKEND', 'QUIET_VARIABLE', 'build', 'linear', 'moments', 'pack', 'pool', 'scale_shift_relu',
-           'scale_shift_relu_gradient', 'scale_shift_relu_sums', 'stem', 'unavailable', 'unpack', 'warn_if_unavailable',
-           'width']
+__all__ = [
+           'BACKEND',
+           'QUIET_VARIABLE',
+           'Int8',
+           'build',
+           'has_int8',
+           'linear',
+           'moments',
+           'pack',
+           'pack_int8',
+           'pool',
+           'scale_shift_relu',
+           'scale_shift_relu_gradient',
+           'scale_shift_relu_sums',
+           'stem',
+           'unavailable',
+           'unpack',
+           'unpack_int8',
+           'warn_if_unavailable',
+           'width',
+]
 
 BACKEND = FusedBackend(
     'native', 'the CPU', ('cpu',),

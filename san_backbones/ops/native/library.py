@@ -21,6 +21,7 @@ __all__ = [
     'Task',
     'build',
     'codes',
+    'has_int8',
     'panel',
     'pool',
     'run',
@@ -84,8 +85,9 @@ class Backward(ctypes.Structure):
 class Linear(ctypes.Structure):
     """struct linear of linear.c."""
     _fields_ = [
-        *_int64('pixels inner columns'), *_matrices('input'), *_pointers('scale shift weight bias'),
-        *_matrices('output'), *_int64('add'), *_pointers('out_scale out_shift'), ('limit', ctypes.c_float),
+        *_int64('pixels inner columns'), *_matrices('input'),
+        *_pointers('scale shift weight column_scale column_sum bias'), *_matrices('output'), *_int64('add'),
+        *_pointers('out_scale out_shift'), ('limit', ctypes.c_float),
         *_int64('tile chunk next failed'),
     ]
 
@@ -198,6 +200,11 @@ def unchanged(where: int, expected: int, count: int) -> bool:
 def panel() -> int:
     """Columns of a panel of a linear map's weights."""
     return _loaded().san_panel()
+
+
+def has_int8() -> bool:
+    """Whether linear maps may be computed in 8 bits: the AVX-512 build, on a processor with VNNI."""
+    return unavailable() is None and bool(_loaded().san_has_int8())
 
 
 @functools.cache

@@ -4,8 +4,15 @@
  * Weights come in panels of BLOCKS vectors of columns (the last ones narrower: of 2 and of 1 vector), each [inner][panel]
  * and one behind the other, so that a product reads them in one line. Every output is summed in one order whatever the
  * number of threads and pixels: over the channels, in parts of INNER.
+ *
+ * In 8 bits, where the processor has AVX-512 VNNI: weights are rounded with one scale per column, pixels when they are
+ * read, with a scale and a zero of their own; so no pixel's result depends on what else is in the batch. The integer
+ * sums are exact.
  */
 #include "footprint.h"
+#if defined(__AVX512F__)
+#include <cpuid.h>
+#endif
 
 enum { LINEAR_ROWS = 6, /* with BLOCKS vectors of weights they fill the registers */
        INNER = 512,     /* channels that are in cache together, as a part of a panel and of the pixels */
@@ -15,7 +22,9 @@ struct linear {
     int64_t pixels, inner, columns;
     struct matrix input;                /* [pixels][inner] */
     const float *scale, *shift;         /* of the norm before: [inner]; or NULL: neither norm nor ReLU */
-    const float *weight;                /* panels */
+    const void *weight;                 /* panels, of floats or of 8 bits */
+    const float *column_scale;          /* of weights of 8 bits: [columns]; or NULL: floats */
+    const float *column_sum;            /* of the rounded weights times their scale: [columns] */
     const float *bias;                  /* [columns], or NULL */
     struct matrix output;               /* [pixels][columns] */
     int64_t add;                        /* whether to add to what is there */
@@ -105,34 +114,42 @@ INLINE void linear_panel(const int blocks, const struct linear *t, int64_t rows,
 #undef CASE
 }
 
-/* Works on tiles of pixels and chunks of columns until none is left. */
+/* A tile of pixels and a chunk of columns, `rows` and [begin, end), from pixel `here` on; 0 if none is left. */
+struct share { int64_t here, rows, begin, end; };
+
+INLINE int take_share(struct linear *t, struct share *s) {
+    const int64_t tiles = (t->pixels + t->tile - 1) / t->tile, chunks = (t->columns + t->chunk - 1) / t->chunk;
+    const int64_t n = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
+    if (n >= tiles * chunks) return 0;
+    s->here = n / chunks * t->tile, s->begin = n % chunks * t->chunk;
+    s->rows = t->pixels - s->here < t->tile ? t->pixels - s->here : t->tile;
+    s->end = t->columns - s->begin < t->chunk ? t->columns : s->begin + t->chunk;
+    return 1;
+}
+
+/* Works on shares until none is left. */
 static void work_linear(void *argument) {
     struct linear *t = argument;
-    const int64_t tiles = (t->pixels + t->tile - 1) / t->tile, chunks = (t->columns + t->chunk - 1) / t->chunk;
     float *scratch = malloc(4 * TILE * INNER);
     if (!scratch) {
         t->failed = NO_MEMORY;
         return;
     }
-    for (;;) {
-        const int64_t n = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
-        if (n >= tiles * chunks) break;
-        const int64_t here = n / chunks * t->tile, begin = n % chunks * t->chunk;
-        const int64_t rows = t->pixels - here < t->tile ? t->pixels - here : t->tile;
-        const int64_t end = t->columns - begin < t->chunk ? t->columns : begin + t->chunk;
+    for (struct share s; take_share(t, &s);) {
+        const int64_t rows = s.rows;
         for (int64_t k = 0; k < t->inner; k += INNER) {
             const int64_t inner = t->inner - k < INNER ? t->inner - k : INNER;
             const int first = k == 0, last = k + inner == t->inner;
-            struct matrix a = columns_from(rows_from(t->input, here), k);
+            struct matrix a = columns_from(rows_from(t->input, s.here), k);
             if (t->scale) {
                 for (int64_t m = 0; m < rows; m++)
                     scale_shift_relu(row_of(a, m), t->scale + k, t->shift + k, t->limit, inner, scratch + m * inner);
                 a = (struct matrix){scratch, inner};
             }
-            for (int64_t j = begin, blocks; j < end; j += blocks * WIDTH) {
+            for (int64_t j = s.begin, blocks; j < s.end; j += blocks * WIDTH) {
                 blocks = panel_blocks(t->columns, j);
-                const float *w = t->weight + j * t->inner + k * blocks * WIDTH;
-                const struct matrix output = columns_from(rows_from(t->output, here), j);
+                const float *w = (const float *)t->weight + j * t->inner + k * blocks * WIDTH;
+                const struct matrix output = columns_from(rows_from(t->output, s.here), j);
 #define PANEL(blocks) linear_panel(blocks, t, rows, a, w, inner, output, j, first, last)
                 if (blocks == 1) PANEL(1);
                 else if (blocks == 2) PANEL(2);
@@ -144,6 +161,127 @@ static void work_linear(void *argument) {
     free(scratch);
 }
 
+#if defined(__AVX512F__)
+enum { GROUP = 4 }; /* channels whose products one instruction adds up */
+
+/* Rounds a row to 8 bits: x = zero + scale q, q in 0..255, zero <= 0. NaN for a scale where the row is not finite. */
+INLINE void quantise(const float *from, int64_t inner, uint8_t *to, float *scale, float *zero) {
+    __m512 low = _mm512_setzero_ps(), high = low, check = low;
+    for (int64_t i = 0; i < inner; i += WIDTH) {
+        const __m512 x = (__m512)read_part(from + i, inner - i < WIDTH ? inner - i : WIDTH);
+        low = _mm512_min_ps(low, x), high = _mm512_max_ps(high, x);
+        check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);
+    }
+    *zero = _mm512_reduce_min_ps(low);
+    *scale = (_mm512_reduce_max_ps(high) - *zero) / 255 + _mm512_reduce_add_ps(check);
+    const __m512 by = _mm512_set1_ps(*scale > 0 ? 1 / *scale : 0), offset = _mm512_set1_ps(*zero);
+    for (int64_t i = 0; i < inner; i += WIDTH) {
+        const int64_t used = inner - i < WIDTH ? inner - i : WIDTH;
+        const __m512 x = _mm512_mul_ps(_mm512_sub_ps((__m512)read_part(from + i, used), offset), by);
+        _mm512_mask_cvtusepi32_storeu_epi8(to + i, (1u << used) - 1, _mm512_cvtps_epi32(x));
+    }
+}
+
+/* One register block, as linear_block: `rows` rounded pixels a, `row` bytes apart, and a whole panel. */
+INLINE void linear8_block(const int rows, const int blocks, const struct linear *t, const uint8_t *a, int64_t row,
+                               const int8_t *w, const float *scale, const float *zero, struct matrix output,
+                               int64_t column) {
+    const int64_t used = t->columns - column < blocks * WIDTH ? t->columns - column : blocks * WIDTH;
+    __m512i sum[LINEAR_ROWS][BLOCKS], line[BLOCKS];
+    for (int m = 0; m < rows; m++)
+        for (int b = 0; b < blocks; b++) sum[m][b] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < row; i += GROUP) {
+        for (int b = 0; b < blocks; b++) line[b] = _mm512_loadu_si512(w + (i * blocks + GROUP * b) * WIDTH);
+        for (int m = 0; m < rows; m++) {
+            int32_t four;
+            memcpy(&four, a + m * row + i, GROUP);
+            const __m512i x = _mm512_set1_epi32(four);
+            for (int b = 0; b < blocks; b++) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[m][b]) : "v"(x), "v"(line[b]));
+        }
+    }
+    vec y[LINEAR_ROWS][BLOCKS], by[BLOCKS], plus[BLOCKS];
+    read_some(t->column_scale + column, used, blocks, by);
+    read_some(t->column_sum + column, used, blocks, plus);
+    for (int m = 0; m < rows; m++)
+        for (int b = 0; b < blocks; b++)
+            y[m][b] = (vec)_mm512_cvtepi32_ps(sum[m][b]) * (by[b] * scale[m]) + plus[b] * zero[m];
+    if (t->bias) {
+        read_some(t->bias + column, used, blocks, plus);
+        for (int m = 0; m < rows; m++)
+            for (int b = 0; b < blocks; b++) y[m][b] += plus[b];
+    }
+    if (t->add)
+        for (int m = 0; m < rows; m++) {
+            read_some(row_of(output, m), used, blocks, plus);
+            for (int b = 0; b < blocks; b++) y[m][b] += plus[b];
+        }
+    if (t->out_scale) {
+        read_some(t->out_scale + column, used, blocks, by);
+        read_some(t->out_shift + column, used, blocks, plus);
+        for (int m = 0; m < rows; m++)
+            for (int b = 0; b < blocks; b++) y[m][b] = positive(y[m][b] * by[b] + plus[b]);
+    }
+    for (int m = 0; m < rows; m++) write_some(y[m], used, blocks, row_of(output, m));
+}
+
+INLINE void linear8_panel(const int blocks, const struct linear *t, int64_t rows, const uint8_t *a, int64_t row,
+                               const int8_t *w, const float *scale, const float *zero, struct matrix output,
+                               int64_t column) {
+#define CASE(n) case n: linear8_block(n, blocks, t, a, row, w, scale, zero, output, column); break;
+    for (int64_t parts = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS, some; parts > 0; parts--, rows -= some) {
+        some = (rows + parts - 1) / parts;
+        switch (some) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
+        a += some * row, scale += some, zero += some, output = rows_from(output, some);
+    }
+#undef CASE
+}
+
+/* As work_linear, in 8 bits. */
+static void work_linear8(void *argument) {
+    struct linear *t = argument;
+    const int64_t row = (t->inner + GROUP - 1) / GROUP * GROUP;
+    float *scratch = malloc(4 * t->inner + TILE * (row + 8));
+    if (!scratch) {
+        t->failed = NO_MEMORY;
+        return;
+    }
+    float *scale = scratch + t->inner, *zero = scale + TILE;
+    uint8_t *a = (uint8_t *)(zero + TILE);
+    for (struct share s; take_share(t, &s);) {
+        const struct matrix input = rows_from(t->input, s.here);
+        for (int64_t m = 0; m < s.rows; m++) {
+            const float *from = row_of(input, m);
+            if (t->scale) {
+                scale_shift_relu(from, t->scale, t->shift, t->limit, t->inner, scratch);
+                from = scratch;
+            }
+            memset(a + (m + 1) * row - GROUP, 0, GROUP);
+            quantise(from, t->inner, a + m * row, scale + m, zero + m);
+        }
+        for (int64_t j = s.begin, blocks; j < s.end; j += blocks * WIDTH) {
+            blocks = panel_blocks(t->columns, j);
+            const int8_t *w = (const int8_t *)t->weight + j * row;
+            const struct matrix output = columns_from(rows_from(t->output, s.here), j);
+#define PANEL(blocks) linear8_panel(blocks, t, s.rows, a, row, w, scale, zero, output, j)
+            if (blocks == 1) PANEL(1);
+            else if (blocks == 2) PANEL(2);
+            else PANEL(BLOCKS);
+#undef PANEL
+        }
+    }
+    free(scratch);
+}
+
+/* Whether this build and this processor compute in 8 bits. */
+int64_t san_has_int8(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
+}
+#else
+static void work_linear8(void *argument) { ((struct linear *)argument)->failed = UNKNOWN_CODE; } /* linear.py does not ask */
+int64_t san_has_int8(void) { return 0; }
+#endif
+
 /* Few pixels are shared out by columns too, so that every thread has something to do. */
 void san_linear_run(struct linear *t, parallel_function parallel, unsigned threads) {
     const int64_t panel = BLOCKS * WIDTH, panels = (t->columns + panel - 1) / panel;
@@ -153,7 +291,7 @@ void san_linear_run(struct linear *t, parallel_function parallel, unsigned threa
     int64_t chunks = threads > 1 && tiles < 4 * threads ? (4 * threads + tiles - 1) / tiles : 1;
     if (chunks > panels) chunks = panels;
     t->chunk = (panels + chunks - 1) / chunks * panel;
-    run(work_linear, t, parallel, threads);
+    run(t->column_scale ? work_linear8 : work_linear, t, parallel, threads);
 }
 
 int64_t san_linear_bytes(void) { return sizeof(struct linear); }
