@@ -10,6 +10,8 @@ import timm
 import torch
 from PIL import Image
 
+from san_backbones import ops
+
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -159,9 +161,11 @@ def test_all_of_an_ablation(run, monkeypatch):
                        if key['model'] == model] for model in dict.fromkeys(key['model'] for key in asked)}
     footprints = [f'footprint {k}' for k in (3, 5, 9, 11)]
     assert changes == {
-        'test_san_pairwise': ['', *(f'relation {name}' for name in ('summation', 'concatenation', 'hadamard', 'dot')),
+        'test_san_pairwise': ['', *(f'relation {name}' for name in ops.PAIRWISE_RELATIONS if name != 'subtraction'),
                               *footprints, 'position absolute', 'position none'],
-        'test_san_patchwise': ['', 'relation star', 'relation clique', *footprints], 'resnet10t': ['']}
+        'test_san_patchwise': [
+            '', *(f'relation {name}' for name in ops.PATCHWISE_RELATIONS if name != 'concatenation'), *footprints],
+        'resnet10t': ['']}
 
 
 @pytest.mark.parametrize('stop', [3, 4, 6])  # in the first epoch, at its end, in the second

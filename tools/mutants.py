@@ -26,6 +26,7 @@ LAYOUTS = 'tests/ops/test_native.py::test_both_layouts_of_vectors'
 GRADIENT_LAYOUTS = 'tests/ops/test_native.py::test_gradients_in_both_layouts'
 NORM_RELU = 'tests/ops/test_pointwise.py::test_norm_and_relu_in_one_operator'
 LINEAR = 'tests/ops/test_linear.py::test_against_float64'
+INT8 = 'tests/ops/test_linear.py::TestInt8::test_against_float64'
 ANY = 'san_backbones/ops/**/*.py'  # code that may move between these files
 OPS, C = 'san_backbones/ops', 'san_backbones/ops/native'
 GEOMETRY, BACKENDS = 'tests/ops/test_geometry.py', 'tests/ops/test_backends.py'
@@ -247,6 +248,21 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('C linear: the norm after each part', f'{C}/linear.c', 'last = k + inner == t->inner', 'last = 1', (LINEAR,)),
     ('C linear: no limit', f'{C}/linear.c', 't->shift + k, t->limit, inner', 't->shift + k, 1e30f, inner', (LINEAR,)),
     ('C linear: bias left out', f'{C}/linear.c', 'if (first && t->bias) read_some', 'if (0) read_some', (LINEAR,)),
+    ('C int8: no zero of a pixel', f'{C}/linear.c', ' + plus[b] * zero[m]', '', (INT8,)),
+    ('C int8: bias left out', f'{C}/linear.c', 'for (int b = 0; b < blocks; b++) y[m][b] += plus[b];\n    }\n    if (t->add)',
+     ';\n    }\n    if (t->add)', (INT8,)),
+    ('C int8: nothing is added to', f'{C}/linear.c', '    if (t->add)\n', '    if (0)\n', (INT8,)),
+    ('C int8: one scale for all pixels', f'{C}/linear.c', 'by[b] * scale[m]', 'by[b] * scale[0]', (INT8,)),
+    ('C int8: no limit', f'{C}/linear.c', 't->shift, t->limit, t->inner, scratch', 't->shift, 1e30f, t->inner, scratch',
+     ('tests/ops/test_linear.py::TestInt8::test_error_of_rounding',)),
+    ('C int8: infinity rounded', f'{C}/linear.c', ' + _mm512_reduce_add_ps(check)', '',
+     ('tests/ops/test_linear.py::TestInt8::test_no_value_and_no_number',)),
+    ('linear: narrow maps in 8 bits', f'{OPS}/linear.py', ' and min(weight.shape) >= NARROWEST_INT8', '',
+     ('tests/ops/test_linear.py::TestInt8::test_narrow_maps_stay_in_float32',)),
+    ('fuse: blocks stay in float32', 'san_backbones/fuse.py', 'block.fold(offset, stage.folds_to_int8)',
+     'block.fold(offset)', ('tests/test_fuse.py::test_int8',)),
+    ('fuse: refold forgets the 8 bits', 'san_backbones/fuse.py', 'stage.set_folding(True, stage.folds_to_int8)',
+     'stage.set_folding(True)', ('tests/test_fuse.py::test_int8',)),
     ('linear: strides not seen', f'{OPS}/native/linear.py', 'as_rows(x)', 'x',
      ('tests/ops/test_linear.py::test_inputs_with_strides',)),
     ('linear: memory behind a map taken for granted', f'{OPS}/native/attention.py',

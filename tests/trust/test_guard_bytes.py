@@ -202,8 +202,8 @@ def results():
         x = torch.randn(*pixels, 32).permute(0, 3, 1, 2).requires_grad_()
         y = ops.norm_relu(x, ops.Norm(*torch.randn(4, 32).abs(), training, 0.1, 1e-5), 2.)
         found += [y, torch.autograd.grad(y.sin().sum(), x)[0]]
-    for inner, columns in ((3, 5), (20, 70), (530, 33)):
-        project, x = ops.Linear(torch.randn(columns, inner), torch.randn(columns)), torch.randn(2, 5, 7, inner)
+    for inner, columns, int8 in ((3, 5, False), (20, 70, False), (530, 33, False), (65, 70, True), (530, 129, True)):
+        project, x = ops.Linear(torch.randn(columns, inner), torch.randn(columns), int8), torch.randn(2, 5, 7, inner)
         first, last = (ops.ScaleShiftReLU(torch.randn(n), torch.randn(n), 2.) for n in (inner, columns))
         with torch.no_grad():
             found += [project(x, first), project(x[..., :inner]), project.add_to(torch.ones(2, 5, 7, columns), x, last)]

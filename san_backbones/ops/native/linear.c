@@ -246,7 +246,7 @@ static void work_linear8(void *argument) {
         return;
     }
     float *scale = scratch + t->inner, *zero = scale + TILE;
-    uint8_t *a = (uint8_t *)(zero + TILE);
+    uint8_t *a = (uint8_t *)(zero + TILE); /* what lies behind a pixel's channels meets weights of zero */
     for (struct share s; take_share(t, &s);) {
         const struct matrix input = rows_from(t->input, s.here);
         for (int64_t m = 0; m < s.rows; m++) {
@@ -255,7 +255,6 @@ static void work_linear8(void *argument) {
                 scale_shift_relu(from, t->scale, t->shift, t->limit, t->inner, scratch);
                 from = scratch;
             }
-            memset(a + (m + 1) * row - GROUP, 0, GROUP);
             quantise(from, t->inner, a + m * row, scale + m, zero + m);
         }
         for (int64_t j = s.begin, blocks; j < s.end; j += blocks * WIDTH) {
