@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from tests.extract.noise_pictures import MODEL, noise
 
-import san_backbones
 from san_backbones.extract import Settings, extract, ray_actor
 
 parquet = pytest.importorskip('pyarrow.parquet', reason='needs the features extra')
@@ -23,8 +22,7 @@ SETTINGS = Settings(size=(32, 32), batch_size=2, partition=2)
 def environment():
     """Workers find the package where this process does, and one thread each."""
     with pytest.MonkeyPatch.context() as patch:
-        places = (str(pathlib.Path(san_backbones.__file__).parents[1]), str(ROOT), os.environ.get('PYTHONPATH'))
-        patch.setenv('PYTHONPATH', os.pathsep.join(filter(None, places)))
+        patch.setenv('PYTHONPATH', os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))))
         patch.setenv('OMP_NUM_THREADS', '1')
         patch.setenv('RAY_ENABLE_UV_RUN_RUNTIME_ENV', '0')
         patch.setenv('RAY_USAGE_STATS_ENABLED', '0')
