@@ -13,6 +13,10 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
     @property
+    def in_8_bits(self) -> bool:
+        return any('int8' in test.lower() for test in self.tests)
+
+    @property
     def compiled(self) -> bool:
         return self.where.endswith(('.c', '.h'))
 
