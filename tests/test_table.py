@@ -117,7 +117,7 @@ def plain():
     ('--variants random-last', 'variant', 'random-last'),
     ('--models test_san_pairwise --positions none', 'position', 'none'),
     ('--models test_san_pairwise --relations summation', 'relation', 'summation')])
-def test_an_option_changes_the_network(words, column, value, run, plain, trained):
+def test_an_option_changes_the_network(words, column, value, run, plain, trained, zero_init_last):
     words = words.split()
     model = words[1] if words[0] == '--models' else 'test_san_patchwise'
     if model not in plain:

@@ -14,7 +14,8 @@ from san_backbones.norms import SyncBatchNorm
 
 def model():
     torch.manual_seed(0)
-    model = timm.create_model('test_san_pairwise', num_classes=3, norm_layer=SyncBatchNorm).double()
+    model = timm.create_model('test_san_pairwise', num_classes=3, norm_layer=SyncBatchNorm, zero_init_last=False)
+    model = model.double()
     for module in model.modules():
         if isinstance(module, SyncBatchNorm):
             nn.init.uniform_(module.bias, -0.5, 0.5)

@@ -60,7 +60,8 @@ def segmentation(folder, work, augment=False, batch_size=2, dropout=0., norm='BN
         model=dict(
             type='EncoderDecoder',
             data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64), mean=[60.] * 3, std=[50.] * 3),
-            backbone={'type': 'SANBackbone', 'arch': ARCH, 'norm_cfg': norm_cfg, **(backbone or {})},
+            backbone={'type': 'SANBackbone', 'arch': ARCH, 'norm_cfg': norm_cfg, 'zero_init_last': False,
+                      **(backbone or {})},
             decode_head=dict(type='UPerHead', in_channels=WIDTHS, in_index=[0, 1, 2, 3], pool_scales=(2,),
                              channels=16, num_classes=2, dropout_ratio=dropout, norm_cfg=norm_cfg),
             train_cfg=dict(), test_cfg=dict(mode='whole')))
@@ -91,7 +92,7 @@ def detection(folder, work, augment=False, batch_size=2, backbone=None, **kwargs
         model=dict(
             type='FasterRCNN',
             data_preprocessor=dict(type='DetDataPreprocessor', mean=[60.] * 3, std=[50.] * 3, pad_size_divisor=32),
-            backbone={'type': 'SANBackbone', 'arch': ARCH, **(backbone or {})},
+            backbone={'type': 'SANBackbone', 'arch': ARCH, 'zero_init_last': False, **(backbone or {})},
             neck=dict(type='FPN', in_channels=WIDTHS, out_channels=16, num_outs=4),
             rpn_head=dict(
                 type='RPNHead', in_channels=16, feat_channels=16,

@@ -34,7 +34,7 @@ def _layer(cls, norm_layer, dtype):
 
 def _network(name, norm_layer, dtype):
     torch.manual_seed(0)
-    return _smooth(timm.create_model(name, num_classes=8, norm_layer=norm_layer), dtype)
+    return _smooth(timm.create_model(name, num_classes=8, norm_layer=norm_layer, zero_init_last=False), dtype)
 
 
 def _data(images, size, channels, dtype):

@@ -53,8 +53,10 @@ def sizes(name, task):
                     d_parameters=task.slots * (task.inputs + 1) * task.out_padded * FLOAT)
     if name == 'san_linear':
         panels = -(-task.columns // library.width()) * library.width()
+        weight = panels * -(-task.inner // 4) * 4 if task.column_scale else panels * task.inner * FLOAT
         return dict(input=((task.pixels - 1) * task.input.row + task.inner) * FLOAT, scale=task.inner * FLOAT,
-                    shift=task.inner * FLOAT, weight=panels * task.inner * FLOAT, bias=task.columns * FLOAT,
+                    shift=task.inner * FLOAT, weight=weight, bias=task.columns * FLOAT,
+                    column_scale=task.columns * FLOAT, column_sum=task.columns * FLOAT,
                     output=task.pixels * task.columns * FLOAT, out_scale=task.columns * FLOAT,
                     out_shift=task.columns * FLOAT)
     t = getattr(task, 'task', task)
