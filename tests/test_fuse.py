@@ -88,6 +88,10 @@ def test_int8(attention):
         for i in range(2):
             torch.testing.assert_close(model.forward_features(image[i:i + 1]), several[i:i + 1])
         assert _runs_folded(model, image)
+        folded = model.stages[1]._folded[0]
+        for linear in (folded.conv, *(part for block in folded.blocks for part in (block.project, block.expand))):
+            steps = linear.weight / (linear.weight.abs().amax(1, keepdim=True) / 127)
+            assert (steps - steps.round()).abs().max() < 1e-3
         model.stages[0].conv.weight.mul_(2)  # it folds anew, and so does refold, as before
         assert 1e-4 < _error(model, image) < 0.02
         model.load_state_dict(state)
