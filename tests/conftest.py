@@ -10,6 +10,10 @@ from san_backbones.san import Block
 # processes that run tests they begin as torch makes them. The fixture `zero_init_last` brings the default back.
 INIT_LAST_AS_ZEROS, Block.init_last_as_zeros = Block.init_last_as_zeros, lambda self: None
 
+# Some tests fork, and their children differentiate. torch refuses that ("autograd's threading in combination with
+# fork") where the first backward pass of a process was one of torch.compile's; so a plain one comes first.
+torch.ones(1, requires_grad=True).sum().backward()
+
 os.environ['SAN_BACKBONES_AUTHORS'] = '0'  # no test asks Google Drive by accident; those of that road say so
 
 
