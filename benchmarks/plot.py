@@ -4,6 +4,7 @@
 """
 import csv
 import sys
+import textwrap
 
 import harness
 import matplotlib
@@ -19,8 +20,9 @@ def read(path):
 
 
 def finish(figure, path, machine):
-    figure.text(0.01, 0.005, machine, fontsize=7, color='0.4')
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    lines = textwrap.wrap(machine, int(17 * figure.get_figwidth()))
+    figure.text(0.01, 0.005, '\n'.join(lines), fontsize=7, color='0.4')
+    figure.tight_layout(rect=(0, 0.03 * max(1, len(lines)), 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(f'wrote {path}')

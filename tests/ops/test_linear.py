@@ -162,7 +162,7 @@ class TestInt8:
         assert torch.equal(ops.Linear(weight, int8=True).weight, weight)
 
     def test_elsewhere_with_the_rounded_weights(self):
-        """Where the loops do not serve a call, as in float64 maps."""
+        """Where another backend is asked for."""
         weight, x = torch.randn(64, 64), torch.randn(1, 2, 3, 64)
         with torch.no_grad(), ops.use_backend('reference'):
             linear = ops.Linear(weight, int8=True)
