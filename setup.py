@@ -47,7 +47,7 @@ class BuildLibrary(build_ext):
         runs = (f'{name}_{what}'
                 for name in ('san', 'san_backward', 'san_linear', 'san_normed', 'san_scaled', 'san_stem')
                 for what in ('run', 'bytes'))
-        return ['san_width', 'san_panel', 'san_has_int8', 'san_unchanged', 'san_relations', 'san_kmp_use',
+        return ['san_width', 'san_panel', 'san_int8', 'san_unchanged', 'san_relations', 'san_kmp_use',
                 'san_kmp_parallel', *runs]
 
     def build_extension(self, ext):

@@ -54,14 +54,35 @@ class FoldedBlock(NamedTuple):
 
     def _attend(self, projected: Tensor) -> Tensor:
         """relu(norm2(attention)) of query, key and value (N, H, W, 2 r + m): (N, H, W, m)."""
-        attention, place = self.attention, self._place(projected)
-        spec, r, m = attention.spec(), attention.rel_planes, attention.out_planes
-        query, key, value = projected.split((r, r, m), 3)
-        if self.project.runs_packed(projected) and native.BACKEND.name in spec.described.backends:
-            return ops.attend_folded(query, key, value, place, self.gamma, spec, self.out_shift)
-        query, key, value = (x.permute(0, 3, 1, 2) for x in (query, key, value))
+        query, key, value = (x.permute(0, 3, 1, 2) for x in self._split(projected))
+        place = self._place(projected)
         place = None if place is None else place.permute(0, 3, 1, 2)
-        return ops.footprint_attention(query, key, value, place, self.gamma, spec, self.out_shift).permute(0, 2, 3, 1)
+        return ops.footprint_attention(query, key, value, place, self.gamma, self.attention.spec(),
+                                       self.out_shift).permute(0, 2, 3, 1)
+
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r, m = self.attention.rel_planes, self.attention.out_planes
+        query, key, value = projected.split((r, r, m), 3)
+        return query, key, value
+
+    def runs_in_loops(self) -> bool:
+        """Whether the compiled loops have all of it."""
+        return self.project.packed and self.expand.packed \
+            and native.BACKEND.name in self.attention.spec().described.backends
+
+    def prepare(self, x: Tensor, work: Tensor, after: ops.ScaleShiftReLU | None) -> list[native.Call]:
+        """The calls of the compiled loops that do the same; `work` has room for what is between them."""
+        between, pixels = self.project.columns, x[..., 0].numel()
+        projected = work[:pixels * between].view(*x.shape[:3], between)
+        attended = work[pixels * between:pixels * (between + self.expand.inner)].view(*x.shape[:3], self.expand.inner)
+        return [self.project.prepare(x, self.first, projected),
+                ops.prepare_attention(*self._split(projected), self._place(projected), self.gamma,
+                                      self.attention.spec(), self.out_shift, attended),
+                self.expand.prepare(attended, None, x, True, after)]
+
+    def room(self) -> int:
+        """Elements for each pixel that `prepare` has in `work`."""
+        return self.project.columns + self.expand.inner
 
 
 def scale_and_shift(norm: nn.Module, like: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -167,6 +188,8 @@ class _Watch:
 CACHED_BYTES = 8 << 20
 """Of a stage's map: as many images of a batch go through the stage together as have this much, so that the map stays in
 the caches from block to block."""
+SIZES_PREPARED = 4
+"""Sizes of maps whose calls a stage keeps."""
 
 
 class _FoldedStage:
@@ -183,6 +206,8 @@ class _FoldedStage:
                 folded, offset = block.fold(offset, stage.folds_to_int8)
                 self.blocks.append(folded)
             self.last = ops.ScaleShiftReLU(*scale_and_shift(stage.norm, conv.weight[:, 0, 0, 0], offset))
+        self.in_loops: bool = bool(self.blocks) and all(block.runs_in_loops() for block in self.blocks)
+        self.programs: dict[Any, list[native.Program]] = {}  # by the map's size and strides; those that nobody runs now
 
     def __call__(self, x: Tensor) -> Tensor:
         """Runs the stage after its pooling, on x (N, C, H, W)."""
@@ -197,12 +222,39 @@ class _FoldedStage:
         return output.permute(0, 3, 1, 2)
 
     def _run(self, x: Tensor, output: Tensor | None) -> Tensor:
+        if self.in_loops and self.conv.runs_packed(x):
+            return self._run_in_loops(x, output)
         x = self.conv(x, output=output)
-        for i, block in enumerate(self.blocks, 1):
-            x = block(x, self.last if i == len(self.blocks) else None)
+        for block, after in self._with_last():
+            x = block(x, after)
         if self.blocks:
             return x
         return self.last(x) if output is None else output.copy_(self.last(x))
+
+    def _with_last(self) -> list[tuple[FoldedBlock, ops.ScaleShiftReLU | None]]:
+        return [(block, self.last if block is self.blocks[-1] else None) for block in self.blocks]
+
+    def _run_in_loops(self, x: Tensor, output: Tensor | None) -> Tensor:
+        self.conv.check(x, output)
+        x = ops.as_rows(x)
+        if output is None:
+            output = x.new_empty(*x.shape[:3], self.conv.columns)
+        room = max(block.room() for block in self.blocks)
+        work = x.new_empty(x[..., 0].numel() * room + native.width())  # the loops read whole vectors beyond a map's end
+        maps, key = (x, output, work), (x.shape, x.stride())
+        free = self.programs.setdefault(key, [])
+        try:
+            program = free.pop()  # nobody else has it now
+        except IndexError:
+            calls = [self.conv.prepare(x, None, output)]
+            for block, after in self._with_last():
+                calls += block.prepare(output, work, after)
+            program = native.Program(calls, maps)
+            for old in list(self.programs)[:-SIZES_PREPARED]:
+                self.programs.pop(old, None)
+        program.run(maps)
+        free.append(program)
+        return output
 
 
 class FoldableStage(nn.Module):

@@ -653,6 +653,28 @@ def test_images_that_go_through_a_stage_apart_have_the_same_bits(attention, monk
                 assert torch.equal(torch.cat([model.forward_features(image[None]) for image in images]), expected)
 
 
+@pytest.mark.parametrize('attention', ['pairwise', 'patchwise'])
+def test_calls_are_kept_for_few_sizes(attention):
+    """And the same bits come out whether they are new or not, in whatever order the axes lie in memory."""
+    model = fuse_for_inference(_model(attention))
+    pictures = [_image(1 + i % 2, 3, 32 + 8 * i, 40) for i in range(6)]
+    with torch.no_grad():
+        expected = [copy.deepcopy(model).forward_features(picture) for picture in pictures]
+        for order in (range(6), (5, 0, 0, 5), range(5, -1, -1)):
+            for i in order:
+                found = model.forward_features(pictures[i])
+                assert torch.equal(found, expected[i])
+                assert torch.equal(found, model.forward_features(pictures[i].contiguous(
+                    memory_format=torch.channels_last)))
+                folded = model.stages[1]._folded[0]
+                assert not folded.in_loops or 1 <= len(folded.programs) <= san_backbones.fuse.SIZES_PREPARED
+        x = torch.randn(2, 16, 9, 11)
+        alike = [x, x.contiguous(memory_format=torch.channels_last), torch.randn(2, 24, 9, 11).copy_(
+            torch.cat([x, x[:, :8]], 1))[:, :16], x.expand(2, 16, 9, 11)]
+        outputs = [model.stages[0].inference_form(part)(part) for part in alike]
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
 def test_maps_of_other_channels_are_an_error():
     model = fuse_for_inference(_model())
     with torch.no_grad():

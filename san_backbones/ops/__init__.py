@@ -16,7 +16,8 @@ from .backends import (
     use_backend,
 )
 from .checks import check_attention
-from .fused import attend_folded
+from .folding import as_rows
+from .fused import prepare_attention
 from .gamma import Gamma, Norm, Spec, fold
 from .geometry import coordinates, footprint, padding, reflect_pad, reflection_index
 from .linear import Linear, ScaleShiftReLU
@@ -38,7 +39,7 @@ __all__ = [
     'Samples',
     'ScaleShiftReLU',
     'Spec',
-    'attend_folded',
+    'as_rows',
     'available_backends',
     'choose_backend',
     'coordinates',
@@ -52,6 +53,7 @@ __all__ = [
     'native',
     'norm_relu',
     'padding',
+    'prepare_attention',
     'reflect_pad',
     'reflection_index',
     'scale_shift_relu',

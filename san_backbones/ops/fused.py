@@ -13,7 +13,7 @@ from .folding import Shape, channels_first, channels_last, fold_gamma, in_loop_o
 from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, moments_of_sums, refuse_other_backward
 from .statistics import relation_statistics
 
-__all__ = ['FUSED', 'attend', 'attend_folded', 'folded']
+__all__ = ['FUSED', 'attend', 'folded', 'prepare_attention']
 
 FUSED: tuple[FusedBackend, ...] = (native.BACKEND, triton.BACKEND)
 """The most wanted first. The number of a backend, in arguments of registered operators, is its place here."""
@@ -206,9 +206,10 @@ def folded(
     return found
 
 
-def attend_folded(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma, spec: Spec,
-                  shift: Tensor) -> Tensor:
-    """relu(y + shift) of the attention y by the compiled loops, on maps with channels last; nothing is checked.
+def prepare_attention(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma, spec: Spec,
+                      shift: Tensor, output: Tensor) -> native.Call:
+    """The call of the compiled loops that writes relu(y + shift) of the attention y to `output`, on maps with channels
+    last; nothing is checked.
 
     Args:
         query: phi(x), (N, H, W, r), float32, a slice of the channels of a contiguous map; as `key`, psi(x).
@@ -217,12 +218,10 @@ def attend_folded(query: Tensor, key: Tensor, value: Tensor, place: Tensor | Non
         gamma: With a cache, and norms that use running statistics.
         spec: With a relation that the loops have.
         shift: (m,), float32.
-
-    Returns:
-        (N, H, W, m), contiguous.
+        output: (N, H, W, m), contiguous.
     """
     shape, tensors = folded(native.BACKEND.name, gamma, spec)
-    return native.attention.output(Shape(*shape), (query, key, value, place), tensors, shift.float())
+    return native.attention.prepare(Shape(*shape), (query, key, value, place), tensors, shift.float(), output)
 
 
 def _affine(norm: Norm, statistics: Callable[[], tuple[Tensor, Tensor, int]]) -> Affine:

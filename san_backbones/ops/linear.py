@@ -64,26 +64,27 @@ class Linear:
 
     def __call__(self, x: Tensor, before: ScaleShiftReLU | None = None, output: Tensor | None = None) -> Tensor:
         """W f(x) + b of x (N, H, W, C), f being `before`: (N, H, W, D), contiguous; written to `output` if given."""
-        self._check(x, output)
+        self.check(x, output)
         if self.runs_packed(x):
             output = x.new_empty(*x.shape[:3], self.columns) if output is None else output
-            self._run(x, before, output, False, None)
+            self._run(self.prepare(x, before, output))
             return output
         y = F.linear(x if before is None else before(x.contiguous()), self.weight, self.bias)
         return y if output is None else output.copy_(y)
 
     def add_to(self, output: Tensor, x: Tensor, after: ScaleShiftReLU | None = None) -> Tensor:
         """output + W x + b of x (N, H, W, C), followed by `after`: (N, H, W, D). Writes over `output`, contiguous."""
-        self._check(x, output)
+        self.check(x, output)
         if self.runs_packed(x):
-            self._run(x, None, output, True, after)
+            self._run(self.prepare(x, None, output, True, after))
             return output
         output.view(-1, self.columns).addmm_(x.reshape(-1, self.inner), self.weight.t())
         if self.bias is not None:
             output += self.bias
         return output if after is None else after(output)
 
-    def _check(self, x: Tensor, output: Tensor | None) -> None:
+    def check(self, x: Tensor, output: Tensor | None) -> None:
+        """Raises ValueError for maps that a call does not take."""
         if x.dim() != 4 or x.shape[3] != self.inner:
             raise ValueError(f'expected a map with {self.inner} channels (N, H, W, {self.inner}), got {list(x.shape)}')
         if output is not None and (output.shape != (*x.shape[:3], self.columns) or output.dtype != x.dtype
@@ -95,8 +96,15 @@ class Linear:
         """Whether the compiled loops compute it for x."""
         return self.packed and x.dtype == torch.float32 and serves(x)
 
-    def _run(self, x: Tensor, before: ScaleShiftReLU | None, output: Tensor, add: bool,
-             after: ScaleShiftReLU | None) -> None:
+    def prepare(self, x: Tensor, before: ScaleShiftReLU | None, output: Tensor, add: bool = False,
+                after: ScaleShiftReLU | None = None) -> native.Call:
+        """The call of the compiled loops that writes `after` of W f(x) + b, or of output + W f(x) + b, to `output`;
+        arguments as above, nothing is checked.
+        """
         vectors: Any = [None if f is None else (f.scale.float(), f.shift.float()) for f in (before, after)]
-        native.linear(x, self._weight, self.bias, vectors[0], before and before.limit, output, add, vectors[1],
-                      self._int8)
+        return native.linear(x, self._weight, self.bias, vectors[0], before and before.limit, output, add, vectors[1],
+                             self._int8)
+
+    @staticmethod
+    def _run(call: native.Call) -> None:
+        native.run(call.name, call.task)

@@ -13,13 +13,12 @@ class Samples:
     def __init__(self, views: list[Tensor]):
         self.views = views
         self.expected = torch.cat(views) if views else torch.empty(0, device='cpu')
-        self.where: Tensor | None = None
+        self.vectors: Tensor | None = None
         if views and library.unavailable() is None and all(view.dtype == torch.float32 for view in views):
-            self.where = torch.cat([view.data_ptr() + 4 * view.stride(0) * torch.arange(len(view), device='cpu')
-                                    for view in views])
+            self.vectors = torch.tensor([(view.data_ptr(), view.stride(0), len(view)) for view in views], device='cpu')
 
     def unchanged(self) -> bool:
         """Whether all have the values that they had. The memory of the views must be there."""
-        if self.where is not None:  # torch.cat of many short views takes longer than to read them
-            return library.unchanged(self.where.data_ptr(), self.expected.data_ptr(), len(self.expected))
+        if self.vectors is not None:  # torch.cat of many short views takes longer than to read them
+            return library.unchanged(self.vectors, self.expected)
         return torch.equal(torch.cat(self.views), self.expected) if self.views else True

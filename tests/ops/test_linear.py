@@ -7,6 +7,7 @@ from san_backbones.ops import native
 
 BACKENDS = ['auto', 'reference'] if native.unavailable() is None else ['reference']
 VNNI = pytest.mark.skipif(not native.has_int8(), reason='needs AVX-512 VNNI')
+AMX = pytest.mark.skipif(not native.library.has_amx(), reason='needs AMX')
 SHAPES = [  # height, width, channels in and out: no whole vectors, parts of panels, several parts of the sum
     (1, 1, 1, 1), (1, 7, 3, 5), (7, 7, 64, 24), (5, 10, 513, 33), (1, 61, 1030, 130), (3, 43, 40, 96), (2, 65, 16, 64)]
 
@@ -91,6 +92,10 @@ def test_a_pixel_has_the_same_bits_wherever_it_is(int8):
 
 @VNNI
 class TestInt8:
+    @pytest.fixture(autouse=True, params=['VNNI', pytest.param('AMX', marks=AMX)])
+    def _unit(self, request, monkeypatch):
+        monkeypatch.setattr(native.library, 'has_amx', lambda: request.param == 'AMX')
+
     @staticmethod
     def _pixels(*size, below=0.):
         """(..., C): multiples from 0 to 255 of a step of each pixel, of every other from `below`: rounding is exact."""
@@ -106,7 +111,8 @@ class TestInt8:
         return steps * 2. ** torch.randint(-9, -4, (columns, 1))
 
     @pytest.mark.parametrize('height, width, inner, columns', [
-        (1, 1, 64, 64), (1, 7, 65, 97), (7, 7, 66, 130), (5, 10, 513, 80), (1, 61, 1030, 150), (3, 43, 127, 200)])
+        (1, 1, 64, 64), (1, 7, 65, 97), (7, 7, 66, 130), (5, 10, 513, 80), (1, 61, 1030, 150), (3, 43, 127, 200),
+        (3, 16, 192, 112)])
     def test_against_float64(self, height, width, inner, columns):
         torch.manual_seed(inner)
         weight, bias = self._weight(columns, inner), torch.randn(columns)
@@ -169,6 +175,39 @@ class TestInt8:
             assert torch.equal(linear.weight, ops.Linear(linear.weight, int8=True).weight) and (
                 (linear.weight - weight).abs() <= 0.51 * weight.abs().amax(1, keepdim=True) / 127).all()
             _close(linear(x), x.double() @ linear.weight.double().t())
+
+
+@AMX
+@pytest.mark.parametrize('pixels, inner, columns', [(1, 64, 64), (17, 100, 300), (64, 256, 96), (130, 70, 65)])
+def test_amx_has_the_bits_of_vnni(pixels, inner, columns, monkeypatch):
+    project, x = ops.Linear(torch.randn(columns, inner), torch.randn(columns), True), torch.randn(1, 1, pixels, inner)
+    before = _functions(inner, columns)[0]
+    with torch.no_grad():
+        found = project(x, before)
+        monkeypatch.setattr(native.library, 'has_amx', lambda: False)
+        assert torch.equal(found, project(x, before))
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=f'no compiled loops: {native.unavailable()}')
+def test_a_program_runs_on_other_maps():
+    """Its maps are replaced, slices of them too, and what is no map stays."""
+    first, second = ops.Linear(torch.randn(24, 40)), ops.Linear(torch.randn(20, 16), torch.randn(20))
+    there = torch.randn(2, 3, 5, 20)
+
+    def maps():
+        return torch.randn(2, 3, 5, 40), torch.empty(2, 3, 5, 24), torch.empty(2, 3, 5, 20)
+
+    def calls(x, between, output):
+        return [first.prepare(x, None, between), second.prepare(between[..., 8:], None, output),
+                ops.Linear(torch.eye(20)).prepare(there, None, output, True)]
+    with torch.no_grad():
+        prepared = maps()
+        program = native.Program(calls(*prepared), prepared)
+        for x, between, output in (maps(), maps(), prepared):
+            program.run((x, between, output))
+            middle = x.double() @ first.weight.double().t()
+            _close(between, middle)
+            _close(output, middle[..., 8:] @ second.weight.double().t() + second.bias + there)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])

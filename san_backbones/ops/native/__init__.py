@@ -1,14 +1,16 @@
 """The compiled loops for the CPU: optional at installation; without them `unavailable()` says why."""
 from ..contract import FusedBackend
 from . import attention
-from .library import QUIET_VARIABLE, build, has_int8, pool, unavailable, warn_if_unavailable, width
+from .library import Call, Program, QUIET_VARIABLE, build, has_int8, pool, run, unavailable, warn_if_unavailable, width
 from .linear import Int8, linear, pack, pack_int8, unpack, unpack_int8
 from .pointwise import moments, scale_shift_relu, scale_shift_relu_gradient, scale_shift_relu_sums, stem
 
 __all__ = [
            'BACKEND',
            'QUIET_VARIABLE',
+           'Call',
            'Int8',
+           'Program',
            'build',
            'has_int8',
            'linear',
@@ -16,6 +18,7 @@ __all__ = [
            'pack',
            'pack_int8',
            'pool',
+           'run',
            'scale_shift_relu',
            'scale_shift_relu_gradient',
            'scale_shift_relu_sums',

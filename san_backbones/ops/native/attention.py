@@ -146,13 +146,18 @@ def output(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None)
         folded: As `folding.fold_gamma` makes them.
         shift: (m,) or None.
     """
-    value = maps[2]
-    arguments = _Arguments(shape, maps, folded, value.shape[3], NARROW)
-    result = value.new_empty(value.shape, dtype=torch.float32)
+    result = maps[2].new_empty(maps[2].shape, dtype=torch.float32)
+    call = prepare(shape, maps, folded, shift, result)
+    library.run(call.name, call.task)
+    return result
+
+
+def prepare(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None, result: Tensor) -> library.Call:
+    """The call that writes `output` of the same arguments to `result`, (N, H, W, m), float32, contiguous."""
+    arguments = _Arguments(shape, maps, folded, result.shape[3], NARROW)
     arguments.task.output = _map(result)
     arguments.task.shift = _address(shift)
-    library.run('san', arguments.task)
-    return result
+    return library.Call('san', arguments.task, (*arguments.tensors, shift, result))
 
 
 def gradients(shape: Shape, maps: _Tensors, folded: _Tensors, gradient: Tensor) -> list[Tensor]:

@@ -4,23 +4,28 @@ import functools
 import os
 import pathlib
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import threads
 
 __all__ = [
     'QUIET_VARIABLE',
     'Backward',
+    'Call',
     'Linear',
     'Matrix',
     'Normed',
+    'Program',
     'Scaled',
     'Stem',
     'Task',
     'build',
     'codes',
+    'has_amx',
     'has_int8',
     'panel',
     'pool',
@@ -88,7 +93,7 @@ class Linear(ctypes.Structure):
         *_int64('pixels inner columns'), *_matrices('input'),
         *_pointers('scale shift weight column_scale column_sum bias'), *_matrices('output'), *_int64('add'),
         *_pointers('out_scale out_shift'), ('limit', ctypes.c_float),
-        *_int64('tile chunk next failed'),
+        *_int64('amx tile chunk next failed'),
     ]
 
 
@@ -142,7 +147,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
                 function = getattr(library, f'{name}_run')
                 function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
                 function.restype = None
-            library.san_unchanged.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+            library.san_unchanged.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
             library.san_unchanged.restype = ctypes.c_int64
             library.san_relations.argtypes = [ctypes.c_int64]
             library.san_relations.restype = ctypes.c_char_p
@@ -192,9 +197,11 @@ def width() -> int:
     return _loaded().san_width()
 
 
-def unchanged(where: int, expected: int, count: int) -> bool:
-    """Whether all elements at the addresses that begin at `where` have the bits of those that begin at `expected`."""
-    return _loaded().san_unchanged(where, expected, count) == count
+def unchanged(vectors: Tensor, expected: Tensor) -> bool:
+    """Whether float32 elements have the bits that are expected: `vectors` has address, stride and count of each vector,
+    (V, 3), int64; `expected` their elements, one vector behind the other.
+    """
+    return bool(_loaded().san_unchanged(vectors.data_ptr(), len(vectors), expected.data_ptr()))
 
 
 def panel() -> int:
@@ -202,9 +209,19 @@ def panel() -> int:
     return _loaded().san_panel()
 
 
+@functools.cache
+def _int8() -> int:
+    return 0 if unavailable() is not None else _loaded().san_int8()
+
+
 def has_int8() -> bool:
     """Whether linear maps may be computed in 8 bits: the AVX-512 build, on a processor with VNNI."""
-    return unavailable() is None and bool(_loaded().san_has_int8())
+    return _int8() > 0
+
+
+def has_amx() -> bool:
+    """Whether they are multiplied by AMX: on a processor that has it, and a system that lets this process use it."""
+    return _int8() > 1
 
 
 @functools.cache
@@ -225,9 +242,59 @@ def run(name: str, task: ctypes.Structure) -> None:
     library = _loaded()
     runtime = threads.runtime(library)
     getattr(library, f'{name}_run')(ctypes.addressof(task), runtime.parallel, threads.number(runtime))
+    _raise_failure(name, task)
+
+
+def _raise_failure(name: str, task: Any) -> None:
     common = getattr(task, 'task', task)  # of the backward loops, what they share with the forward ones
     if common.failed == UNKNOWN_CODE:
         raise ValueError(f'the native loops ({name}) have no such form, relation or mode: form {common.form}, relation '
                          f'{common.relation}, mode {getattr(task, "mode", 0)}')
     if common.failed:
         raise MemoryError(f'no memory for the working space of a thread of the native loops ({name})')
+
+
+class Call(NamedTuple):
+    """What `run` is given, and the tensors that the task points to."""
+    name: str
+    task: Any
+    tensors: Sequence[Tensor | None]
+
+
+class Program:
+    """Calls of the loops that are prepared once, and repeated on other maps of the same sizes and strides: for small
+    maps, to prepare them takes as long as the loops. Not for two threads at a time.
+
+    Args:
+        calls: In their order.
+        maps: Tensors that a run may replace: wherever a matrix of a call begins in the memory of one of them, it
+            begins in the memory of its successor, as far behind the first element.
+    """
+
+    def __init__(self, calls: Sequence[Call], maps: Sequence[Tensor]):
+        library = _loaded()
+        self._calls: list[tuple[Any, int, Any, str]] = [
+            (getattr(library, f'{call.name}_run'), ctypes.addressof(call.task), call.task, call.name) for call in calls]
+        self._tensors: list[Any] = [call.tensors for call in calls]
+        self._places: list[tuple[Matrix, int, int]] = []
+        ranges = [(x.data_ptr(), x.untyped_storage().data_ptr() + x.untyped_storage().nbytes()) for x in maps]
+        for call in calls:
+            for field, kind in call.task._fields_:
+                matrix = getattr(call.task, field) if kind is Matrix else None
+                for number, (begin, end) in enumerate(ranges):
+                    if matrix is not None and matrix.at is not None and begin <= matrix.at < end:
+                        self._places.append((matrix, number, matrix.at - begin))
+                        break
+
+    def run(self, maps: Sequence[Tensor]) -> None:
+        """Repeats the calls. Raises what `run` raises."""
+        runtime = threads.runtime(_loaded())
+        parallel, number = runtime.parallel, threads.number(runtime)
+        begins = [x.data_ptr() for x in maps]
+        for matrix, which, behind in self._places:
+            matrix.at = begins[which] + behind
+        for function, address, task, name in self._calls:
+            task.next = task.failed = 0
+            function(address, parallel, number)
+            if task.failed:
+                _raise_failure(name, task)

@@ -5,18 +5,24 @@
  * and one behind the other, so that a product reads them in one line. Every output is summed in one order whatever the
  * number of threads and pixels: over the channels, in parts of INNER.
  *
- * In 8 bits, where the processor has AVX-512 VNNI: weights are rounded with one scale per column, pixels when they are
- * read, with a scale and a zero of their own; so no pixel's result depends on what else is in the batch. The integer
- * sums are exact.
+ * In 8 bits, where the processor has AVX-512 VNNI or, better, AMX: weights are rounded with one scale per column, pixels
+ * when they are read, with a scale and a zero of their own; so no pixel's result depends on what else is in the batch.
+ * The integer sums are exact, and so the same with either.
  */
 #include "footprint.h"
 #if defined(__AVX512F__)
 #include <cpuid.h>
+#if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HAS_TILES /* the assembler knows them, and the system is asked in the way that we know */
+#endif
 #endif
 
 enum { LINEAR_ROWS = 6, /* with BLOCKS vectors of weights they fill the registers */
        INNER = 512,     /* channels that are in cache together, as a part of a panel and of the pixels */
-       TILE = 60 };     /* pixels that a thread takes at most */
+       TILE = 60,       /* pixels that a thread takes at most */
+       LARGEST = 64 };  /* and with AMX, which takes 16 at a time */
 
 struct linear {
     int64_t pixels, inner, columns;
@@ -30,6 +36,7 @@ struct linear {
     int64_t add;                        /* whether to add to what is there */
     const float *out_scale, *out_shift; /* of the norm after: [columns]; or NULL: neither norm nor ReLU */
     float limit;                        /* of the ReLU before; infinite where there is none */
+    int64_t amx;                        /* whether weights of 8 bits are multiplied by AMX instead of VNNI */
     int64_t tile, chunk;                /* pixels and columns that a thread takes */
     int64_t next, failed;
 };
@@ -162,16 +169,27 @@ static void work_linear(void *argument) {
 }
 
 #if defined(__AVX512F__)
-enum { GROUP = 4 }; /* channels whose products one instruction adds up */
+enum { GROUP = 4,      /* channels whose products one instruction adds up */
+       LINE = 64,      /* channels that come together: a row of a tile of AMX */
+       TILE_ROWS = 16 };
 
-/* Rounds a row to 8 bits: x = zero + scale q, q in 0..255, zero <= 0. NaN for a scale where the row is not finite. */
-INLINE void quantise(const float *from, int64_t inner, uint8_t *to, float *scale, float *zero) {
+/* Rounds a row to 8 bits: x = zero + scale q, q in 0..255, zero <= 0. NaN for a scale where the row is not finite. Where
+ * there is a norm before, that and its ReLU come first; `line` has room for a row. */
+INLINE void quantise(const struct linear *t, const float *from, float *line, uint8_t *to, float *scale, float *zero) {
+    const int64_t inner = t->inner;
     __m512 low = _mm512_setzero_ps(), high = low, check = low;
     for (int64_t i = 0; i < inner; i += WIDTH) {
-        const __m512 x = (__m512)read_part(from + i, inner - i < WIDTH ? inner - i : WIDTH);
+        const int64_t used = inner - i < WIDTH ? inner - i : WIDTH;
+        __m512 x = (__m512)read_part(from + i, used);
+        if (t->scale) {
+            x = (__m512)smaller(positive((vec)x * read_part(t->scale + i, used) + read_part(t->shift + i, used)),
+                                (vec){0} + t->limit);
+            write_part((vec)x, used, line + i);
+        }
         low = _mm512_min_ps(low, x), high = _mm512_max_ps(high, x);
         check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);
     }
+    if (t->scale) from = line;
     *zero = _mm512_reduce_min_ps(low);
     *scale = (_mm512_reduce_max_ps(high) - *zero) / 255 + _mm512_reduce_add_ps(check);
     const __m512 by = _mm512_set1_ps(*scale > 0 ? 1 / *scale : 0), offset = _mm512_set1_ps(*zero);
@@ -182,23 +200,10 @@ INLINE void quantise(const float *from, int64_t inner, uint8_t *to, float *scale
     }
 }
 
-/* One register block, as linear_block: `rows` rounded pixels a, `row` bytes apart, and a whole panel. */
-INLINE void linear8_block(const int rows, const int blocks, const struct linear *t, const uint8_t *a, int64_t row,
-                               const int8_t *w, const float *scale, const float *zero, struct matrix output,
-                               int64_t column) {
+/* Writes what follows from the sums of products, of `rows` pixels and `blocks` vectors of columns. */
+INLINE void finish8(const int rows, const int blocks, const struct linear *t, __m512i (*sum)[BLOCKS],
+                    const float *scale, const float *zero, struct matrix output, int64_t column) {
     const int64_t used = t->columns - column < blocks * WIDTH ? t->columns - column : blocks * WIDTH;
-    __m512i sum[LINEAR_ROWS][BLOCKS], line[BLOCKS];
-    for (int m = 0; m < rows; m++)
-        for (int b = 0; b < blocks; b++) sum[m][b] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < row; i += GROUP) {
-        for (int b = 0; b < blocks; b++) line[b] = _mm512_loadu_si512(w + (i * blocks + GROUP * b) * WIDTH);
-        for (int m = 0; m < rows; m++) {
-            int32_t four;
-            memcpy(&four, a + m * row + i, GROUP);
-            const __m512i x = _mm512_set1_epi32(four);
-            for (int b = 0; b < blocks; b++) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[m][b]) : "v"(x), "v"(line[b]));
-        }
-    }
     vec y[LINEAR_ROWS][BLOCKS], by[BLOCKS], plus[BLOCKS];
     read_some(t->column_scale + column, used, blocks, by);
     read_some(t->column_sum + column, used, blocks, plus);
@@ -224,10 +229,29 @@ INLINE void linear8_block(const int rows, const int blocks, const struct linear 
     for (int m = 0; m < rows; m++) write_some(y[m], used, blocks, row_of(output, m));
 }
 
+/* One register block, as linear_block: `rows` rounded pixels a, `row` bytes apart, and a whole panel of `inner`. */
+INLINE void linear8_block(const int rows, const int blocks, const struct linear *t, const uint8_t *a, int64_t row,
+                          int64_t inner, const int8_t *w, const float *scale, const float *zero,
+                          struct matrix output, int64_t column) {
+    __m512i sum[LINEAR_ROWS][BLOCKS], line[BLOCKS];
+    for (int m = 0; m < rows; m++)
+        for (int b = 0; b < blocks; b++) sum[m][b] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < inner; i += GROUP) {
+        for (int b = 0; b < blocks; b++) line[b] = _mm512_loadu_si512(w + (i * blocks + GROUP * b) * WIDTH);
+        for (int m = 0; m < rows; m++) {
+            int32_t four;
+            memcpy(&four, a + m * row + i, GROUP);
+            const __m512i x = _mm512_set1_epi32(four);
+            for (int b = 0; b < blocks; b++) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[m][b]) : "v"(x), "v"(line[b]));
+        }
+    }
+    finish8(rows, blocks, t, sum, scale, zero, output, column);
+}
+
 INLINE void linear8_panel(const int blocks, const struct linear *t, int64_t rows, const uint8_t *a, int64_t row,
-                               const int8_t *w, const float *scale, const float *zero, struct matrix output,
-                               int64_t column) {
-#define CASE(n) case n: linear8_block(n, blocks, t, a, row, w, scale, zero, output, column); break;
+                          int64_t inner, const int8_t *w, const float *scale, const float *zero,
+                          struct matrix output, int64_t column) {
+#define CASE(n) case n: linear8_block(n, blocks, t, a, row, inner, w, scale, zero, output, column); break;
     for (int64_t parts = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS, some; parts > 0; parts--, rows -= some) {
         some = (rows + parts - 1) / parts;
         switch (some) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
@@ -236,57 +260,151 @@ INLINE void linear8_panel(const int blocks, const struct linear *t, int64_t rows
 #undef CASE
 }
 
+#if defined(HAS_TILES)
+/* Registers of AMX: 0 to 3 for sums, [rows][columns], 4 and 5 for pixels, 6 and 7 for weights. The compiler uses none. */
+#define LOAD(tile, from, row) \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((int64_t)(row)) : "memory")
+#define STORE(tile, to, row) \
+    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((int64_t)(row)) : "memory")
+#define CLEAR(tile) __asm__ volatile("tilezero %tmm" #tile)
+#define MULTIPLY(pixels, weights, sums) __asm__ volatile("tdpbusd %tmm" #weights ", %tmm" #pixels ", %tmm" #sums)
+
+static void configure_tiles(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } all = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) all.bytes[tile] = LINE, all.rows[tile] = TILE_ROWS;
+    __asm__ volatile("ldtilecfg %0" : : "m"(all));
+}
+
+/* The sums of up to 2 tiles of pixels, `row` bytes apart, and `blocks`, 1 or 2, vectors of a panel of `panel`. */
+INLINE void tile_sums(const int tiles, const int blocks, const uint8_t *a, int64_t row, int64_t inner, const int8_t *w,
+                      int64_t panel, int32_t (*sums)[2 * WIDTH]) {
+    CLEAR(0);
+    CLEAR(1);
+    CLEAR(2);
+    CLEAR(3);
+    for (int64_t i = 0; i < inner; i += LINE) {
+        LOAD(4, a + i, row);
+        LOAD(6, w + i * panel * WIDTH, panel * LINE);
+        MULTIPLY(4, 6, 0);
+        if (blocks == 2) {
+            LOAD(7, w + i * panel * WIDTH + LINE, panel * LINE);
+            MULTIPLY(4, 7, 1);
+        }
+        if (tiles == 2) {
+            LOAD(5, a + TILE_ROWS * row + i, row);
+            MULTIPLY(5, 6, 2);
+            if (blocks == 2) MULTIPLY(5, 7, 3);
+        }
+    }
+    STORE(0, sums, sizeof *sums);
+    if (blocks == 2) STORE(1, *sums + WIDTH, sizeof *sums);
+    if (tiles == 2) STORE(2, sums + TILE_ROWS, sizeof *sums);
+    if (tiles == 2 && blocks == 2) STORE(3, sums[TILE_ROWS] + WIDTH, sizeof *sums);
+}
+
+INLINE void tile_panel(const int blocks, const struct linear *t, int64_t rows, const uint8_t *a, int64_t row,
+                       int64_t inner, const int8_t *w, int64_t panel, const float *scale, const float *zero,
+                       struct matrix output, int64_t column) {
+    int32_t sums[2 * TILE_ROWS][2 * WIDTH];
+    for (int64_t here = 0; here < rows; here += 2 * TILE_ROWS) {
+        const int64_t some = rows - here < 2 * TILE_ROWS ? rows - here : 2 * TILE_ROWS;
+        if (some > TILE_ROWS) tile_sums(2, blocks, a + here * row, row, inner, w, panel, sums);
+        else tile_sums(1, blocks, a + here * row, row, inner, w, panel, sums);
+        for (int64_t m = 0; m < some; m++) {
+            __m512i sum[1][BLOCKS];
+            for (int b = 0; b < blocks; b++) sum[0][b] = _mm512_loadu_si512(sums[m] + b * WIDTH);
+            finish8(1, blocks, t, sum, scale + here + m, zero + here + m, rows_from(output, here + m), column);
+        }
+    }
+}
+
+INLINE void tiles8(const struct linear *t, int64_t rows, const uint8_t *a, int64_t row, int64_t inner, const int8_t *w,
+                   int64_t panel, const float *scale, const float *zero, struct matrix output, int64_t column) {
+    if (panel == 1) {
+        tile_panel(1, t, rows, a, row, inner, w, panel, scale, zero, output, column);
+        return;
+    }
+    for (int64_t b = 0; b < panel; b += 2)
+        tile_panel(2, t, rows, a, row, inner, w + b * LINE, panel, scale, zero, columns_from(output, b * WIDTH),
+                   column + b * WIDTH);
+}
+
+/* Whether the processor has AMX for 8 bits, and the system lets this process use it. */
+static int allows_tiles(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3 &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
 /* As work_linear, in 8 bits. */
 static void work_linear8(void *argument) {
     struct linear *t = argument;
-    const int64_t row = (t->inner + GROUP - 1) / GROUP * GROUP;
-    float *scratch = malloc(4 * t->inner + TILE * (row + 8));
+    const int64_t inner = (t->inner + LINE - 1) / LINE * LINE;
+    const int64_t row = inner + LINE; /* so that pixels do not meet in one place of the cache */
+    float *scratch = malloc(4 * (t->inner + 2 * LARGEST) + LARGEST * row + LINE);
     if (!scratch) {
         t->failed = NO_MEMORY;
         return;
     }
-    float *scale = scratch + t->inner, *zero = scale + TILE;
-    uint8_t *a = (uint8_t *)(zero + TILE); /* what lies behind a pixel's channels meets weights of zero */
+    float *scale = scratch + t->inner, *zero = scale + LARGEST;
+    uint8_t *a = (uint8_t *)(zero + LARGEST); /* what lies behind a pixel's channels meets weights of zero */
+    a += LINE - (uintptr_t)a % LINE;
+#if defined(HAS_TILES)
+    if (t->amx) configure_tiles();
+#endif
     for (struct share s; take_share(t, &s);) {
         const struct matrix input = rows_from(t->input, s.here);
-        for (int64_t m = 0; m < s.rows; m++) {
-            const float *from = row_of(input, m);
-            if (t->scale) {
-                scale_shift_relu(from, t->scale, t->shift, t->limit, t->inner, scratch);
-                from = scratch;
-            }
-            quantise(from, t->inner, a + m * row, scale + m, zero + m);
-        }
+        for (int64_t m = 0; m < s.rows; m++)
+            quantise(t, row_of(input, m), scratch, a + m * row, scale + m, zero + m);
         for (int64_t j = s.begin, blocks; j < s.end; j += blocks * WIDTH) {
             blocks = panel_blocks(t->columns, j);
-            const int8_t *w = (const int8_t *)t->weight + j * row;
+            const int8_t *w = (const int8_t *)t->weight + j * inner;
             const struct matrix output = columns_from(rows_from(t->output, s.here), j);
-#define PANEL(blocks) linear8_panel(blocks, t, s.rows, a, row, w, scale, zero, output, j)
+#if defined(HAS_TILES)
+            if (t->amx) {
+                tiles8(t, s.rows, a, row, inner, w, blocks, scale, zero, output, j);
+                continue;
+            }
+#endif
+#define PANEL(blocks) linear8_panel(blocks, t, s.rows, a, row, inner, w, scale, zero, output, j)
             if (blocks == 1) PANEL(1);
             else if (blocks == 2) PANEL(2);
             else PANEL(BLOCKS);
 #undef PANEL
         }
     }
+#if defined(HAS_TILES)
+    if (t->amx) __asm__ volatile("tilerelease");
+#endif
     free(scratch);
 }
 
-/* Whether this build and this processor compute in 8 bits. */
-int64_t san_has_int8(void) {
+/* What this build and this processor compute 8 bits with: 0 nothing, 1 VNNI, 2 AMX too. */
+int64_t san_int8(void) {
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c >> 11 & 1)) return 0;
+#if defined(HAS_TILES)
+    if (allows_tiles()) return 2;
+#endif
+    return 1;
 }
 #else
 static void work_linear8(void *argument) { ((struct linear *)argument)->failed = UNKNOWN_CODE; } /* linear.py does not ask */
-int64_t san_has_int8(void) { return 0; }
+int64_t san_int8(void) { return 0; }
 #endif
 
 /* Few pixels are shared out by columns too, so that every thread has something to do. */
 void san_linear_run(struct linear *t, parallel_function parallel, unsigned threads) {
     const int64_t panel = BLOCKS * WIDTH, panels = (t->columns + panel - 1) / panel;
-    const int64_t tiles = (t->pixels + TILE - 1) / TILE;
+    const int64_t most = t->amx ? LARGEST : TILE, tiles = (t->pixels + most - 1) / most;
     if (tiles == 0) return;
-    t->tile = (t->pixels + tiles - 1) / tiles;
+    t->tile = t->amx ? most : (t->pixels + tiles - 1) / tiles;
     int64_t chunks = threads > 1 && tiles < 4 * threads ? (4 * threads + tiles - 1) / tiles : 1;
     if (chunks > panels) chunks = panels;
     t->chunk = (panels + chunks - 1) / chunks * panel;

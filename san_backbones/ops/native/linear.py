@@ -13,6 +13,8 @@ __all__ = ['Int8', 'linear', 'pack', 'pack_int8', 'unpack', 'unpack_int8']
 
 GROUP = 4
 """Channels of a column that lie together in 8 bits."""
+LINE = 64
+"""To a multiple of which the channels are filled up in 8 bits."""
 
 
 class Int8(NamedTuple):
@@ -49,16 +51,15 @@ def pack_int8(weight: Tensor) -> tuple[Tensor, Int8]:
     columns, inner = weight.shape
     scale = weight.abs().amax(1) / 127
     rounded = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
-    groups = round_up(inner, GROUP) // GROUP
-    filled = pad(rounded, groups * GROUP).to(torch.int8)
-    parts = [pad(filled[column:column + panel].t(), panel).view(groups, GROUP, panel).transpose(1, 2).flatten()
+    filled = pad(rounded, round_up(inner, LINE)).to(torch.int8)
+    parts = [pad(filled[column:column + panel].t(), panel).view(-1, GROUP, panel).transpose(1, 2).flatten()
              for column, panel in _panels(columns)]
     return torch.cat(parts), Int8(scale, rounded.sum(1) * scale)
 
 
 def unpack_int8(packed: Tensor, scales: Int8, inner: int) -> Tensor:
     """The weight (columns, inner) that was packed, as it was rounded."""
-    columns, row = len(scales.scale), round_up(inner, GROUP)
+    columns, row = len(scales.scale), round_up(inner, LINE)
     parts = [packed[column * row:(column + panel) * row].view(-1, panel, GROUP).transpose(1, 2).reshape(row, panel).t()
              for column, panel in _panels(columns)]
     return torch.cat(parts)[:columns, :inner] * scales.scale[:, None]
@@ -78,8 +79,8 @@ def linear(
         add: bool,
         after: tuple[Tensor, Tensor] | None,
         int8: Int8 | None = None,
-) -> None:
-    """Writes W f(x) + b to `output` (with `add`: adds W f(x) to it), then g of that.
+) -> library.Call:
+    """The call that writes W f(x) + b to `output` (with `add`: adds W f(x) to it), then g of that.
 
     Tensors are float32 and on the CPU, vectors contiguous; nothing is checked.
 
@@ -99,10 +100,12 @@ def linear(
     scale, shift = before or (None, None)
     out_scale, out_shift = after or (None, None)
     columns, x = output.shape[3], as_rows(x)
-    library.run('san_linear', library.Linear(
+    task = library.Linear(
         pixels=output.numel() // columns, inner=x.shape[3], columns=columns,
         input=library.Matrix(at=x.data_ptr(), row=row(x)), scale=_address(scale), shift=_address(shift),
         weight=packed.data_ptr(), column_scale=_address(int8 and int8.scale), column_sum=_address(int8 and int8.sum),
         bias=_address(bias), output=library.Matrix(at=output.data_ptr(), row=columns),
         add=add, out_scale=_address(out_scale), out_shift=_address(out_shift),
-        limit=math.inf if limit is None else limit))
+        limit=math.inf if limit is None else limit, amx=int8 is not None and library.has_amx())
+    tensors = (x, packed, bias, scale, shift, out_scale, out_shift, output)
+    return library.Call('san_linear', task, tensors if int8 is None else (*tensors, *int8))

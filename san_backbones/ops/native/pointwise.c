@@ -220,9 +220,21 @@ void san_normed_run(struct normed *t, parallel_function parallel, unsigned threa
 
 int64_t san_normed_bytes(void) { return sizeof(struct normed); }
 
-/* How many of the elements at these addresses have the bits that are expected, in order, before one has not. */
-int64_t san_unchanged(const int32_t *const *where, const int32_t *expected, int64_t count) {
-    int64_t i = 0;
-    while (i < count && *where[i] == expected[i]) i++;
-    return i;
+struct vector { /* `count` elements, `stride` elements apart */
+    const int32_t *at;
+    int64_t stride, count;
+};
+
+/* Whether the elements of all vectors have the bits that are expected, one vector behind the other. */
+int64_t san_unchanged(const struct vector *vectors, int64_t count, const int32_t *expected) {
+    for (const struct vector *v = vectors; v < vectors + count; expected += v->count, v++) {
+        if (v->stride == 1) {
+            if (memcmp(v->at, expected, 4 * v->count)) return 0;
+            continue;
+        }
+        int32_t differs = 0;
+        for (int64_t i = 0; i < v->count; i++) differs |= v->at[i * v->stride] ^ expected[i];
+        if (differs) return 0;
+    }
+    return 1;
 }
