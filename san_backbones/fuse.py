@@ -235,10 +235,13 @@ class _FoldedStage:
         return [(block, self.last if block is self.blocks[-1] else None) for block in self.blocks]
 
     def _run_in_loops(self, x: Tensor, output: Tensor | None) -> Tensor:
+        """In float32: of a model in half precision, the maps between stages are that."""
         self.conv.check(x, output)
-        x = ops.as_rows(x)
         if output is None:
             output = x.new_empty(*x.shape[:3], self.conv.columns)
+        if x.dtype != torch.float32:
+            return output.copy_(self._run_in_loops(x.float(), None))
+        x = ops.as_rows(x)
         room = max(block.room() for block in self.blocks)
         work = x.new_empty(x[..., 0].numel() * room + native.width())  # the loops read whole vectors beyond a map's end
         maps, key = (x, output, work), (x.shape, x.stride())

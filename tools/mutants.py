@@ -13,8 +13,9 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
     @property
-    def in_8_bits(self) -> bool:
-        return any('int8' in test.lower() for test in self.tests)
+    def with_avx512(self) -> bool:
+        """Whether its tests need a build for AVX-512, and are skipped in another."""
+        return any('int8' in test.lower() or 'bfloat16' in test for test in self.tests)
 
     @property
     def compiled(self) -> bool:
@@ -266,6 +267,17 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('C AMX int8: the first channels alone', f'{C}/linear.c', 'LOAD(5, a + TILE_ROWS * row + i, row)',
      'LOAD(5, a + TILE_ROWS * row, row)', (INT8,)),
     ('C AMX int8: half of a panel left out', f'{C}/linear.c', 'b < panel; b += 2', 'b < panel; b += 4', (INT8,)),
+    ('C AMX bfloat16: products in 8 bits', f'{C}/linear.c', 'if (kind == INT8_AMX) __asm__', 'if (1) __asm__',
+     ('tests/ops/test_linear.py::test_bfloat16_against_float64',)),
+    ('C AMX bfloat16: the first channels alone', f'{C}/linear.c', 'to + 2 * i, (1u', 'to, (1u',
+     ('tests/ops/test_linear.py::test_bfloat16_against_float64',)),
+    ('linear: 8 bits of bfloat16', f'{OPS}/linear.py', 'int8 and weight.dtype == torch.float32 and', 'int8 and',
+     ('tests/ops/test_linear.py::test_bfloat16_against_float64',)),
+    ('fuse: float32 behind a stage in half precision', 'san_backbones/fuse.py',
+     'return output.copy_(self._run_in_loops(x.float(), None))', 'return self._run_in_loops(x.float(), None)',
+     ('tests/test_fuse.py::test_half_precision',)),
+    ('fuse: half precision by torch', 'san_backbones/ops/linear.py', 'weight.dtype in native.BACKEND.dtypes',
+     'weight.dtype == torch.float32', ('tests/test_fuse.py::test_half_precision',)),
     ('program: maps stay', f'{OPS}/native/library.py', 'matrix.at = begins[which] + behind', 'pass',
      ('tests/ops/test_linear.py::test_a_program_runs_on_other_maps',)),
     ('program: slices begin with their map', f'{OPS}/native/library.py', 'begins[which] + behind', 'begins[which]',

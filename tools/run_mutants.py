@@ -4,8 +4,8 @@
 
 The faults are in mutants.py. It is an error if no test detects a fault, or if its text is not found any more. The
 results go into the table tools/mutants.md. The compiled loops are built for the lowest instruction set only, which
-takes a few seconds for each fault in C, or, for what is computed in 8 bits, for AVX-512: those faults want a processor
-with VNNI, without which their tests are skipped and nothing detects them. Tests run in forks of this process, which has
+takes a few seconds for each fault in C, or, for what is computed in 8 bits or bfloat16, for AVX-512: those faults want a
+processor with VNNI and AMX, without which their tests are skipped and nothing detects them. Tests run in forks of this process, which has
 imported torch already.
 """
 import argparse
@@ -41,7 +41,7 @@ class Result(NamedTuple):
     seconds: float
 
 
-def copy_checkout(to: pathlib.Path, in_8_bits: bool) -> None:
+def copy_checkout(to: pathlib.Path, with_avx512: bool) -> None:
     """Copies all files that git tracks or would add; `build` makes the compiled loops."""
     listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, check=True,
                             capture_output=True, text=True).stdout
@@ -51,7 +51,7 @@ def copy_checkout(to: pathlib.Path, in_8_bits: bool) -> None:
             shutil.copy2(ROOT / name, to / name)
     setup = to / 'setup.py'
     text = replaced(setup.read_text(), "if MACHINE in ('x86_64', 'amd64'):", 'if False:')
-    if in_8_bits:
+    if with_avx512:
         text = replaced(text, "{'baseline': []}", "{'baseline': ['-march=x86-64-v4']}")
     setup.write_text(text)
 
@@ -193,14 +193,14 @@ def main() -> int:
     if options.list:
         return 0
     results: list[tuple[Mutant, Result]] = []
-    for in_8_bits in sorted({mutant.in_8_bits for mutant in mutants}):
+    for with_avx512 in sorted({mutant.with_avx512 for mutant in mutants}):
         found: list[tuple[Mutant, Result]] = []
         with tempfile.TemporaryDirectory(prefix='mutants-') as name:
             folder = pathlib.Path(name)
-            copy_checkout(folder, in_8_bits)
+            copy_checkout(folder, with_avx512)
             build(folder)
             for mutant in mutants:
-                if mutant.in_8_bits == in_8_bits:
+                if mutant.with_avx512 == with_avx512:
                     result = judge(folder, mutant)
                     found.append((mutant, result))
                     write_table(results + found)

@@ -30,7 +30,9 @@ class ScaleShiftReLU(NamedTuple):
 class Linear:
     """y = W f(x) + b, or x + W y + b, for inference: f is a `ScaleShiftReLU` before the product, and one may follow.
 
-    Weights in float32 on the CPU are kept as the compiled loops read them, which then compute all of it in one pass.
+    On the CPU weights are kept as the compiled loops read them, which then compute all of it in one pass, on maps in
+    float32. Weights in bfloat16 are multiplied by AMX where there is that, with f(x) rounded to bfloat16; sums are
+    float32.
 
     Args:
         weight: (D, C), copied.
@@ -48,24 +50,32 @@ class Linear:
         self.inner: int
         self.columns, self.inner = weight.shape
         self.bias = None if bias is None else bias.clone()
-        self.packed = weight.dtype == torch.float32 and native.BACKEND.unavailable(weight.device) is None
+        self.dtype: torch.dtype = weight.dtype
+        self.packed: bool = weight.dtype in native.BACKEND.dtypes and native.BACKEND.unavailable(weight.device) is None
         self._int8: native.Int8 | None = None
-        if self.packed and int8 and native.has_int8() and min(weight.shape) >= NARROWEST_INT8:
+        if not self.packed:
+            self._weight = weight.clone()
+        elif int8 and weight.dtype == torch.float32 and native.has_int8() and min(weight.shape) >= NARROWEST_INT8:
             self._weight, self._int8 = native.pack_int8(weight)
+        elif weight.dtype == torch.bfloat16 and native.has_amx():
+            self._weight = native.pack_bfloat16(weight)
         else:
-            self._weight = native.pack(weight) if self.packed else weight.clone()
+            self._weight = native.pack(weight.float())
 
     @property
     def weight(self) -> Tensor:
         """(D, C), as rounded."""
         if self._int8 is not None:
             return native.unpack_int8(self._weight, self._int8, self.inner)
-        return native.unpack(self._weight, self.columns, self.inner) if self.packed else self._weight
+        if not self.packed:
+            return self._weight
+        unpack = native.unpack_bfloat16 if self._weight.dtype == torch.bfloat16 else native.unpack
+        return unpack(self._weight, self.columns, self.inner).to(self.dtype)
 
     def __call__(self, x: Tensor, before: ScaleShiftReLU | None = None, output: Tensor | None = None) -> Tensor:
         """W f(x) + b of x (N, H, W, C), f being `before`: (N, H, W, D), contiguous; written to `output` if given."""
         self.check(x, output)
-        if self.runs_packed(x):
+        if x.dtype == torch.float32 and self.runs_packed(x):
             output = x.new_empty(*x.shape[:3], self.columns) if output is None else output
             self._run(self.prepare(x, before, output))
             return output
@@ -75,7 +85,7 @@ class Linear:
     def add_to(self, output: Tensor, x: Tensor, after: ScaleShiftReLU | None = None) -> Tensor:
         """output + W x + b of x (N, H, W, C), followed by `after`: (N, H, W, D). Writes over `output`, contiguous."""
         self.check(x, output)
-        if self.runs_packed(x):
+        if x.dtype == torch.float32 and self.runs_packed(x):
             self._run(self.prepare(x, None, output, True, after))
             return output
         output.view(-1, self.columns).addmm_(x.reshape(-1, self.inner), self.weight.t())
@@ -93,16 +103,17 @@ class Linear:
                              f'{list(output.shape)}, {output.dtype}, strides {list(output.stride())}')
 
     def runs_packed(self, x: Tensor) -> bool:
-        """Whether the compiled loops compute it for x."""
-        return self.packed and x.dtype == torch.float32 and serves(x)
+        """Whether the compiled loops compute it for x, in float32 if it is not."""
+        return self.packed and x.dtype == self.dtype and serves(x)
 
     def prepare(self, x: Tensor, before: ScaleShiftReLU | None, output: Tensor, add: bool = False,
                 after: ScaleShiftReLU | None = None) -> native.Call:
         """The call of the compiled loops that writes `after` of W f(x) + b, or of output + W f(x) + b, to `output`;
-        arguments as above, nothing is checked.
+        arguments as above, maps in float32, nothing is checked.
         """
         vectors: Any = [None if f is None else (f.scale.float(), f.shift.float()) for f in (before, after)]
-        return native.linear(x, self._weight, self.bias, vectors[0], before and before.limit, output, add, vectors[1],
+        bias = None if self.bias is None else self.bias.float()
+        return native.linear(x, self._weight, bias, vectors[0], before and before.limit, output, add, vectors[1],
                              self._int8)
 
     @staticmethod

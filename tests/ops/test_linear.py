@@ -189,6 +189,50 @@ def test_amx_has_the_bits_of_vnni(pixels, inner, columns, monkeypatch):
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=f'no compiled loops: {native.unavailable()}')
+@pytest.mark.parametrize('unit', ['float32', pytest.param('AMX', marks=AMX)])
+@pytest.mark.parametrize('height, width, inner, columns', [*SHAPES, (3, 16, 192, 112)])
+def test_bfloat16_against_float64(height, width, inner, columns, unit, monkeypatch):
+    """Weights in bfloat16, and pixels too where AMX multiplies them; neither in 8 bits, which are asked for."""
+    monkeypatch.setattr(native, 'has_amx', lambda: unit == 'AMX')
+    torch.manual_seed(inner)
+    weight, bias = torch.randn(columns, inner).bfloat16(), torch.randn(columns).bfloat16()
+    x, there = torch.randn(2, height, width, inner), torch.randn(2, height, width, columns)
+    rounded = x.bfloat16().double() if unit == 'AMX' else x.double()
+    before = ops.ScaleShiftReLU(torch.full((inner,), 2.), torch.zeros(inner), 1.5)  # exact, rounded or not
+    after = _functions(inner, columns)[1]
+
+    def run(x, before, add=False, after=None):
+        output = there.clone()
+        call = linear.prepare(x, before, output, add, after)
+        native.run(call.name, call.task)
+        return output
+    with torch.no_grad():
+        linear = ops.Linear(weight, bias, int8=True)
+        assert torch.equal(linear.weight, weight) and linear.weight.dtype == torch.bfloat16
+        product = rounded @ weight.double().t() + bias.double()
+        _close(run(x, None), product)
+        _close(run(x, before), _apply(before, rounded) @ weight.double().t() + bias.double())
+        _close(run(x, None, True, after), _apply(after, there + product))
+        rough = x.bfloat16()
+        error = (linear(rough).double() - rough.double() @ weight.double().t() - bias.double()).abs().max()
+        assert linear(rough).dtype == torch.bfloat16 and error <= 2 ** -7 * (1 + product.abs().max())
+
+
+@AMX
+def test_bfloat16_of_no_number():
+    """Changes no other pixel."""
+    linear, x = ops.Linear(torch.randn(20, 70).bfloat16()), torch.randn(1, 1, 9, 70)
+    outputs = [torch.empty(1, 1, 9, 20) for _ in range(2)]
+    with torch.no_grad():
+        for output in outputs:
+            native.run(*linear.prepare(x, None, output)[:2])
+            x[0, 0, 3, 7], x[0, 0, 5, 69] = torch.nan, torch.inf
+    y = outputs[1][0, 0]
+    assert y[3].isnan().all() and not y[5].isfinite().any()
+    assert torch.equal(y[[0, 1, 2, 4, 6, 7, 8]], outputs[0][0, 0, [0, 1, 2, 4, 6, 7, 8]])
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=f'no compiled loops: {native.unavailable()}')
 def test_a_program_runs_on_other_maps():
     """Its maps are replaced, slices of them too, and what is no map stays."""
     first, second = ops.Linear(torch.randn(24, 40)), ops.Linear(torch.randn(20, 16), torch.randn(20))

@@ -1,8 +1,20 @@
 """The compiled loops for the CPU: optional at installation; without them `unavailable()` says why."""
 from ..contract import FusedBackend
 from . import attention
-from .library import Call, Program, QUIET_VARIABLE, build, has_int8, pool, run, unavailable, warn_if_unavailable, width
-from .linear import Int8, linear, pack, pack_int8, unpack, unpack_int8
+from .library import (
+    QUIET_VARIABLE,
+    Call,
+    Program,
+    build,
+    has_amx,
+    has_int8,
+    pool,
+    run,
+    unavailable,
+    warn_if_unavailable,
+    width,
+)
+from .linear import Int8, linear, pack, pack_bfloat16, pack_int8, unpack, unpack_bfloat16, unpack_int8
 from .pointwise import moments, scale_shift_relu, scale_shift_relu_gradient, scale_shift_relu_sums, stem
 
 __all__ = [
@@ -12,10 +24,12 @@ __all__ = [
            'Int8',
            'Program',
            'build',
+           'has_amx',
            'has_int8',
            'linear',
            'moments',
            'pack',
+           'pack_bfloat16',
            'pack_int8',
            'pool',
            'run',
@@ -25,6 +39,7 @@ __all__ = [
            'stem',
            'unavailable',
            'unpack',
+           'unpack_bfloat16',
            'unpack_int8',
            'warn_if_unavailable',
            'width',

@@ -90,10 +90,10 @@ class Backward(ctypes.Structure):
 class Linear(ctypes.Structure):
     """struct linear of linear.c."""
     _fields_ = [
-        *_int64('pixels inner columns'), *_matrices('input'),
+        *_int64('kind pixels inner columns'), *_matrices('input'),
         *_pointers('scale shift weight column_scale column_sum bias'), *_matrices('output'), *_int64('add'),
         *_pointers('out_scale out_shift'), ('limit', ctypes.c_float),
-        *_int64('amx tile chunk next failed'),
+        *_int64('tile chunk next failed'),
     ]
 
 
@@ -220,7 +220,9 @@ def has_int8() -> bool:
 
 
 def has_amx() -> bool:
-    """Whether they are multiplied by AMX: on a processor that has it, and a system that lets this process use it."""
+    """Whether maps of 8 bits and of bfloat16 are multiplied by AMX: on a processor that has it, and a system that lets
+    this process use it.
+    """
     return _int8() > 1
 
 

@@ -8,6 +8,8 @@
  * In 8 bits, where the processor has AVX-512 VNNI or, better, AMX: weights are rounded with one scale per column, pixels
  * when they are read, with a scale and a zero of their own; so no pixel's result depends on what else is in the batch.
  * The integer sums are exact, and so the same with either.
+ *
+ * In bfloat16, with AMX: weights come rounded, pixels are rounded when they are read; sums are float32.
  */
 #include "footprint.h"
 #if defined(__AVX512F__)
@@ -24,19 +26,21 @@ enum { LINEAR_ROWS = 6, /* with BLOCKS vectors of weights they fill the register
        TILE = 60,       /* pixels that a thread takes at most */
        LARGEST = 64 };  /* and with AMX, which takes 16 at a time */
 
+enum weights { FLOAT32, INT8_VNNI, INT8_AMX, BFLOAT16_AMX };
+
 struct linear {
+    int64_t kind;                       /* enum weights */
     int64_t pixels, inner, columns;
     struct matrix input;                /* [pixels][inner] */
     const float *scale, *shift;         /* of the norm before: [inner]; or NULL: neither norm nor ReLU */
-    const void *weight;                 /* panels, of floats or of 8 bits */
-    const float *column_scale;          /* of weights of 8 bits: [columns]; or NULL: floats */
+    const void *weight;                 /* panels */
+    const float *column_scale;          /* of weights of 8 bits: [columns]; or NULL */
     const float *column_sum;            /* of the rounded weights times their scale: [columns] */
     const float *bias;                  /* [columns], or NULL */
     struct matrix output;               /* [pixels][columns] */
     int64_t add;                        /* whether to add to what is there */
     const float *out_scale, *out_shift; /* of the norm after: [columns]; or NULL: neither norm nor ReLU */
     float limit;                        /* of the ReLU before; infinite where there is none */
-    int64_t amx;                        /* whether weights of 8 bits are multiplied by AMX instead of VNNI */
     int64_t tile, chunk;                /* pixels and columns that a thread takes */
     int64_t next, failed;
 };
@@ -169,9 +173,16 @@ static void work_linear(void *argument) {
 }
 
 #if defined(__AVX512F__)
-enum { GROUP = 4,      /* channels whose products one instruction adds up */
-       LINE = 64,      /* channels that come together: a row of a tile of AMX */
+enum { GROUP = 4,      /* channels of 8 bits whose products one instruction adds up */
+       LINE = 64,      /* bytes of channels that come together: a row of a tile of AMX */
        TILE_ROWS = 16 };
+
+/* Channels i and following of a pixel, after the norm and the ReLU before, if there are any. */
+INLINE vec read_input(const struct linear *t, const float *from, int64_t i, int64_t used) {
+    const vec x = read_part(from + i, used);
+    return t->scale ? smaller(positive(x * read_part(t->scale + i, used) + read_part(t->shift + i, used)),
+                              (vec){0} + t->limit) : x;
+}
 
 /* Rounds a row to 8 bits: x = zero + scale q, q in 0..255, zero <= 0. NaN for a scale where the row is not finite. Where
  * there is a norm before, that and its ReLU come first; `line` has room for a row. */
@@ -180,12 +191,8 @@ INLINE void quantise(const struct linear *t, const float *from, float *line, uin
     __m512 low = _mm512_setzero_ps(), high = low, check = low;
     for (int64_t i = 0; i < inner; i += WIDTH) {
         const int64_t used = inner - i < WIDTH ? inner - i : WIDTH;
-        __m512 x = (__m512)read_part(from + i, used);
-        if (t->scale) {
-            x = (__m512)smaller(positive((vec)x * read_part(t->scale + i, used) + read_part(t->shift + i, used)),
-                                (vec){0} + t->limit);
-            write_part((vec)x, used, line + i);
-        }
+        const __m512 x = (__m512)read_input(t, from, i, used);
+        if (t->scale) write_part((vec)x, used, line + i);
         low = _mm512_min_ps(low, x), high = _mm512_max_ps(high, x);
         check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);
     }
@@ -200,16 +207,11 @@ INLINE void quantise(const struct linear *t, const float *from, float *line, uin
     }
 }
 
-/* Writes what follows from the sums of products, of `rows` pixels and `blocks` vectors of columns. */
-INLINE void finish8(const int rows, const int blocks, const struct linear *t, __m512i (*sum)[BLOCKS],
-                    const float *scale, const float *zero, struct matrix output, int64_t column) {
+/* Writes what follows from the products y of `rows` pixels and `blocks` vectors of columns. */
+INLINE void finish(const int rows, const int blocks, const struct linear *t, vec (*y)[BLOCKS], struct matrix output,
+                   int64_t column) {
     const int64_t used = t->columns - column < blocks * WIDTH ? t->columns - column : blocks * WIDTH;
-    vec y[LINEAR_ROWS][BLOCKS], by[BLOCKS], plus[BLOCKS];
-    read_some(t->column_scale + column, used, blocks, by);
-    read_some(t->column_sum + column, used, blocks, plus);
-    for (int m = 0; m < rows; m++)
-        for (int b = 0; b < blocks; b++)
-            y[m][b] = (vec)_mm512_cvtepi32_ps(sum[m][b]) * (by[b] * scale[m]) + plus[b] * zero[m];
+    vec by[BLOCKS], plus[BLOCKS];
     if (t->bias) {
         read_some(t->bias + column, used, blocks, plus);
         for (int m = 0; m < rows; m++)
@@ -227,6 +229,19 @@ INLINE void finish8(const int rows, const int blocks, const struct linear *t, __
             for (int b = 0; b < blocks; b++) y[m][b] = positive(y[m][b] * by[b] + plus[b]);
     }
     for (int m = 0; m < rows; m++) write_some(y[m], used, blocks, row_of(output, m));
+}
+
+/* The same of sums in 8 bits. */
+INLINE void finish8(const int rows, const int blocks, const struct linear *t, __m512i (*sum)[BLOCKS],
+                    const float *scale, const float *zero, struct matrix output, int64_t column) {
+    const int64_t used = t->columns - column < blocks * WIDTH ? t->columns - column : blocks * WIDTH;
+    vec y[LINEAR_ROWS][BLOCKS], by[BLOCKS], plus[BLOCKS];
+    read_some(t->column_scale + column, used, blocks, by);
+    read_some(t->column_sum + column, used, blocks, plus);
+    for (int m = 0; m < rows; m++)
+        for (int b = 0; b < blocks; b++)
+            y[m][b] = (vec)_mm512_cvtepi32_ps(sum[m][b]) * (by[b] * scale[m]) + plus[b] * zero[m];
+    finish(rows, blocks, t, y, output, column);
 }
 
 /* One register block, as linear_block: `rows` rounded pixels a, `row` bytes apart, and a whole panel of `inner`. */
@@ -267,7 +282,11 @@ INLINE void linear8_panel(const int blocks, const struct linear *t, int64_t rows
 #define STORE(tile, to, row) \
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((int64_t)(row)) : "memory")
 #define CLEAR(tile) __asm__ volatile("tilezero %tmm" #tile)
-#define MULTIPLY(pixels, weights, sums) __asm__ volatile("tdpbusd %tmm" #weights ", %tmm" #pixels ", %tmm" #sums)
+#define MULTIPLY(pixels, weights, sums) \
+    do { \
+        if (kind == INT8_AMX) __asm__ volatile("tdpbusd %tmm" #weights ", %tmm" #pixels ", %tmm" #sums); \
+        else __asm__ volatile("tdpbf16ps %tmm" #weights ", %tmm" #pixels ", %tmm" #sums); \
+    } while (0)
 
 static void configure_tiles(void) {
     struct {
@@ -279,9 +298,10 @@ static void configure_tiles(void) {
     __asm__ volatile("ldtilecfg %0" : : "m"(all));
 }
 
-/* The sums of up to 2 tiles of pixels, `row` bytes apart, and `blocks`, 1 or 2, vectors of a panel of `panel`. */
-INLINE void tile_sums(const int tiles, const int blocks, const uint8_t *a, int64_t row, int64_t inner, const int8_t *w,
-                      int64_t panel, int32_t (*sums)[2 * WIDTH]) {
+/* The sums of up to 2 tiles of pixels, `row` bytes apart, and `blocks`, 1 or 2, vectors of a panel of `panel`; `inner`
+ * bytes of channels. */
+INLINE void tile_sums(const int kind, const int tiles, const int blocks, const uint8_t *a, int64_t row, int64_t inner,
+                      const int8_t *w, int64_t panel, int32_t (*sums)[2 * WIDTH]) {
     CLEAR(0);
     CLEAR(1);
     CLEAR(2);
@@ -306,38 +326,81 @@ INLINE void tile_sums(const int tiles, const int blocks, const uint8_t *a, int64
     if (tiles == 2 && blocks == 2) STORE(3, sums[TILE_ROWS] + WIDTH, sizeof *sums);
 }
 
-INLINE void tile_panel(const int blocks, const struct linear *t, int64_t rows, const uint8_t *a, int64_t row,
+INLINE void tile_panel(const int kind, const int blocks, const struct linear *t, int64_t rows, const uint8_t *a, int64_t row,
                        int64_t inner, const int8_t *w, int64_t panel, const float *scale, const float *zero,
                        struct matrix output, int64_t column) {
     int32_t sums[2 * TILE_ROWS][2 * WIDTH];
     for (int64_t here = 0; here < rows; here += 2 * TILE_ROWS) {
         const int64_t some = rows - here < 2 * TILE_ROWS ? rows - here : 2 * TILE_ROWS;
-        if (some > TILE_ROWS) tile_sums(2, blocks, a + here * row, row, inner, w, panel, sums);
-        else tile_sums(1, blocks, a + here * row, row, inner, w, panel, sums);
+        if (some > TILE_ROWS) tile_sums(kind, 2, blocks, a + here * row, row, inner, w, panel, sums);
+        else tile_sums(kind, 1, blocks, a + here * row, row, inner, w, panel, sums);
         for (int64_t m = 0; m < some; m++) {
             __m512i sum[1][BLOCKS];
-            for (int b = 0; b < blocks; b++) sum[0][b] = _mm512_loadu_si512(sums[m] + b * WIDTH);
-            finish8(1, blocks, t, sum, scale + here + m, zero + here + m, rows_from(output, here + m), column);
+            vec y[1][BLOCKS];
+            for (int b = 0; b < blocks; b++) {
+                sum[0][b] = _mm512_loadu_si512(sums[m] + b * WIDTH);
+                y[0][b] = (vec)_mm512_castsi512_ps(sum[0][b]);
+            }
+            if (kind == INT8_AMX)
+                finish8(1, blocks, t, sum, scale + here + m, zero + here + m, rows_from(output, here + m), column);
+            else finish(1, blocks, t, y, rows_from(output, here + m), column);
         }
     }
 }
 
-INLINE void tiles8(const struct linear *t, int64_t rows, const uint8_t *a, int64_t row, int64_t inner, const int8_t *w,
-                   int64_t panel, const float *scale, const float *zero, struct matrix output, int64_t column) {
+INLINE void tiles(const int kind, const struct linear *t, int64_t rows, const uint8_t *a, int64_t row, int64_t inner,
+                  const int8_t *w, int64_t panel, const float *scale, const float *zero, struct matrix output,
+                  int64_t column) {
     if (panel == 1) {
-        tile_panel(1, t, rows, a, row, inner, w, panel, scale, zero, output, column);
+        tile_panel(kind, 1, t, rows, a, row, inner, w, panel, scale, zero, output, column);
         return;
     }
     for (int64_t b = 0; b < panel; b += 2)
-        tile_panel(2, t, rows, a, row, inner, w + b * LINE, panel, scale, zero, columns_from(output, b * WIDTH),
+        tile_panel(kind, 2, t, rows, a, row, inner, w + b * LINE, panel, scale, zero, columns_from(output, b * WIDTH),
                    column + b * WIDTH);
 }
 
-/* Whether the processor has AMX for 8 bits, and the system lets this process use it. */
+/* Rounds a row to bfloat16, to nearest even. */
+INLINE void to_bfloat16(const struct linear *t, const float *from, uint8_t *to) {
+    for (int64_t i = 0; i < t->inner; i += WIDTH) {
+        const int64_t used = t->inner - i < WIDTH ? t->inner - i : WIDTH;
+        const vec x = read_input(t, from, i, used);
+        __m256i y;
+        __asm__("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"((__m512)x));
+        _mm256_mask_storeu_epi16(to + 2 * i, (1u << used) - 1, y);
+    }
+}
+
+/* As work_linear, in bfloat16. */
+static void work_bfloat16(void *argument) {
+    struct linear *t = argument;
+    const int64_t inner = (2 * t->inner + LINE - 1) / LINE * LINE;
+    const int64_t row = inner + LINE; /* so that pixels do not meet in one place of the cache */
+    uint8_t *scratch = calloc(LARGEST * row + LINE, 1), *a = scratch + LINE - (uintptr_t)scratch % LINE;
+    if (!scratch) {
+        t->failed = NO_MEMORY;
+        return;
+    }
+    configure_tiles();
+    for (struct share s; take_share(t, &s);) {
+        const struct matrix input = rows_from(t->input, s.here);
+        for (int64_t m = 0; m < s.rows; m++) to_bfloat16(t, row_of(input, m), a + m * row);
+        for (int64_t j = s.begin, blocks; j < s.end; j += blocks * WIDTH) {
+            blocks = panel_blocks(t->columns, j);
+            tiles(BFLOAT16_AMX, t, s.rows, a, row, inner, (const int8_t *)t->weight + j * inner, blocks, NULL, NULL,
+                  columns_from(rows_from(t->output, s.here), j), j);
+        }
+    }
+    __asm__ volatile("tilerelease");
+    free(scratch);
+}
+
+/* Whether the processor has AMX for 8 bits and bfloat16, and the system lets this process use it. */
 static int allows_tiles(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3 &&
+    unsigned a, b, c, d, extra;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 3) == 3 &&
+           __get_cpuid_count(7, 1, &extra, &b, &c, &d) && (extra >> 5 & 1) &&
            syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 #endif
@@ -356,7 +419,7 @@ static void work_linear8(void *argument) {
     uint8_t *a = (uint8_t *)(zero + LARGEST); /* what lies behind a pixel's channels meets weights of zero */
     a += LINE - (uintptr_t)a % LINE;
 #if defined(HAS_TILES)
-    if (t->amx) configure_tiles();
+    if (t->kind == INT8_AMX) configure_tiles();
 #endif
     for (struct share s; take_share(t, &s);) {
         const struct matrix input = rows_from(t->input, s.here);
@@ -367,8 +430,8 @@ static void work_linear8(void *argument) {
             const int8_t *w = (const int8_t *)t->weight + j * inner;
             const struct matrix output = columns_from(rows_from(t->output, s.here), j);
 #if defined(HAS_TILES)
-            if (t->amx) {
-                tiles8(t, s.rows, a, row, inner, w, blocks, scale, zero, output, j);
+            if (t->kind == INT8_AMX) {
+                tiles(INT8_AMX, t, s.rows, a, row, inner, w, blocks, scale, zero, output, j);
                 continue;
             }
 #endif
@@ -380,7 +443,7 @@ static void work_linear8(void *argument) {
         }
     }
 #if defined(HAS_TILES)
-    if (t->amx) __asm__ volatile("tilerelease");
+    if (t->kind == INT8_AMX) __asm__ volatile("tilerelease");
 #endif
     free(scratch);
 }
@@ -398,17 +461,21 @@ int64_t san_int8(void) {
 static void work_linear8(void *argument) { ((struct linear *)argument)->failed = UNKNOWN_CODE; } /* linear.py does not ask */
 int64_t san_int8(void) { return 0; }
 #endif
+#if !defined(HAS_TILES)
+static void work_bfloat16(void *argument) { ((struct linear *)argument)->failed = UNKNOWN_CODE; }
+#endif
 
 /* Few pixels are shared out by columns too, so that every thread has something to do. */
 void san_linear_run(struct linear *t, parallel_function parallel, unsigned threads) {
     const int64_t panel = BLOCKS * WIDTH, panels = (t->columns + panel - 1) / panel;
-    const int64_t most = t->amx ? LARGEST : TILE, tiles = (t->pixels + most - 1) / most;
+    const int amx = t->kind == INT8_AMX || t->kind == BFLOAT16_AMX;
+    const int64_t most = amx ? LARGEST : TILE, tiles = (t->pixels + most - 1) / most;
     if (tiles == 0) return;
-    t->tile = t->amx ? most : (t->pixels + tiles - 1) / tiles;
+    t->tile = amx ? most : (t->pixels + tiles - 1) / tiles;
     int64_t chunks = threads > 1 && tiles < 4 * threads ? (4 * threads + tiles - 1) / tiles : 1;
     if (chunks > panels) chunks = panels;
     t->chunk = (panels + chunks - 1) / chunks * panel;
-    run(t->column_scale ? work_linear8 : work_linear, t, parallel, threads);
+    run(t->kind == FLOAT32 ? work_linear : t->kind == BFLOAT16_AMX ? work_bfloat16 : work_linear8, t, parallel, threads);
 }
 
 int64_t san_linear_bytes(void) { return sizeof(struct linear); }

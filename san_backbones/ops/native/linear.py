@@ -9,12 +9,14 @@ from torch import Tensor
 from ..folding import as_rows, pad, round_up, row
 from . import library
 
-__all__ = ['Int8', 'linear', 'pack', 'pack_int8', 'unpack', 'unpack_int8']
+__all__ = ['Int8', 'linear', 'pack', 'pack_bfloat16', 'pack_int8', 'unpack', 'unpack_bfloat16', 'unpack_int8']
 
 GROUP = 4
-"""Channels of a column that lie together in 8 bits."""
+"""Bytes of channels of a column that lie together in 8 bits and in bfloat16."""
 LINE = 64
-"""To a multiple of which the channels are filled up in 8 bits."""
+"""To a multiple of which they are filled up."""
+FLOAT32, INT8_VNNI, INT8_AMX, BFLOAT16_AMX = range(4)
+"""By their numbers in enum weights of linear.c."""
 
 
 class Int8(NamedTuple):
@@ -48,21 +50,41 @@ def unpack(packed: Tensor, columns: int, inner: int) -> Tensor:
 
 def pack_int8(weight: Tensor) -> tuple[Tensor, Int8]:
     """weight (columns, inner), float32, rounded to -127..127 with one scale for each column, as the loops read it."""
-    columns, inner = weight.shape
     scale = weight.abs().amax(1) / 127
     rounded = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
-    filled = pad(rounded, round_up(inner, LINE)).to(torch.int8)
-    parts = [pad(filled[column:column + panel].t(), panel).view(-1, GROUP, panel).transpose(1, 2).flatten()
-             for column, panel in _panels(columns)]
-    return torch.cat(parts), Int8(scale, rounded.sum(1) * scale)
+    return _in_groups(rounded.to(torch.int8)), Int8(scale, rounded.sum(1) * scale)
+
+
+def _in_groups(weight: Tensor) -> Tensor:
+    columns, inner = weight.shape
+    size = weight.element_size()
+    filled = pad(weight, round_up(inner, LINE // size))
+    return torch.cat([
+        pad(filled[column:column + panel].t(), panel).view(-1, GROUP // size, panel).transpose(1, 2).flatten()
+        for column, panel in _panels(columns)])
+
+
+def _out_of_groups(packed: Tensor, columns: int, inner: int) -> Tensor:
+    size = packed.element_size()
+    row = round_up(inner, LINE // size)
+    parts = [packed[column * row:(column + panel) * row].view(-1, panel, GROUP // size).transpose(1, 2)
+             .reshape(row, panel).t() for column, panel in _panels(columns)]
+    return torch.cat(parts)[:columns, :inner]
+
+
+def pack_bfloat16(weight: Tensor) -> Tensor:
+    """weight (columns, inner), bfloat16, as the loops read it: a copy."""
+    return _in_groups(weight)
+
+
+def unpack_bfloat16(packed: Tensor, columns: int, inner: int) -> Tensor:
+    """The weight (columns, inner) that was packed."""
+    return _out_of_groups(packed, columns, inner)
 
 
 def unpack_int8(packed: Tensor, scales: Int8, inner: int) -> Tensor:
     """The weight (columns, inner) that was packed, as it was rounded."""
-    columns, row = len(scales.scale), round_up(inner, LINE)
-    parts = [packed[column * row:(column + panel) * row].view(-1, panel, GROUP).transpose(1, 2).reshape(row, panel).t()
-             for column, panel in _panels(columns)]
-    return torch.cat(parts)[:columns, :inner] * scales.scale[:, None]
+    return _out_of_groups(packed, len(scales.scale), inner) * scales.scale[:, None]
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -86,7 +108,8 @@ def linear(
 
     Args:
         x: (N, H, W, C).
-        packed: W, as `pack` makes it, or `pack_int8`.
+        packed: W, as `pack` makes it, `pack_int8` or, where there is AMX, `pack_bfloat16`: f(x) is then rounded to
+            bfloat16.
         bias: (D,) or None.
         before: Scale and shift (C,) of f(x) = min(relu(scale x + shift), limit); None for x itself.
         limit: See `before`; None for no limit.
@@ -100,12 +123,14 @@ def linear(
     scale, shift = before or (None, None)
     out_scale, out_shift = after or (None, None)
     columns, x = output.shape[3], as_rows(x)
+    int8_kind = INT8_AMX if library.has_amx() else INT8_VNNI
     task = library.Linear(
+        kind={torch.float32: FLOAT32, torch.int8: int8_kind, torch.bfloat16: BFLOAT16_AMX}[packed.dtype],
         pixels=output.numel() // columns, inner=x.shape[3], columns=columns,
         input=library.Matrix(at=x.data_ptr(), row=row(x)), scale=_address(scale), shift=_address(shift),
         weight=packed.data_ptr(), column_scale=_address(int8 and int8.scale), column_sum=_address(int8 and int8.sum),
         bias=_address(bias), output=library.Matrix(at=output.data_ptr(), row=columns),
         add=add, out_scale=_address(out_scale), out_shift=_address(out_shift),
-        limit=math.inf if limit is None else limit, amx=int8 is not None and library.has_amx())
+        limit=math.inf if limit is None else limit)
     tensors = (x, packed, bias, scale, shift, out_scale, out_shift, output)
     return library.Call('san_linear', task, tensors if int8 is None else (*tensors, *int8))
