@@ -4,8 +4,10 @@
 
 Each runtime gets an environment of its own in .cache, which also sees the packages of the current one; pip installs
 what its extra lacks, from the registry. It is removed afterwards unless --keep is given. The weights are random, and
-norms are away from where they begin, so that a converter that drops a branch gives other numbers. Results go into the
-table of docs/how-to/export.md; with --only, into those rows.
+norms are away from where they begin, so that a converter that drops a branch gives other numbers. Large models are
+converted as classifiers at 224 pixels and as feature maps at 64, small ones as classifiers at 64. Then the classifiers
+at 224 pixels and timm's resnet50, made by the same converter, run in turns on one core. Results go into the table of
+docs/how-to/export.md; with --only, into those rows.
 """
 import argparse
 import configparser
@@ -15,6 +17,7 @@ import os
 import pathlib
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,16 +29,19 @@ import torch
 from safetensors.torch import save_file
 
 import san_backbones  # noqa: F401
+from san_backbones.export import _Flat
 from san_backbones.runtimes import TARGETS
 from tools.run_apart import ROOT, make
 
 PAGE = ROOT / 'docs' / 'how-to' / 'export.md'
 MODELS = {'test_san_patchwise': 64, 'test_san_pairwise': 64, 'san10_patchwise': 224, 'san10_pairwise': 224}
-LEFT_OUT = {'aoti': ('san10_patchwise', 'san10_pairwise')}  # compiles for longer than anybody waits
+FEATURES_AT = 64  # pixels
 TIME_LIMIT = 1500  # seconds for a model
+ROUNDS = 9
 WITH = {'onnx': 'onnxruntime', 'openvino': 'openvino', 'executorch': 'executorch', 'litert': 'litert-torch',
         'coreml': 'coremltools', 'ncnn': 'ncnn'}  # whose version is shown, beside torch's
-HEADING = ('runtime', 'versions', 'models', 'converts', 'loads', 'largest difference', 'file, MB', 'date')
+HEADING = ('runtime', 'versions', 'models', 'converts', 'loads', 'largest difference', 'file, MB',
+           'milliseconds', '`resnet50`', 'date')
 
 
 class Result(NamedTuple):
@@ -64,13 +70,13 @@ def write_weights(name: str, path: pathlib.Path) -> None:
     save_file(model.state_dict(), path)
 
 
-def try_model(python: pathlib.Path, to: str, name: str, size: int) -> Result:
-    """Exports one model in that environment."""
+def try_model(python: pathlib.Path, to: str, name: str, size: int, path: pathlib.Path, features: bool) -> Result:
+    """Exports one model in that environment, to the path."""
     with tempfile.TemporaryDirectory() as folder:
         weights = pathlib.Path(folder) / f'{name}.safetensors'
         write_weights(name, weights)
         command = [python, '-m', 'san_backbones', 'export', name, '--to', to, '--size', str(size), '--json',
-                   '--weights', weights, '--out', pathlib.Path(folder) / f'{name}{TARGETS[to].suffix}']
+                   '--weights', weights, '--out', path, *(['--features'] if features else [])]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
         except subprocess.TimeoutExpired:
@@ -79,6 +85,46 @@ def try_model(python: pathlib.Path, to: str, name: str, size: int) -> Result:
         lines = [line for line in done.stderr.splitlines() if line.startswith('Error: ')] or done.stderr.splitlines()
         return Result(None, (lines or [f'ended with {done.returncode}'])[-1].removeprefix('Error: '))
     return Result(json.loads(done.stdout[done.stdout.index('{\n'):]), '')
+
+
+def write_peer(to: str, path: pathlib.Path, size: int) -> None:
+    """timm's resnet50 with random weights for that runtime."""
+    model, example = _Flat(timm.create_model('resnet50').eval()), torch.zeros(1, 3, size, size)
+    model.training = False
+    with torch.no_grad():
+        if to == 'onnx':
+            torch.onnx.export(model, (example,), path, input_names=['images'], dynamo=True)
+        else:
+            TARGETS[to].write(model, example, path, False)
+
+
+def time_programs(to: str, paths: list[str], size: int) -> list[float]:
+    """Milliseconds for a picture, by each of the programs and by resnet50: medians of ROUNDS, in turns, on one core."""
+    if hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, list(os.sched_getaffinity(0))[-1:])
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        peer = pathlib.Path(folder) / f'resnet50{TARGETS[to].suffix}'
+        write_peer(to, peer, size)
+        programs = [TARGETS[to].load(pathlib.Path(path)) for path in (*paths, peer)]
+        image, spent = torch.randn(1, 3, size, size), [[] for _ in programs]
+        for _ in range(ROUNDS + 1):
+            for program, times in zip(programs, spent):
+                start = time.perf_counter()
+                program(image)
+                times.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(times[1:]) for times in spent]
+
+
+def timed(python: pathlib.Path, to: str, paths: list[pathlib.Path], size: int) -> list[float]:
+    """`time_programs` in that environment; nothing if it fails, which is said."""
+    names = [str(path) for path in paths]
+    code = f'from tools.run_exports import time_programs; print(time_programs({to!r}, {names!r}, {size}))'
+    done = subprocess.run([python, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(f'{to}: not timed: {done.stderr.strip()[-300:]}', flush=True)
+        return []
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def show(report: dict) -> str:
@@ -91,19 +137,21 @@ def versions(python: pathlib.Path, to: str) -> str:
     return subprocess.run([python, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def row(to: str, results: dict[str, Result], shown: str) -> str:
-    """The line of the table."""
-    reports = {name: result.report for name, result in results.items() if result.report}
+def row(to: str, results: dict[tuple[str, bool], Result], shown: str, times: list[float]) -> str:
+    """The line of the table. Results are those of classifiers, and of the features of a model."""
+    reports = {case: result.report for case, result in results.items() if result.report}
+    names = [name for name, features in results if not features]
     compared = [report['difference'] for report in reports.values() if report['difference'] is not None]
 
     def count(number: int) -> str:
         return 'yes' if number == len(results) else f'{number} of {len(results)}' if number else 'no'
     ran_nothing = bool(reports) and not compared
-    tried = 'all four' if list(results) == list(MODELS) else ', '.join(f'`{name}`' for name in results)
+    tried = 'all four' if names == list(MODELS) else ', '.join(f'`{name}`' for name in names)
     cells = (
         TARGETS[to].name, shown, tried, count(len(reports)),
         'converted only' if ran_nothing else count(len(compared)), f'{max(compared):.1e}' if compared else '-',
-        ', '.join(f'{reports[name]["bytes"] / 1e6:.1f}' if name in reports else '-' for name in results),
+        ', '.join(f'{reports[name, False]["bytes"] / 1e6:.1f}' if (name, False) in reports else '-' for name in names),
+        ', '.join(f'{ms:.0f}' for ms in times[:-1]) or '-', f'{times[-1]:.0f}' if times else '-',
         datetime.date.today().isoformat())
     return f'| {" | ".join(cells)} |'
 
@@ -127,14 +175,22 @@ def run(to: str, models: list[str], keep: bool) -> bool:
         except subprocess.CalledProcessError as error:
             print(f'{to}: cannot be installed: {error.stderr.decode()[-500:]}', flush=True)
             return False
-        results, shown = {}, versions(python, to)
-        for model in models:
-            if model not in LEFT_OUT.get(to, ()):
-                start = time.monotonic()
-                results[model] = try_model(python, to, model, MODELS[model])
-                print(f'{to}, {model}, {time.monotonic() - start:.0f} s: '
-                      f'{results[model].said or show(results[model].report)}', flush=True)
-                write({TARGETS[to].name: row(to, results, shown)})  # as far as it has come
+        results, shown, large = {}, versions(python, to), []
+        with tempfile.TemporaryDirectory() as folder:
+            for model in models:
+                for features in ((False, True) if MODELS[model] > FEATURES_AT else (False,)):
+                    start = time.monotonic()
+                    path = pathlib.Path(folder) / f'{model}{"_features" if features else ""}{TARGETS[to].suffix}'
+                    result = try_model(python, to, model, FEATURES_AT if features else MODELS[model], path, features)
+                    results[model, features] = result
+                    print(f'{to}, {path.stem}, {time.monotonic() - start:.0f} s: '
+                          f'{result.said or show(result.report)}', flush=True)
+                    if result.report and result.report['difference'] is not None and MODELS[model] > FEATURES_AT \
+                            and not features:
+                        large.append(path)
+                    write({TARGETS[to].name: row(to, results, shown, [])})  # as far as it has come
+            times = timed(python, to, large, MODELS[models[-1]]) if large else []
+        write({TARGETS[to].name: row(to, results, shown, times)})
         return all(result.report for result in results.values())
     finally:
         if not keep:
