@@ -5,8 +5,8 @@
 The faults are in mutants.py. It is an error if no test detects a fault, or if its text is not found any more. The
 results go into the table tools/mutants.md. The compiled loops are built for the lowest instruction set only, which
 takes a few seconds for each fault in C, or, for what is computed in 8 bits or bfloat16, for AVX-512: those faults want
-a processor with VNNI and AMX, without which their tests are skipped and nothing detects them. Tests run in forks of this
-process, which has imported torch already.
+a processor with VNNI and AMX, without which their tests are skipped and nothing detects them. Tests run in forks of
+this process, which has imported torch already.
 """
 import argparse
 import datetime
