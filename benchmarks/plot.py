@@ -123,7 +123,7 @@ def learning(path):
 
 def transfer(path):
     """Draws scores against pictures seen in the distillation; random weights and teachers as horizontal lines."""
-    rows = [row for row in read(path) if row['size'] == '64' and not row['network'].endswith('int8')]
+    rows = [row for row in read(path) if row['size'] == '64' and not row['network'].endswith(('int8', 'bfloat16'))]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for axis, column, label in zip(axes, ('top1', 'knn'), ('zero-shot top-1, %', 'kNN on Imagenette, %')):
         for name in dict.fromkeys(row['network'] for row in rows):

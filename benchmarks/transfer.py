@@ -73,10 +73,10 @@ def imagenette(data, split, size):
 def run(model, images):
     """Returns logits and pooled features."""
     mean, std = (255 * torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
-    found = []
+    found, dtype = [], next(model.parameters()).dtype
     for part in images.split(50):
-        last = model.forward_features((part - mean) / std)
-        found.append((model.forward_head(last), model.forward_head(last, pre_logits=True)))
+        last = model.forward_features(((part - mean) / std).to(dtype))
+        found.append((model.forward_head(last).float(), model.forward_head(last, pre_logits=True).float()))
     return [torch.cat(each) for each in zip(*found)]
 
 
@@ -150,7 +150,8 @@ def main():
                         help='that the weights had seen where the distillation started from')
     parser.add_argument('--random', nargs='+', default=[], metavar='MODEL', help='with random weights')
     parser.add_argument('--teacher', nargs='+', default=[], metavar='NAME', help='as for san-backbones distill')
-    parser.add_argument('--int8', action='store_true', help='compute in 8 bits, after fuse_for_inference(int8=True)')
+    parser.add_argument('--precision', choices=['float32', 'int8', 'bfloat16'], default='float32',
+                        help='of a SAN after fuse_for_inference, unless it is float32')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the random weights')
     parser.add_argument('--sizes', nargs='+', type=int, default=[64, 96], help='pixels (default: 64 96)')
     parser.add_argument('--results', type=pathlib.Path, default=harness.RESULTS, help='folder for the CSV')
@@ -159,11 +160,12 @@ def main():
     path = options.results / 'transfer.csv'
 
     def add(network, pictures, seed, make, trained):
-        if options.int8:
-            network, made = f'{network}, int8', make
+        if options.precision != 'float32':
+            network, made = f'{network}, {options.precision}', make
 
             def make():
-                return made().eval().fuse_for_inference(int8=True)
+                model = made().eval().fuse_for_inference(int8=options.precision == 'int8')
+                return model.bfloat16() if options.precision == 'bfloat16' else model
         for size in options.sizes:
             key = dict(network=network, pictures=pictures, seed=seed, size=size)
             small_data.once(path, key, lambda key=key: score(key, options.data, make(), trained))

@@ -115,6 +115,7 @@ def test_half_precision(attention, dtype, monkeypatch):
         assert _runs_folded(model, image)
         features = model.forward_features(image)
         assert features.dtype == dtype
+        assert model.stages[1]._folded[0].in_loops == (ops.native.unavailable() is None)
         monkeypatch.setattr(san_backbones.fuse, 'CACHED_BYTES', 1)
         assert torch.equal(model.forward_features(image), features)
         with pytest.raises((RuntimeError, ValueError)):  # as of the modules

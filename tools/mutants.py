@@ -280,6 +280,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      'weight.dtype == torch.float32', ('tests/test_fuse.py::test_half_precision',)),
     ('program: maps stay', f'{OPS}/native/library.py', 'matrix.at = begins[which] + behind', 'pass',
      ('tests/ops/test_linear.py::test_a_program_runs_on_other_maps',)),
+    ('program: maps kept', f'{OPS}/native/library.py', 'x.untyped_storage().data_ptr() not in own', 'own',
+     ('tests/ops/test_linear.py::test_a_program_runs_on_other_maps',)),
     ('program: slices begin with their map', f'{OPS}/native/library.py', 'begins[which] + behind', 'begins[which]',
      ('tests/ops/test_linear.py::test_a_program_runs_on_other_maps',)),
     ('fuse: calls of another size', 'san_backbones/fuse.py', 'key = (x, output, work), (x.shape, x.stride())',

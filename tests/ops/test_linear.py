@@ -1,4 +1,6 @@
 """Linear maps of a folded network: the compiled loops and torch's operators against float64."""
+import weakref
+
 import pytest
 import torch
 
@@ -252,6 +254,9 @@ def test_a_program_runs_on_other_maps():
             middle = x.double() @ first.weight.double().t()
             _close(between, middle)
             _close(output, middle[..., 8:] @ second.weight.double().t() + second.bias + there)
+        kept = [weakref.ref(x) for x in prepared]
+        del prepared, x, between, output
+        assert not any(ref() for ref in kept)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])

@@ -277,9 +277,11 @@ class Program:
         library = _loaded()
         self._calls: list[tuple[Any, int, Any, str]] = [
             (getattr(library, f'{call.name}_run'), ctypes.addressof(call.task), call.task, call.name) for call in calls]
-        self._tensors: list[Any] = [call.tensors for call in calls]
         self._places: list[tuple[Matrix, int, int]] = []
         ranges = [(x.data_ptr(), x.untyped_storage().data_ptr() + x.untyped_storage().nbytes()) for x in maps]
+        own = {x.untyped_storage().data_ptr() for x in maps}
+        self._tensors: list[Tensor] = [x for call in calls for x in call.tensors  # not the maps: they may go
+                                       if x is not None and x.untyped_storage().data_ptr() not in own]
         for call in calls:
             for field, kind in call.task._fields_:
                 matrix = getattr(call.task, field) if kind is Matrix else None
