@@ -12,13 +12,18 @@ class Samples:
 
     def __init__(self, views: list[Tensor]):
         self.views = views
-        self.expected = torch.cat(views) if views else torch.empty(0, device='cpu')
+        self.expected = self._bytes()
         self.vectors: Tensor | None = None
-        if views and library.unavailable() is None and all(view.dtype == torch.float32 for view in views):
-            self.vectors = torch.tensor([(view.data_ptr(), view.stride(0), len(view)) for view in views], device='cpu')
+        if views and library.unavailable() is None:
+            self.vectors = torch.tensor([(view.data_ptr(), view.stride(0), len(view), view.element_size())
+                                         for view in views], device='cpu')
+
+    def _bytes(self) -> Tensor:
+        parts = [view.contiguous().view(torch.uint8) for view in self.views]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device='cpu')
 
     def unchanged(self) -> bool:
-        """Whether all have the values that they had. The memory of the views must be there."""
+        """Whether all have the bits that they had. The memory of the views must be there."""
         if self.vectors is not None:  # torch.cat of many short views takes longer than to read them
             return library.unchanged(self.vectors, self.expected)
-        return torch.equal(torch.cat(self.views), self.expected) if self.views else True
+        return torch.equal(self._bytes(), self.expected)

@@ -198,8 +198,8 @@ def width() -> int:
 
 
 def unchanged(vectors: Tensor, expected: Tensor) -> bool:
-    """Whether float32 elements have the bits that are expected: `vectors` has address, stride and count of each vector,
-    (V, 3), int64; `expected` their elements, one vector behind the other.
+    """Whether elements have the bits that are expected: `vectors` has address, stride, count and bytes of an element of
+    each vector, (V, 4), int64; `expected` their bytes, one vector behind the other.
     """
     return bool(_loaded().san_unchanged(vectors.data_ptr(), len(vectors), expected.data_ptr()))
 

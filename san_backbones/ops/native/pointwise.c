@@ -220,21 +220,18 @@ void san_normed_run(struct normed *t, parallel_function parallel, unsigned threa
 
 int64_t san_normed_bytes(void) { return sizeof(struct normed); }
 
-struct vector { /* `count` elements, `stride` elements apart */
-    const int32_t *at;
-    int64_t stride, count;
+struct vector { /* `count` elements of `size` bytes, `stride` elements apart */
+    const char *at;
+    int64_t stride, count, size;
 };
 
 /* Whether the elements of all vectors have the bits that are expected, one vector behind the other. */
-int64_t san_unchanged(const struct vector *vectors, int64_t count, const int32_t *expected) {
-    for (const struct vector *v = vectors; v < vectors + count; expected += v->count, v++) {
+int64_t san_unchanged(const struct vector *vectors, int64_t count, const char *expected) {
+    for (const struct vector *v = vectors; v < vectors + count; expected += v->count * v->size, v++)
         if (v->stride == 1) {
-            if (memcmp(v->at, expected, 4 * v->count)) return 0;
-            continue;
-        }
-        int32_t differs = 0;
-        for (int64_t i = 0; i < v->count; i++) differs |= v->at[i * v->stride] ^ expected[i];
-        if (differs) return 0;
-    }
+            if (memcmp(v->at, expected, v->count * v->size)) return 0;
+        } else
+            for (int64_t i = 0; i < v->count; i++)
+                if (memcmp(v->at + i * v->stride * v->size, expected + i * v->size, v->size)) return 0;
     return 1;
 }
