@@ -6,8 +6,8 @@ Each runtime gets an environment of its own in .cache, which also sees the packa
 what its extra lacks, from the registry. It is removed afterwards unless --keep is given. The weights are random, and
 norms are away from where they begin, so that a converter that drops a branch gives other numbers. Large models are
 converted as classifiers at 224 pixels and as feature maps at 64, small ones as classifiers at 64. Then the classifiers
-at 224 pixels and timm's resnet50, made by the same converter, run in turns on one core. Results go into the table of
-docs/how-to/export.md; with --only, into those rows.
+at 224 pixels and timm's resnet50, made by the same converter, run in turns, with as many threads as the runtime takes
+by itself. Results go into the table of docs/how-to/export.md; with --only, into those rows.
 """
 import argparse
 import configparser
@@ -88,8 +88,9 @@ def try_model(python: pathlib.Path, to: str, name: str, size: int, path: pathlib
 
 
 def write_peer(to: str, path: pathlib.Path, size: int) -> None:
-    """timm's resnet50 with random weights for that runtime."""
-    model, example = _Flat(timm.create_model('resnet50').eval()), torch.zeros(1, 3, size, size)
+    """timm's resnet50 with random weights for that runtime; without the zeros of its last norms, behind which a converter
+    would leave out what is before."""
+    model, example = _Flat(timm.create_model('resnet50', zero_init_last=False).eval()), torch.zeros(1, 3, size, size)
     model.training = False
     with torch.no_grad():
         if to == 'onnx':
@@ -99,10 +100,7 @@ def write_peer(to: str, path: pathlib.Path, size: int) -> None:
 
 
 def time_programs(to: str, paths: list[str], size: int) -> list[float]:
-    """Milliseconds for a picture, by each of the programs and by resnet50: medians of ROUNDS, in turns, on one core."""
-    if hasattr(os, 'sched_setaffinity'):
-        os.sched_setaffinity(0, list(os.sched_getaffinity(0))[-1:])
-    torch.set_num_threads(1)
+    """Milliseconds for a picture, by each of the programs and by resnet50: medians of ROUNDS, in turns."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         peer = pathlib.Path(folder) / f'resnet50{TARGETS[to].suffix}'
         write_peer(to, peer, size)
@@ -120,7 +118,8 @@ def timed(python: pathlib.Path, to: str, paths: list[pathlib.Path], size: int) -
     """`time_programs` in that environment; nothing if it fails, which is said."""
     names = [str(path) for path in paths]
     code = f'from tools.run_exports import time_programs; print(time_programs({to!r}, {names!r}, {size}))'
-    done = subprocess.run([python, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != 'OMP_NUM_THREADS'}
+    done = subprocess.run([python, '-c', code], cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
         print(f'{to}: not timed: {done.stderr.strip()[-300:]}', flush=True)
         return []
