@@ -88,8 +88,9 @@ def try_model(python: pathlib.Path, to: str, name: str, size: int, path: pathlib
 
 
 def write_peer(to: str, path: pathlib.Path, size: int) -> None:
-    """timm's resnet50 with random weights for that runtime; without the zeros of its last norms, behind which a converter
-    would leave out what is before."""
+    """timm's resnet50 with random weights for that runtime; without the zeros of its last norms, for which a converter
+    would leave out what is before them.
+    """
     model, example = _Flat(timm.create_model('resnet50', zero_init_last=False).eval()), torch.zeros(1, 3, size, size)
     model.training = False
     with torch.no_grad():
