@@ -1,4 +1,5 @@
 """Fixtures for all tests."""
+import contextlib
 import os
 
 import pytest
@@ -13,6 +14,12 @@ INIT_LAST_AS_ZEROS, Block.init_last_as_zeros = Block.init_last_as_zeros, lambda 
 # Some tests fork, and their children differentiate. torch refuses that ("autograd's threading in combination with
 # fork") where the first backward pass of a process was one of torch.compile's; so a plain one comes first.
 torch.ones(1, requires_grad=True).sum().backward()
+
+# yapf, which mmengine imports, keeps its grammar in the user's cache, and writes it anew in the first import after an
+# installation; of several processes that begin together, one may then read it half written. So it is there before any.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+    with contextlib.suppress(ImportError):
+        import yapf  # noqa: F401
 
 os.environ['SAN_BACKBONES_AUTHORS'] = '0'  # no test asks Google Drive by accident; those of that road say so
 
