@@ -19,7 +19,8 @@ class Samples:
                                          for view in views], device='cpu')
 
     def _bytes(self) -> Tensor:
-        parts = [view.contiguous().view(torch.uint8) for view in self.views]
+        # copies: a vector of one element is contiguous whatever its stride, and then not to be seen as bytes
+        parts = [view.clone(memory_format=torch.contiguous_format).view(torch.uint8) for view in self.views]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device='cpu')
 
     def unchanged(self) -> bool:

@@ -290,7 +290,7 @@ def test_what_does_not_fit_is_an_error(backend):
 
 def test_samples_see_every_element():
     base = torch.randn(12, 12)
-    views = [base.diagonal(), torch.randn(5), torch.randn(4, 3)[:, 1]]
+    views = [base.diagonal(), torch.randn(5), torch.randn(4, 3)[:, 1], torch.randn(1, 3)[:, 1], torch.randn(3, 1)[0]]
     for dtype in (torch.float32, torch.float64, torch.bfloat16, None):
         kept = [view.to(dtype or (torch.float16 if i else torch.float32)) for i, view in enumerate(views)]
         samples = ops.Samples(kept)
