@@ -118,4 +118,4 @@ class Linear:
 
     @staticmethod
     def _run(call: native.Call) -> None:
-        native.run(call.name, call.task)
+        native.library.run(call.name, call.task)

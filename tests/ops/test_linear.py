@@ -206,7 +206,7 @@ def test_bfloat16_against_float64(height, width, inner, columns, unit, monkeypat
     def run(x, before, add=False, after=None):
         output = there.clone()
         call = linear.prepare(x, before, output, add, after)
-        native.run(call.name, call.task)
+        native.library.run(call.name, call.task)
         return output
     with torch.no_grad():
         linear = ops.Linear(weight, bias, int8=True)
@@ -227,7 +227,7 @@ def test_bfloat16_of_no_number():
     outputs = [torch.empty(1, 1, 9, 20) for _ in range(2)]
     with torch.no_grad():
         for output in outputs:
-            native.run(*linear.prepare(x, None, output)[:2])
+            native.library.run(*linear.prepare(x, None, output)[:2])
             x[0, 0, 3, 7], x[0, 0, 5, 69] = torch.nan, torch.inf
     y = outputs[1][0, 0]
     assert y[3].isnan().all() and not y[5].isfinite().any()

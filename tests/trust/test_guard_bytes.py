@@ -53,7 +53,9 @@ def sizes(name, task):
                     d_parameters=task.slots * (task.inputs + 1) * task.out_padded * FLOAT)
     if name == 'san_linear':
         panels = -(-task.columns // library.width()) * library.width()
-        weight = panels * -(-task.inner // 4) * 4 if task.column_scale else panels * task.inner * FLOAT
+        item = (4, 1, 1, 2)[task.kind]  # enum weights of linear.c
+        filled = 1 if item == FLOAT else 64 // item  # channels come in whole lines of 64 bytes
+        weight = panels * -(-task.inner // filled) * filled * item
         return dict(input=((task.pixels - 1) * task.input.row + task.inner) * FLOAT, scale=task.inner * FLOAT,
                     shift=task.inner * FLOAT, weight=weight, bias=task.columns * FLOAT,
                     column_scale=task.columns * FLOAT, column_sum=task.columns * FLOAT,
@@ -209,6 +211,10 @@ def results():
         first, last = (ops.ScaleShiftReLU(torch.randn(n), torch.randn(n), 2.) for n in (inner, columns))
         with torch.no_grad():
             found += [project(x, first), project(x[..., :inner]), project.add_to(torch.ones(2, 5, 7, columns), x, last)]
+            rounded, output = ops.Linear(project.weight.bfloat16()), torch.empty(2, 5, 7, columns)
+            call = rounded.prepare(x, first, output)
+            library.run(call.name, call.task)
+            found.append(output)
     return [x.detach() for x in found]
 
 

@@ -1,6 +1,6 @@
 """The compiled loops for the CPU: optional at installation; without them `unavailable()` says why."""
 from ..contract import FusedBackend
-from . import attention
+from . import attention, library
 from .library import (
     QUIET_VARIABLE,
     Call,
@@ -9,7 +9,6 @@ from .library import (
     has_amx,
     has_int8,
     pool,
-    run,
     unavailable,
     warn_if_unavailable,
     width,
@@ -18,31 +17,31 @@ from .linear import Int8, linear, pack, pack_bfloat16, pack_int8, unpack, unpack
 from .pointwise import moments, scale_shift_relu, scale_shift_relu_gradient, scale_shift_relu_sums, stem
 
 __all__ = [
-           'BACKEND',
-           'QUIET_VARIABLE',
-           'Call',
-           'Int8',
-           'Program',
-           'build',
-           'has_amx',
-           'has_int8',
-           'linear',
-           'moments',
-           'pack',
-           'pack_bfloat16',
-           'pack_int8',
-           'pool',
-           'run',
-           'scale_shift_relu',
-           'scale_shift_relu_gradient',
-           'scale_shift_relu_sums',
-           'stem',
-           'unavailable',
-           'unpack',
-           'unpack_bfloat16',
-           'unpack_int8',
-           'warn_if_unavailable',
-           'width',
+    'BACKEND',
+    'QUIET_VARIABLE',
+    'Call',
+    'Int8',
+    'Program',
+    'build',
+    'has_amx',
+    'has_int8',
+    'library',
+    'linear',
+    'moments',
+    'pack',
+    'pack_bfloat16',
+    'pack_int8',
+    'pool',
+    'scale_shift_relu',
+    'scale_shift_relu_gradient',
+    'scale_shift_relu_sums',
+    'stem',
+    'unavailable',
+    'unpack',
+    'unpack_bfloat16',
+    'unpack_int8',
+    'warn_if_unavailable',
+    'width',
 ]
 
 BACKEND = FusedBackend(
