@@ -280,17 +280,16 @@ def settings(rows):
     for row in rows:
         if row['run'] == 'final':
             groups.setdefault(tuple(row[name] for name in (
-                'data', 'pictures', 'val', 'size', 'epochs', 'batch', 'warm_up', 'precision')), []).append(row)
-    for (data, pictures, val, size, epochs, batch, warm_up, precision), some in groups.items():
+                'data', 'pictures', 'val', 'size', 'epochs', 'batch', 'precision')), []).append(row)
+    for (data, pictures, val, size, epochs, batch, precision), some in groups.items():
         words = f'{data}, {pictures} pictures at {size} pixels, {epochs} epochs, batches of {batch}'
-        words += f', warm-up over {warm_up} epochs' if float(warm_up) else ''
         words += f', {harness.PRECISIONS[precision]}' if precision != 'fp32' else ''
         yield f'{words}; scored on {val} of val', some
 
 
 def changed(row):
     """Returns what a run changed, as 'relation dot', or '' for the network as the package has it."""
-    usual = base(row['model']) | dict(clip=largest_norm(row['model']))
+    usual = base(row['model']) | dict(clip=largest_norm(row['model']), warm_up=0.)
     return ', '.join(f'{name} {row[name]}' for name, value in usual.items() if row[name] != str(value))
 
 
