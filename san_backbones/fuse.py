@@ -206,6 +206,7 @@ class _FoldedStage:
                 folded, offset = block.fold(offset, stage.folds_to_int8)
                 self.blocks.append(folded)
             self.last = ops.ScaleShiftReLU(*scale_and_shift(stage.norm, conv.weight[:, 0, 0, 0], offset))
+        self.memory: ops.Memory = stage.memory
         self.in_loops: bool = bool(self.blocks) and all(block.runs_in_loops() for block in self.blocks)
         self.programs: dict[Any, list[native.Program]] = {}  # by the map's size and strides; those that nobody runs now
 
@@ -216,7 +217,7 @@ class _FoldedStage:
         together = max(1, CACHED_BYTES // (4 * height * width * self.conv.columns))
         if batch <= together or not self.conv.runs_packed(x):
             return self._run(x, None).permute(0, 3, 1, 2)
-        output = x.new_empty(batch, height, width, self.conv.columns)
+        output = self.memory.empty((batch, height, width, self.conv.columns), x)
         for begin in range(0, batch, together):
             self._run(x[begin:begin + together], output[begin:begin + together])
         return output.permute(0, 3, 1, 2)
@@ -238,12 +239,13 @@ class _FoldedStage:
         """In float32: of a model in half precision, the maps between stages are that."""
         self.conv.check(x, output)
         if output is None:
-            output = x.new_empty(*x.shape[:3], self.conv.columns)
+            output = self.memory.empty((*x.shape[:3], self.conv.columns), x)
         if x.dtype != torch.float32:
             return output.copy_(self._run_in_loops(x.float(), None))
         x = ops.as_rows(x)
         room = max(block.room() for block in self.blocks)
-        work = x.new_empty(x[..., 0].numel() * room + native.width())  # the loops read whole vectors beyond a map's end
+        # the loops read whole vectors beyond a map's end
+        work = self.memory.empty((x[..., 0].numel() * room + native.width(),), x)
         maps, key = (x, output, work), (x.shape, x.stride())
         free = self.programs.setdefault(key, [])
         try:
@@ -272,12 +274,17 @@ class FoldableStage(nn.Module):
         super().__init__()
         self._folding = False
         self._folded: list[_FoldedStage | None] = [None]
+        self.memory = ops.Memory()
 
     @torch.jit.ignore
-    def set_folding(self, enable: bool = True, int8: bool = False) -> None:
-        """Turns folding for inference on or off (`fuse_for_inference`); the next call folds again."""
+    def set_folding(self, enable: bool = True, int8: bool = False, memory: ops.Memory | None = None) -> None:
+        """Turns folding for inference on or off (`fuse_for_inference`); the next call folds again.
+
+        The stages of a model are given one `memory`, for their maps.
+        """
         self._folding, self.folds_to_int8 = enable, int8
         self._folded = [None]
+        self.memory = memory or ops.Memory()
 
     @torch.jit.ignore
     def obstacle(self) -> str | None:
@@ -306,6 +313,7 @@ class FoldableStage(nn.Module):
             return None
         if self.training or torch.is_grad_enabled():
             self._folded = [None]  # it may be trained now, and not every write on a GPU is detected
+            self.memory.clear()
         if self.training or torch.is_autocast_enabled(x.device.type) or ops.symbolic_caller(x) is not None:
             return None
         if has_process_wide_hooks():
@@ -377,8 +385,9 @@ def fuse_for_inference(model: nn.Module, int8: bool = False) -> nn.Module:
     if missing is not None:
         warnings.warn(f'int8=True has no effect, and the model runs as without: {missing}', RuntimeWarning,
                       stacklevel=2)
+    memory = ops.Memory()
     for stage in stages.values():
-        stage.set_folding(True, int8)
+        stage.set_folding(True, int8, memory)
     return model
 
 
@@ -413,5 +422,5 @@ def refold(model: nn.Module) -> nn.Module:
         raise ValueError(f'there is no fused SAN in this {type(model).__name__}: expected a model that '
                          'fuse_for_inference was called for')
     for stage in stages:
-        stage.set_folding(True, stage.folds_to_int8)
+        stage.set_folding(True, stage.folds_to_int8, stage.memory)
     return model

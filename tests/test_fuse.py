@@ -131,6 +131,12 @@ def test_int8_is_not_everywhere(monkeypatch):
         assert _error(_model().fuse_for_inference(int8=True), image) < 2e-6
 
 
+@pytest.mark.filterwarnings('ignore:int8=True has no effect')
+@pytest.mark.parametrize('int8', [False, True])
+def test_refold_keeps_the_form(int8):
+    assert {stage.folds_to_int8 for stage in refold(_model().fuse_for_inference(int8=int8)).stages} == {int8}
+
+
 def test_state_dict_is_untouched():
     model = _model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

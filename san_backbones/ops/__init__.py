@@ -21,6 +21,7 @@ from .fused import prepare_attention
 from .gamma import Gamma, Norm, Spec, fold
 from .geometry import coordinates, footprint, padding, reflect_pad, reflection_index
 from .linear import Linear, ScaleShiftReLU
+from .memory import Memory
 from .pointwise import halve, norm_relu, scale_shift_relu, serves_norm_relu, stem
 from .relations import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
 from .samples import Samples
@@ -34,6 +35,7 @@ __all__ = [
     'Backend',
     'Gamma',
     'Linear',
+    'Memory',
     'Norm',
     'Request',
     'Samples',
