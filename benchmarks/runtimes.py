@@ -127,7 +127,7 @@ def main():
     import torch
     options = harness.parser(__doc__.splitlines()[0], precisions=False)
     options.add_argument('--batch', type=int, nargs='+', default=[8, 1])
-    options.add_argument('--only', default='', help='run the models whose name contains this, and resnet50')
+    options.add_argument('--only', default='', help='run what contains this, as in "san15_pairwise fused", and resnet50')
     options.add_argument('--low', action='store_true', help='in 8 bits and in bfloat16, and float32 beside them')
     options = options.parse_args()
     threads, machine, rows = torch.get_num_threads(), harness.machine(), []
@@ -136,7 +136,7 @@ def main():
     left_out |= {package for package in ('onnxruntime', 'OpenVINO') if not importlib.util.find_spec(package.lower())}
     for batch in options.batch:
         cases = [(model, way) for model, way in (CASES_LOW if options.low else CASES)
-                 if way.partition(' ')[0] not in left_out and (options.only in model or model == 'resnet50')]
+                 if way.partition(' ')[0] not in left_out and (options.only in f'{model} {way}' or model == 'resnet50')]
         processes = []
         for case in cases:  # one after the other: compilers and exporters need memory
             processes.append(start([*case, batch, threads], threads))
