@@ -127,7 +127,7 @@ def main():
     import torch
     options = harness.parser(__doc__.splitlines()[0], precisions=False)
     options.add_argument('--batch', type=int, nargs='+', default=[8, 1])
-    options.add_argument('--only', default='', help='run what contains this, as in "san15_pairwise fused", and resnet50')
+    options.add_argument('--only', default='', help='run what contains this, as "pairwise fused", and resnet50')
     options.add_argument('--low', action='store_true', help='in 8 bits and in bfloat16, and float32 beside them')
     options = options.parse_args()
     threads, machine, rows = torch.get_num_threads(), harness.machine(), []
