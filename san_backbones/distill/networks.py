@@ -13,6 +13,7 @@ from torch import Tensor, nn
 __all__ = ['LEVELS', 'Answer', 'Student', 'Teacher', 'load_teacher']
 
 LEVELS = (8, 16, 32)  # strides of the feature maps that are compared
+PIXELS = 2 ** 17  # that a thread of the CPU shows the teacher at once, so that its maps stay in the caches
 
 
 class Answer(NamedTuple):
@@ -20,6 +21,13 @@ class Answer(NamedTuple):
     logits: Tensor | None
     pooled: Tensor | None
     maps: dict[int, Tensor]
+
+    @classmethod
+    def joined(cls, parts: Sequence['Answer']) -> 'Answer':
+        """Joins the outputs for parts of a batch."""
+        logits, pooled = (None if each[0] is None else torch.cat(each) for each in zip(*(part[:2] for part in parts)))
+        return cls(logits, pooled, {stride: torch.cat([part.maps[stride] for part in parts])
+                                    for stride in parts[0].maps})
 
 
 def load_teacher(name: str, weights: str | os.PathLike[str] | None = None) -> Any:
@@ -127,6 +135,10 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Answer:
         """Images (N, 3, size, size), uint8, to an `Answer` in float32."""
+        if images.device.type == 'cpu':
+            count = max(1, PIXELS * torch.get_num_threads() // images[0, 0].numel())
+            if count < len(images):
+                return Answer.joined([self(part) for part in images.split(count)])
         x = (images - self.mean) / self.std
         if self.is_timm:
             answer = _answer(self.model, self.indices, x, self.classifier is not None)

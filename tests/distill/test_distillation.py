@@ -250,6 +250,27 @@ def test_a_callable_teacher():
         Teacher(answer)(images)
 
 
+@pytest.mark.parametrize('kind', ['timm', 'maps', 'logits'])
+def test_the_teacher_sees_a_few_pictures_at_a_time(teacher, monkeypatch, kind):
+    model, levels = dict(timm=(teacher, (8, 16, 32)), logits=(lambda x: x.mean((2, 3)), ()), maps=(
+        lambda x: (None, [nn.functional.avg_pool2d(x, 8)]), (8,)))[kind]
+    images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    whole, shown = Teacher(model, levels)(images), []
+
+    class Seen(Teacher):
+        def forward(self, images):
+            shown.append(len(images))
+            return super().forward(images)
+
+    monkeypatch.setattr('san_backbones.distill.networks.PIXELS', -(-2 * 64 * 64 // torch.get_num_threads()))
+    parts = Seen(model, levels)(images)
+    assert shown == [5, 2, 2, 1]
+    assert [x is None for x in whole[:2]] == [x is None for x in parts[:2]] and parts.maps.keys() == set(levels)
+    for expected, found in zip([*whole[:2], *whole.maps.values()], [*parts[:2], *parts.maps.values()]):
+        if expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('name, message', [
     ('resnet_of_nobody', 'there is no teacher'), ('no_such_module:make', 'there is no teacher .* MODULE:FUNCTION'),
     ('math:no_such_function', 'there is no teacher')])
