@@ -32,7 +32,7 @@ REQUIRED = PLATFORM or os.environ.get('SAN_BACKBONES_REQUIRE_LOOPS', '') not in 
 INSTRUCTION_SETS = {'baseline': []}
 if MACHINE in ('x86_64', 'amd64'):
     INSTRUCTION_SETS.update(avx2=['-march=x86-64-v3'], avx512=['-march=x86-64-v4', '-mprefer-vector-width=512'])
-SOURCES = ('footprint', 'backward', 'linear', 'pointwise', 'threads')
+SOURCES = ('footprint', 'backward', 'differences', 'linear', 'pointwise', 'threads')
 FLAGS = ['-O3', '-g0', '-std=gnu11', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi',
          '-Werror=switch']  # a relation that a switch over them leaves out
 
@@ -45,7 +45,8 @@ class BuildLibrary(build_ext):
 
     def get_export_symbols(self, ext):
         runs = (f'{name}_{what}'
-                for name in ('san', 'san_backward', 'san_linear', 'san_normed', 'san_scaled', 'san_stem')
+                for name in ('san', 'san_backward', 'san_differences', 'san_linear', 'san_normed', 'san_scaled',
+                             'san_stem')
                 for what in ('run', 'bytes'))
         return ['san_width', 'san_panel', 'san_int8', 'san_unchanged', 'san_relations', 'san_kmp_use',
                 'san_kmp_parallel', *runs]

@@ -12,8 +12,8 @@ Zero-shot applies the network's own classifier to the samples, separately for cl
 and others; chance is 1 in 1,000 for top-1 and 5 in 1,000 for top-5. kNN: 20 neighbours by cosine among the 1,000
 training pictures of Imagenette, weighted with exp(similarity / 0.07), on its 400 validation pictures. Linear: logistic
 regression on standardised pooled features, with a penalty of 1e-3. A network with random weights takes its norms'
-statistics from the training pictures. Files in `kept/` name the number of pictures seen, for the curve of scores
-(`plot.py`).
+statistics from the training pictures. Files of weights, those in `kept/` too, know the number of pictures seen, for the
+curve of scores (`plot.py`); --label tells the curves of several trainings apart.
 """
 import argparse
 import functools
@@ -146,6 +146,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=pathlib.Path, required=True, metavar='FOLDER')
     parser.add_argument('--weights', nargs='+', default=[], metavar='MODEL:FILE', help='.safetensors of distillations')
+    parser.add_argument('--label', default='distilled', help='what to call them (default: distilled)')
     parser.add_argument('--before', type=int, default=0, metavar='PICTURES',
                         help='that the weights had seen where the distillation started from')
     parser.add_argument('--random', nargs='+', default=[], metavar='MODEL', help='with random weights')
@@ -173,7 +174,7 @@ def main():
     for each in options.weights:
         name, _, file = each.partition(':')
         pictures = str(int(weighted(name, file)[1] or 0) + options.before)
-        add(f'{name}, distilled', pictures, 0, lambda name=name, file=file: weighted(name, file)[0], True)
+        add(f'{name}, {options.label}', pictures, 0, lambda name=name, file=file: weighted(name, file)[0], True)
     for name in options.random:
         for seed in options.seeds:
             def make(name=name, seed=seed):

@@ -5,62 +5,170 @@ so that, for the subtraction, E[q_i - k_j] = E[q] - E[box k] and E[(q_i - k_j)^2
 Maps are centred first, since a variance must not be the small difference of two large sums. Exact, differentiable, in
 float64, which has room for squares of whatever is finite in float32.
 """
+import typing
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import geometry
-from .gamma import Spec
+from .folding import memory_format
+from .gamma import Spec, refuse_other_backward
 
-__all__ = ['SUPPORTED', 'relation_statistics']
+__all__ = ['DIFFERENCE_MOMENTS', 'DIFFERENCE_MOMENTS_BACKWARD', 'SUPPORTED', 'difference_gradients',
+           'difference_moments', 'relation_statistics']
 
 _Moments = tuple[Tensor, Tensor]  # mean and biased variance, one for each channel
+_Axis = list[tuple[int, int, Tensor]]  # first and last pixel that a block of an axis sees, and its matrix
+
+# torch 2.6 takes no list[int] in operators
+_Outputs = typing.List[Tensor]  # noqa: UP006
+_BLOCK = 128  # pixels whose boxes one product computes: a matrix for a whole axis grows with its square
 
 
-_BLOCK = 512  # pixels whose boxes one product computes: a matrix for a whole axis grows with its square
-
-
-def _taps(size: int, spec: Spec, like: Tensor) -> Tensor:
+def _taps(size: int, kernel_size: int, dilation: int, device: torch.device) -> Tensor:
     """Which pixel of an axis every pixel sees at each tap: (k, size)."""
-    reach = geometry.padding(spec.kernel_size, spec.dilation)
-    return geometry.reflection_index(size, reach, like.device).unfold(0, size, spec.dilation)
+    reach = geometry.padding(kernel_size, dilation)
+    return geometry.reflection_index(size, reach, device).unfold(0, size, dilation)
 
 
-def _box_row(x: Tensor, spec: Spec) -> Tensor:
-    """Mean over the taps along the last axis of x (..., size)."""
-    size, reach = x.shape[-1], geometry.padding(spec.kernel_size, spec.dilation)
-    taps, blocks, matrices = _taps(size, spec, x), [], {}
+def _axis(size: int, kernel_size: int, dilation: int, device: torch.device) -> _Axis:
+    """The mean over the taps along an axis, as a product with matrices in float64."""
+    taps, reach = _taps(size, kernel_size, dilation, device), geometry.padding(kernel_size, dilation)
+    blocks: _Axis = []
+    matrices: dict[int | None, Tensor] = {}
     for at in range(0, size, _BLOCK):
         first, last = max(at - reach, 0), min(at + _BLOCK + reach, size)
         kind = None if last - first == _BLOCK + 2 * reach else at  # all blocks that see no end of the axis are equal
         if kind not in matrices:
-            block = taps[:, at:at + _BLOCK] - first
-            matrices[kind] = x.new_zeros(last - first, block.shape[1]).scatter_add(
-                0, block, torch.full_like(block, 1 / spec.kernel_size, dtype=x.dtype))
-        blocks.append(x[..., first:last] @ matrices[kind])
-    return torch.cat(blocks, -1)
+            seen = torch.arange(first, last, device=device)[:, None, None] == taps[:, at:at + _BLOCK]
+            matrices[kind] = seen.double().mean(1)
+        blocks.append((first, last, matrices[kind]))
+    return blocks
 
 
-def _box(x: Tensor, spec: Spec) -> Tensor:
+def _axes(x: Tensor, kernel_size: int, dilation: int) -> list[_Axis]:
+    """Those of rows and columns of x (N, C, H, W)."""
+    axes = {size: _axis(size, kernel_size, dilation, x.device) for size in x.shape[-2:]}
+    return [axes[size] for size in x.shape[-2:]]
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]  # of one it would be a copy
+
+
+def _box(x: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
     """Mean over the footprint of every pixel of x (N, C, H, W)."""
-    return _box_row(_box_row(x, spec).mT, spec).mT
+    x = _joined([x[..., first:last] @ matrix for first, last, matrix in columns], -1)
+    return _joined([matrix.mT @ x[..., first:last, :] for first, last, matrix in rows], -2)
+
+
+def _added(parts: list[Tensor], axis: _Axis, dim: int) -> Tensor:
+    """Adds what the blocks of an axis give to the pixels that they see."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = list(parts[0].shape)
+    shape[dim] = axis[-1][1]
+    result = parts[0].new_zeros(shape)
+    for (first, last, _), part in zip(axis, parts):
+        result.narrow(dim, first, last - first).add_(part)
+    return result
+
+
+def _spread(x: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
+    """The transpose of `_box`: x of every pixel, divided among its footprint."""
+    parts = [part @ matrix.mT for part, (_, _, matrix) in zip(x.split(_BLOCK, -1), columns)]
+    parts = [matrix @ part for part, (_, _, matrix) in zip(_added(parts, columns, -1).split(_BLOCK, -2), rows)]
+    return _added(parts, rows, -2)
+
+
+def _shares(rows: _Axis, columns: _Axis) -> Tensor:
+    """How much of all boxes each pixel makes: (H, W)."""
+    row, column = (_added([matrix.sum(1) for _, _, matrix in axis], axis, 0) for axis in (rows, columns))
+    return row[:, None] * column
+
+
+def _pixels(x: Tensor) -> int:
+    return max(x.shape[0] * x.shape[2] * x.shape[3], 1)  # a mean of nothing is 0
 
 
 def _mean(x: Tensor) -> Tensor:
-    return x.mean((0, 2, 3)) if x.shape[0] else x.sum((0, 2, 3))  # of nothing 0
+    return x.sum((0, 2, 3)) / _pixels(x)
 
 
 def _tap_means(x: Tensor, spec: Spec) -> Tensor:
     """Mean over batch and pixels of what each pixel sees at each tap: (C, k, k)."""
     rows, columns = (x.new_zeros(spec.kernel_size, size).scatter_add(1, taps, torch.ones_like(taps, dtype=x.dtype))
-                     for size in x.shape[-2:] for taps in [_taps(size, spec, x)])
-    return rows @ x.sum(0) @ columns.t() / max(x.numel() // x.shape[1], 1)
+                     for size in x.shape[-2:] for taps in [_taps(size, spec.kernel_size, spec.dilation, x.device)])
+    return rows @ x.sum(0) @ columns.t() / _pixels(x)
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.double().contiguous()
     centre = _mean(x.detach())
     return centre, x - centre[:, None, None]
+
+
+def _seen_mean(x: Tensor, axes: list[_Axis]) -> Tensor:
+    """Mean of x_j over all pairs."""
+    return x.sum(0).flatten(1) @ _shares(*axes).flatten() / _pixels(x)
+
+
+def difference_moments(query: Tensor, key: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """Mean and biased variance of q_i - k_j over all pairs, (2, C) in float64, of maps (N, C, H, W)."""
+    (centre_q, q), (centre_k, k), axes = _centred(query), _centred(key), _axes(query, kernel_size, dilation)
+    mean = -_seen_mean(k, axes)
+    square = _mean(_box(k, *axes).mul_(-2).add_(q).mul_(q)) + _seen_mean(k * k, axes)
+    return torch.stack([centre_q - centre_k + mean, square - mean * mean])
+
+
+def difference_gradients(
+        gradient: Tensor, moments: Tensor, query: Tensor, key: Tensor, kernel_size: int, dilation: int) -> _Outputs:
+    """Those of query and key, given those of `difference_moments` and its result."""
+    (centre_q, q), (centre_k, k), axes = _centred(query), _centred(key), _axes(query, kernel_size, dilation)
+    to_mean, to_variance = gradient / _pixels(q)
+    slope = (2 * to_variance)[:, None, None]
+    level = to_mean[:, None, None] - slope * (moments[0] - (centre_q - centre_k))[:, None, None]
+    spread = _spread(q, *axes)
+    of_query = q.sub_(_box(k, *axes)).mul_(slope).add_(level)
+    of_key = k.mul_(slope).sub_(level).mul_(_shares(*axes)).sub_(spread.mul_(slope))
+    return [g.to(x.dtype, memory_format=memory_format(x)) for g, x in ((of_query, query), (of_key, key))]
+
+
+# native/differences.py has other kernels for the CPU
+DIFFERENCE_MOMENTS = torch.library.custom_op(
+    'san_backbones::difference_moments', difference_moments, mutates_args=())
+DIFFERENCE_MOMENTS_BACKWARD = torch.library.custom_op(
+    'san_backbones::difference_moments_backward', difference_gradients, mutates_args=())
+
+
+@DIFFERENCE_MOMENTS.register_fake
+def _(query, key, kernel_size, dilation):
+    return query.new_empty((2, query.shape[1]), dtype=torch.float64)
+
+
+@DIFFERENCE_MOMENTS_BACKWARD.register_fake
+def _(gradient, moments, query, key, kernel_size, dilation):
+    return [torch.empty_like(x, memory_format=memory_format(x)) for x in (query, key)]
+
+
+def _keep(ctx, inputs, output):
+    query, key, *ctx.footprint = inputs
+    ctx.save_for_backward(output, query, key)
+
+
+def _differentiate(ctx, gradient):
+    refuse_other_backward(gradient)
+    return *DIFFERENCE_MOMENTS_BACKWARD(gradient, *ctx.saved_tensors, *ctx.footprint), None, None
+
+
+DIFFERENCE_MOMENTS.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _difference(query: Tensor, key: Tensor, spec: Spec) -> _Moments:
+    """Of q_i - k_j over all pairs."""
+    mean, var = DIFFERENCE_MOMENTS(query, key, spec.kernel_size, spec.dilation)
+    return mean, var
 
 
 def _plain(x: Tensor) -> _Moments:
@@ -76,18 +184,11 @@ def _boxed(x: Tensor, spec: Spec) -> _Moments:
     return centre + mean, square - mean * mean
 
 
-def _difference(q: Tensor, k: Tensor, spec: Spec) -> _Moments:
-    """Of q_i - k_j over all pairs."""
-    (centre_q, q), (centre_k, k) = _centred(q), _centred(k)
-    mean_k, square_k = (_tap_means(y, spec).mean((1, 2)) for y in (k, k * k))
-    mean, square = _mean(q) - mean_k, _mean(q * q) - 2 * _mean(q * _box(k, spec)) + square_k
-    return centre_q - centre_k + mean, square - mean * mean
-
-
 def _product(q: Tensor, k: Tensor, spec: Spec) -> _Moments:
-    # a product has no centre to take out
-    mean = _mean(q * _box(k, spec))
-    return mean, _mean(q * q * _box(k * k, spec)) - mean * mean
+    q, k = (x.double().contiguous() for x in (q, k))  # a product has no centre to take out
+    axes = _axes(k, spec.kernel_size, spec.dilation)
+    mean = _mean(q * _box(k, *axes))
+    return mean, _mean(q * q * _box(k * k, *axes)) - mean * mean
 
 
 def _shifted(x: Tensor, spec: Spec) -> _Moments:
@@ -120,11 +221,9 @@ def relation_statistics(query: Tensor, key: Tensor, place: Tensor | None, spec: 
     Returns:
         Mean and biased variance, (width,) each, in float64, and how many values each channel has.
     """
-    query, key = query.double().contiguous(), key.double().contiguous()
     pixels = query.shape[0] * query.shape[2] * query.shape[3]
     parts = _MOMENTS[spec.pairwise, spec.relation](query, key, spec)
     if place is not None:
-        place = place.double()
         parts.append(_difference(place, place, spec) if spec.position == 'relative' else _boxed(place, spec))
     mean, var = (torch.cat(moments) for moments in zip(*parts))
     return mean, var.clamp(min=0), pixels * (spec.kernel_size ** 2 if spec.pairwise else 1)

@@ -29,8 +29,9 @@ PATTERN = 0xA5
 NONE, READ, WRITE = 0, 1, 3  # PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE
 FLOAT, LONG = 4, 8
 WHOLE_VECTORS = ('query', 'key', 'place', 'scale1', 'shift1')  # read beyond their ends, by less than a vector
-OPERATORS = {'attend', 'attend_backward', 'hidden_sums', 'hidden_sums_backward', 'moments', 'scale_shift_relu',
-             'scale_shift_relu_gradient', 'scale_shift_relu_sums', 'stem', 'stem_backward'}
+OPERATORS = {'attend', 'attend_backward', 'difference_moments', 'difference_moments_backward', 'hidden_sums',
+             'hidden_sums_backward', 'moments', 'scale_shift_relu', 'scale_shift_relu_gradient',
+             'scale_shift_relu_sums', 'stem', 'stem_backward'}
 OUTPUTS = ('output', 'd_query', 'd_key', 'd_value', 'd_place', 'd_parameters', 'sums', 'd_image', 'd_x')
 
 
@@ -51,6 +52,16 @@ def sizes(name, task):
                     output=pooled, gradient=pooled,
                     d_image=task.batch * task.height * task.width * task.inputs * FLOAT,
                     d_parameters=task.slots * (task.inputs + 1) * task.out_padded * FLOAT)
+    if name == 'san_differences':
+        pixels, line = task.batch * task.height * task.width, task.channels * 8
+        result = dict(sums=task.slots * 4 * line, slope=line, level=line)
+        for field in ('query', 'key', 'd_query', 'd_key'):
+            result[field] = ((pixels - 1) * getattr(task, field).row + task.channels) * FLOAT
+        for axis, size in (('row', task.height), ('column', task.width)):
+            for seeing in ('', 'seeing_'):
+                result[f'{seeing}{axis}_starts'] = (size + 1) * LONG
+                result[f'{seeing}{axis}_pixels'] = size * task.kernel * LONG
+        return result
     if name == 'san_linear':
         panels = -(-task.columns // library.width()) * library.width()
         item = (4, 1, 1, 2)[task.kind]  # enum weights of linear.c
@@ -161,8 +172,9 @@ def guarded(at_end, calls, known):
                 if address is None:
                     continue
                 size = sizes(name, task)[field]
-                filled = field in ('query', 'key') and owner.rel % library.width() == 0  # vectors, by the channels
-                more = (library.width() - 1) * FLOAT if field in WHOLE_VECTORS and not filled else 0
+                whole = name in ('san', 'san_backward') and field in WHOLE_VECTORS
+                filled = field in ('query', 'key') and whole and owner.rel % library.width() == 0  # by the channels
+                more = (library.width() - 1) * FLOAT if whole and not filled else 0
                 if known[address] < size + more:
                     raise Short(f'{field} of {name}: {known[address]} bytes, {size + more} are used')
                 arrays.append(Array(address, size, more, at_end, field in OUTPUTS))
@@ -285,7 +297,8 @@ def main():
             refused, taken = fuzz()
         library.run = run
         assert refused > 5 * taken > 0, 'most of what is wrong is refused before an address is followed'
-        assert set(calls) == {'san', 'san_backward', 'san_linear', 'san_stem', 'san_scaled', 'san_normed'}
+        assert set(calls) == {'san', 'san_backward', 'san_differences', 'san_linear', 'san_stem', 'san_scaled',
+                              'san_normed'}
         for x, y in zip(plain, same):
             assert torch.equal(x, y), 'what lies around an array changes the result'
 

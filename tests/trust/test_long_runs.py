@@ -108,6 +108,7 @@ CACHES = {  # what is kept for the life of the process, by file and name, and it
     'hub.py _unpack_shipped': 'one',
     'hub.py manifest': 'one',
     'ops/native/attention.py _reflection_index': 64,
+    'ops/native/differences.py _axes': 64,
     'ops/native/library.py _int8': 'one',
     'ops/native/library.py _load': 'one',
     'ops/native/library.py codes': 'none',  # one for each relation

@@ -1,6 +1,6 @@
 """The compiled loops for the CPU: optional at installation; without them `unavailable()` says why."""
 from ..contract import FusedBackend
-from . import attention, library
+from . import attention, differences, library  # noqa: F401, differences registers kernels
 from .library import (
     QUIET_VARIABLE,
     Call,

@@ -16,6 +16,7 @@ __all__ = [
     'QUIET_VARIABLE',
     'Backward',
     'Call',
+    'Differences',
     'Linear',
     'Matrix',
     'Normed',
@@ -87,6 +88,17 @@ class Backward(ctypes.Structure):
     ]
 
 
+class Differences(ctypes.Structure):
+    """struct differences of differences.c."""
+    _fields_ = [
+        *_int64('mode batch height width channels kernel slots'), *_matrices('query key'),
+        # four struct axis
+        *_pointers('row_starts row_pixels column_starts column_pixels'),
+        *_pointers('seeing_row_starts seeing_row_pixels seeing_column_starts seeing_column_pixels'),
+        *_pointers('sums slope level'), *_matrices('d_query d_key'), *_int64('next failed'),
+    ]
+
+
 class Linear(ctypes.Structure):
     """struct linear of linear.c."""
     _fields_ = [
@@ -123,8 +135,8 @@ class Normed(ctypes.Structure):
 
 
 _STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    'san': Task, 'san_backward': Backward, 'san_linear': Linear, 'san_stem': Stem, 'san_scaled': Scaled,
-    'san_normed': Normed}
+    'san': Task, 'san_backward': Backward, 'san_differences': Differences, 'san_linear': Linear, 'san_stem': Stem,
+    'san_scaled': Scaled, 'san_normed': Normed}
 
 
 @functools.cache
