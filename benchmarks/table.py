@@ -310,11 +310,11 @@ def table_of_models(rows):
                   '| | learning rate | steepest gradient | top-1 of each seed, % | time in training |',
                   '| --- | --- | --- | --- | --- |']
         for name in names:
-            own = [row for row in plain if row['model'] == name]
-            rates = ', '.join(dict.fromkeys(row['lr'] for row in own)) or '-'
-            steepest = f'{max(float(row["steepest"]) for row in own):.3g}' if own else '-'
-            spent = f'{statistics.median(float(row["seconds"].split()[-1]) for row in own):.0f} s' if own else '-'
-            lines.append(f'| `{name}` | {rates} | {steepest} | {scores(own)} | {spent} |')
+            for rate in dict.fromkeys(row['lr'] for row in plain if row['model'] == name) or ['-']:
+                own = [row for row in plain if row['model'] == name and row['lr'] == rate]
+                steepest = f'{max(float(row["steepest"]) for row in own):.3g}' if own else '-'
+                spent = f'{statistics.median(float(row["seconds"].split()[-1]) for row in own):.0f} s' if own else '-'
+                lines.append(f'| `{name}` | {rate} | {steepest} | {scores(own)} | {spent} |')
     return lines[1:]
 
 

@@ -246,10 +246,11 @@ def test_tables_of_the_page():
     san = dict(relation='concatenation', footprint='7', option='')
     rows = [final('resnet26', 1, '30.0'), final('resnet26', 0, '20.0'), final('san10_patchwise', 0, '25.0', **san),
             final('san10_patchwise', 0, '26.5', **(san | dict(relation='star'))),
-            final('resnet26', 0, '99.9', run='rate')]
+            final('resnet26', 0, '99.9', run='rate'), final('resnet26', 0, '40.0', lr='0.01')]
     text = table.fill(
         'A\n% models of table.csv\nold\n% end of models\nB\n% changes of table.csv\n% end of changes\nC\n', rows)
     assert '| `resnet26` | 0.1 | 2.5 | 20.0, 30.0 (mean 25.0) | 20 s |' in text
+    assert '| `resnet26` | 0.01 | 2.5 | 40.0 | 20 s |' in text  # another rate is no other seed
     assert '| `resnet50` | - | - | - | - |' in text
     assert '| as the package has it | 25.0 |\n| relation star | 26.5 |' in text
     assert 'old' not in text and '99.9' not in text and text.startswith('A\n') and text.endswith('C\n')
