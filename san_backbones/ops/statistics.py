@@ -21,7 +21,7 @@ __all__ = ['DIFFERENCE_MOMENTS', 'DIFFERENCE_MOMENTS_BACKWARD', 'SUPPORTED', 'di
 _Moments = tuple[Tensor, Tensor]  # mean and biased variance, one for each channel
 _Axis = list[tuple[int, int, Tensor]]  # first and last pixel that a block of an axis sees, and its matrix
 
-# torch 2.6 takes no list[int] in operators
+# torch 2.6 takes no list[Tensor] in operators
 _Outputs = typing.List[Tensor]  # noqa: UP006
 _BLOCK = 128  # pixels whose boxes one product computes: a matrix for a whole axis grows with its square
 

@@ -4,7 +4,7 @@
 #include "footprint.h"
 
 enum differences_mode { DIFFERENCE_SUMS, DIFFERENCE_GRADIENT };
-enum { SUMS = 4 }; /* over all pairs, less those of q and k: of q, k, q (q - 2 box k), k^2 */
+enum { SUMS = 4 }; /* over the batch: of q, of k by its share of all boxes, of q (q - 2 box k), of k^2 by its share */
 
 /* For every pixel of an axis those whose sum is wanted: pixels[starts[x]] to pixels[starts[x + 1]] - 1. */
 struct axis {
@@ -48,26 +48,27 @@ INLINE void row_of_differences(const struct differences *t, const int64_t channe
     const float *restrict first_q = t->query.at, *restrict first_k = t->key.at;
     sum_footprints(t, channels, t->rows, t->columns, rows_from(t->key, start), first_k, y, line, seen);
     if (t->mode == DIFFERENCE_GRADIENT)
-        sum_footprints(t, channels, t->seeing_rows, t->seeing_columns, rows_from(t->query, start), first_q, y, line, seeing);
+        sum_footprints(t, channels, t->seeing_rows, t->seeing_columns, rows_from(t->query, start), first_q, y, line,
+                       seeing);
     for (int64_t x = 0; x < width; x++) {
         const int64_t here = start + y * width + x, times = (t->seeing_rows.starts[y + 1] - t->seeing_rows.starts[y]) *
                              (t->seeing_columns.starts[x + 1] - t->seeing_columns.starts[x]);
         const double share = times * part;
         const float *restrict q = row_of(t->query, here), *restrict k = row_of(t->key, here);
-        seen += x ? channels : 0, seeing += x ? channels : 0;
+        const double *restrict box = seen + x * channels, *restrict spread = seeing + x * channels;
         if (t->mode == DIFFERENCE_GRADIENT) {
             float *restrict d_q = row_of(t->d_query, here), *restrict d_k = row_of(t->d_key, here);
             for (int64_t c = 0; c < channels; c++) {
                 const double qc = (double)q[c] - first_q[c], kc = (double)k[c] - first_k[c];
-                d_q[c] = t->slope[c] * (qc - seen[c] * part) + t->level[c];
-                d_k[c] = t->slope[c] * (share * kc - seeing[c] * part) - share * t->level[c];
+                d_q[c] = t->slope[c] * (qc - box[c] * part) + t->level[c];
+                d_k[c] = t->slope[c] * (share * kc - spread[c] * part) - share * t->level[c];
             }
         } else
             for (int64_t c = 0; c < channels; c++) {
                 const double qc = (double)q[c] - first_q[c], kc = (double)k[c] - first_k[c];
                 sums[c] += qc;
                 sums[channels + c] += share * kc;
-                sums[2 * channels + c] += qc * (qc - 2 * part * seen[c]);
+                sums[2 * channels + c] += qc * (qc - 2 * part * box[c]);
                 sums[3 * channels + c] += share * kc * kc;
             }
     }
