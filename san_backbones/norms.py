@@ -15,7 +15,7 @@ from . import ops
 from .layers import BOUNDED_RELU, Kind, is_plain
 from .ops.gamma import normalise
 
-__all__ = ['BATCH_NORM', 'SyncBatchNorm', 'as_norm', 'norm_constructor', 'norm_relu']
+__all__ = ['BATCH_NORM', 'SyncBatchNorm', 'as_norm', 'norm_constructor', 'norm_relu', 'norm_relu_beside']
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -126,10 +126,15 @@ def as_norm(module: Any, like: Tensor, bias: Tensor | None = None) -> ops.Norm:
 
 def norm_relu(norm: Any, act: Any, x: Tensor) -> Tensor:
     """act(norm(x)), which leaves x as it is; a batch norm and a ReLU that get gradients run as one operator."""
+    return norm_relu_beside(norm, act, x)[0]
+
+
+def norm_relu_beside(norm: Any, act: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """act(norm(x)) and x, for a residual connection beside them: see `ops.norm_relu`."""
     if _in_one(norm, act, x):
         return ops.norm_relu(x, as_norm(norm, x[0, :, 0, 0]), getattr(act, 'limit', None))
     normed = norm(x)
-    return act(normed.clone() if normed is x else normed)  # without a norm: activations may work in place
+    return act(normed.clone() if normed is x else normed), x  # without a norm: activations may work in place
 
 
 def _in_one(norm: Any, act: Any, x: Any) -> bool:

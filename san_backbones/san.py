@@ -36,7 +36,7 @@ from .activations import BoundedReLU, ReLU, is_setting, make_act, may_write_over
 from .attention import PairwiseAttention, PatchwiseAttention
 from .checks import check_dtype, check_image, is_integer, one_of, per_stage
 from .layers import BOUNDED_RELU, DROP_PATH, POINTWISE, RELU, Kind, has_bias, is_plain, obstacle
-from .norms import BATCH_NORM, as_norm, norm_constructor, norm_relu
+from .norms import BATCH_NORM, as_norm, norm_constructor, norm_relu, norm_relu_beside
 from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS, pointwise
 
 __all__ = ['SAN']
@@ -226,12 +226,12 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to the same."""
-        residual = x
         if torch.jit.is_scripting():
+            residual = x
             x = self.act1(self.norm1(x))
             x = self.act2(self.norm2(self.attn(x)))
         else:
-            x = norm_relu(self.norm1, self.act1, x)
+            x, residual = norm_relu_beside(self.norm1, self.act1, x)
             x = norm_relu(self.norm2, self.act2, self.attn(x))
         x = self.drop_path(self.conv(x))
         # in place: saves the memory of one feature map

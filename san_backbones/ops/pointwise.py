@@ -102,10 +102,12 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor, limit: float | Non
 
 
 class _NormReLU(torch.autograd.Function):
-    """min(relu(weight (x - mean) / sqrt(var + eps) + bias), limit) of x (N, H, W, C)."""
+    """min(relu(weight (x - mean) / sqrt(var + eps) + bias), limit) of x (N, H, W, C), and x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, limit: float | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: Norm, weight: Tensor, bias: Tensor,
+                limit: float | None) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.batch_statistics, ctx.limit, ctx.dtype = norm.batch_statistics, limit, weight.dtype
         if norm.batch_statistics:
             values = x.numel() // x.shape[3]
@@ -118,19 +120,22 @@ class _NormReLU(torch.autograd.Function):
         inverse = torch.rsqrt(var + norm.eps)
         vectors = [y.float().contiguous() for y in (mean, *affine, inverse)]
         ctx.save_for_backward(x, *vectors)
-        return native.scale_shift_relu(x, *vectors[1:3], limit)
+        return native.scale_shift_relu(x, *vectors[1:3], limit), x
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        refuse_other_backward(gradients[0])
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        gradient, beside = gradients
+        if gradient is None:
+            return beside, None, None, None, None
+        refuse_other_backward(gradient)
         x, mean, scale, shift, inverse = ctx.saved_tensors
-        arguments = gradients[0], x, mean, scale, shift
+        arguments = gradient, x, mean, scale, shift
         d_bias, d_weight = native.scale_shift_relu_sums(*arguments, ctx.limit)
         d_weight = d_weight * inverse
         slopes = torch.zeros(2, x.shape[3]).to(mean)
         if ctx.batch_statistics:  # as mean and variance depend on x
             slopes = -scale * torch.stack([d_weight * inverse, d_bias]) / (x.numel() // x.shape[3])
-        d_x = native.scale_shift_relu_gradient(*arguments, *slopes.float(), ctx.limit)
+        d_x = native.scale_shift_relu_gradient(*arguments, *slopes.float(), ctx.limit, beside)
         return d_x, None, d_weight.to(ctx.dtype), d_bias.to(ctx.dtype), None
 
 
@@ -141,8 +146,11 @@ def serves_norm_relu(x: Tensor) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
 
 
-def norm_relu(x: Tensor, norm: Norm, limit: float | None = None) -> Tensor:
+def norm_relu(x: Tensor, norm: Norm, limit: float | None = None) -> tuple[Tensor, Tensor]:
     """min(relu(norm(x)), limit) in one operator, and its gradients in two passes over x.
+
+    It also returns x, for what else reads it, such as a residual connection: the gradient from there is then added in
+    one of the two passes, and not in a third.
 
     Args:
         x: (N, C, H, W), one that `serves_norm_relu` accepts.
@@ -151,7 +159,7 @@ def norm_relu(x: Tensor, norm: Norm, limit: float | None = None) -> Tensor:
         limit: Largest value of the output, None for any.
 
     Returns:
-        Like x.
+        Both like x.
 
     Raises:
         ValueError: x is another map, or the norm is of another number of channels.
@@ -165,4 +173,5 @@ def norm_relu(x: Tensor, norm: Norm, limit: float | None = None) -> Tensor:
             check_channels(f'{name} of the norm', y, x.shape[1], x)
     weight = torch.ones_like(x[0, :, 0, 0]) if norm.weight is None else norm.weight
     bias = torch.zeros_like(weight) if norm.bias is None else norm.bias
-    return _NormReLU.apply(x.permute(0, 2, 3, 1), norm, weight, bias, limit).permute(0, 3, 1, 2)
+    y, x = _NormReLU.apply(x.permute(0, 2, 3, 1), norm, weight, bias, limit)
+    return y.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)

@@ -1,4 +1,5 @@
 """The stem in one piece and relu(s x + t), against float64 modules."""
+import collections
 import copy
 import math
 
@@ -320,6 +321,40 @@ def test_norm_and_relu_on_any_number_of_threads():
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@needs_loops
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('used', ['both', 'the map', 'its norm'])
+def test_gradient_beside_a_norm(training, used, monkeypatch):
+    """Of x in x + f(relu(norm(x))), against modules in float64, and in no pass of its own."""
+    norm, x = _norm_and_map(training)
+    exact, wide = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
+    first, second = torch.randn(2, *x.shape).double()
+    factors = [first * (used != 'the map'), second * (used != 'its norm')]
+    expected, = torch.autograd.grad((torch.relu(exact(wide)) * factors[0] + wide * factors[1]).sum(), wide)
+    y, same = norms.norm_relu_beside(norm, activations.ReLU(), x)
+    assert torch.equal(same, x)
+    terms = dict(zip(('its norm', 'the map'), (y * first.float(), same * second.float())))
+    loss = sum(terms.values()) if used == 'both' else terms[used]
+    counts = collections.Counter()
+    plain = torch.ops.san_backbones.scale_shift_relu_gradient
+    monkeypatch.setattr(ops.native, 'scale_shift_relu_gradient',
+                        lambda *given: counts.update([given[-1] is not None]) or plain(*given))
+    found, = torch.autograd.grad(loss.sum(), x)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert counts == {'both': {True: 1}, 'the map': {}, 'its norm': {False: 1}}[used]
+
+
+@needs_loops
+def test_a_block_adds_the_gradient_of_its_residual_in_the_norm():
+    model = SAN('patchwise', depths=(1,), widths=(64,), kernel_sizes=(3,), stem_width=16).train()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()  # allocations once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+    maps = [event.input_shapes for event in profile.events()
+            if event.name in ('aten::add', 'aten::add_') and [2, 64, 16, 16] in event.input_shapes[:2]]
+    assert len(maps) == 1  # x + f(x), forwards
 
 
 @needs_loops

@@ -43,7 +43,7 @@ def sizes(name, task):
     if name == 'san_normed':
         maps, line = task.pixels * task.channels * FLOAT, task.channels * FLOAT
         lines = dict.fromkeys(('mean', 'scale', 'shift', 'by_x', 'by_one'), line)
-        return dict(x=maps, gradient=maps, d_x=maps, sums=task.slots * 2 * task.channels * 8, **lines)
+        return dict(x=maps, gradient=maps, beside=maps, d_x=maps, sums=task.slots * 2 * task.channels * 8, **lines)
     if name == 'san_stem':
         pooled = task.batch * (task.height // 2) * (task.width // 2) * task.out * FLOAT
         shape = (task.batch, task.inputs, task.height, task.width)
@@ -216,8 +216,8 @@ def results():
             found.append(ops.scale_shift_relu(torch.randn(70, width), torch.randn(width), torch.randn(width)))
     for pixels, training in (((2, 5, 7), True), ((1, 1, 3), False)):
         x = torch.randn(*pixels, 32).permute(0, 3, 1, 2).requires_grad_()
-        y = ops.norm_relu(x, ops.Norm(*torch.randn(4, 32).abs(), training, 0.1, 1e-5), 2.)
-        found += [y, torch.autograd.grad(y.sin().sum(), x)[0]]
+        y, same = ops.norm_relu(x, ops.Norm(*torch.randn(4, 32).abs(), training, 0.1, 1e-5), 2.)
+        found += [y, *(torch.autograd.grad(z.sum(), x, retain_graph=True)[0] for z in (y.sin(), y.sin() + same.cos()))]
     for inner, columns, int8 in ((3, 5, False), (20, 70, False), (530, 33, False), (65, 70, True), (530, 129, True)):
         project, x = ops.Linear(torch.randn(columns, inner), torch.randn(columns), int8), torch.randn(2, 5, 7, inner)
         first, last = (ops.ScaleShiftReLU(torch.randn(n), torch.randn(n), 2.) for n in (inner, columns))

@@ -231,6 +231,7 @@ def test_a_single_value_in_training(path):
     ('moments', {0: lambda x: x[..., :9]}, r'C a multiple of \d+, got \[2, 3, 4, 9\]'),
     ('moments', {0: lambda x: x.double()}, 'x must be a float32 tensor.*float64'),
     ('scale_shift_relu_gradient', {0: lambda x: x[:1]}, r'gradient must be a float32 tensor \[2, 3, 4, 16\] on cpu'),
+    ('scale_shift_relu_gradient', {8: lambda x: x[:1]}, r'beside must be a float32 tensor \[2, 3, 4, 16\] on cpu'),
     ('scale_shift_relu_gradient', {5: lambda x: x[:8]}, r'by_x must be a float32 tensor \[16\] on cpu'),
 ])
 def test_operators_around_the_attention(operator, changes, message):
@@ -239,7 +240,8 @@ def test_operators_around_the_attention(operator, changes, message):
                  'stem_backward': [torch.randn(2, 8, 3, 3), torch.randn(2, 3, 6, 7), torch.randn(8, 3), torch.randn(8),
                                    True],
                  'moments': [torch.randn(2, 3, 4, 16)],
-                 'scale_shift_relu_gradient': [*torch.randn(2, 2, 3, 4, 16), *torch.randn(5, 16), None]}[operator]
+                 'scale_shift_relu_gradient': [*torch.randn(2, 2, 3, 4, 16), *torch.randn(5, 16), None,
+                                               torch.randn(2, 3, 4, 16)]}[operator]
     for i, change in changes.items():
         arguments[i] = change(arguments[i])
     with pytest.raises(ValueError, match=message):

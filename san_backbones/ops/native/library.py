@@ -129,7 +129,7 @@ class Scaled(ctypes.Structure):
 class Normed(ctypes.Structure):
     """struct normed of pointwise.c."""
     _fields_ = [
-        *_int64('mode pixels channels'), *_pointers('x gradient mean scale shift by_x by_one d_x sums'),
+        *_int64('mode pixels channels'), *_pointers('x gradient beside mean scale shift by_x by_one d_x sums'),
         *_int64('slots'), ('limit', ctypes.c_float), *_int64('next failed'),
     ]
 

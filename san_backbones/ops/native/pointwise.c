@@ -142,9 +142,10 @@ enum { GROUP = 64 }; /* pixels whose sums are float32 */
 struct normed {
     int64_t mode, pixels, channels;      /* channels: a multiple of WIDTH */
     const float *x, *gradient;           /* of the output; both [pixels][channels] */
+    const float *beside;                 /* GRADIENT: what x gets from elsewhere, [pixels][channels], or NULL */
     const float *mean, *scale, *shift;   /* the norm is scale x + shift; each [channels], as the two below */
-    const float *by_x, *by_one;          /* GRADIENT: d_x = scale e + by_x (x - mean) + by_one, e being what of the
-                                            gradient passes the ReLU */
+    const float *by_x, *by_one;          /* GRADIENT: d_x = scale e + by_x (x - mean) + by_one + beside, e being what of
+                                            the gradient passes the ReLU */
     float *d_x;
     double *sums;                        /* [slots][2][channels]: of x and x * x, or of e and e (x - mean) */
     int64_t slots;
@@ -183,12 +184,15 @@ INLINE void sum_group(const struct normed *t, const enum normed_mode mode, int64
     }
 }
 
-INLINE void normed_gradient(const struct normed *t, int64_t begin, int64_t end) {
+INLINE void normed_gradient(const struct normed *t, const int beside, int64_t begin, int64_t end) {
     const struct normed n = *t;
     for (int64_t p = begin; p < end; p++)
-        for (int64_t c = 0, i = p * n.channels; c < n.channels; c += WIDTH, i += WIDTH)
-            *(vec *)(n.d_x + i) = at(n.scale + c) * passes(&n, at(n.x + i), at(n.gradient + i), c) +
-                                  at(n.by_x + c) * (at(n.x + i) - at(n.mean + c)) + at(n.by_one + c);
+        for (int64_t c = 0, i = p * n.channels; c < n.channels; c += WIDTH, i += WIDTH) {
+            vec sum = at(n.scale + c) * passes(&n, at(n.x + i), at(n.gradient + i), c) +
+                      at(n.by_x + c) * (at(n.x + i) - at(n.mean + c)) + at(n.by_one + c);
+            if (beside) sum += at(n.beside + i);
+            *(vec *)(n.d_x + i) = sum;
+        }
 }
 
 /* Works on slots, each a fixed share of the pixels, until none is left. */
@@ -204,7 +208,8 @@ static void work_normed(void *argument) {
         if (slot >= t->slots) break;
         const int64_t begin = t->pixels * slot / t->slots, end = t->pixels * (slot + 1) / t->slots;
         double *sums = t->sums + 2 * slot * t->channels;
-        if (t->mode == GRADIENT) normed_gradient(t, begin, end);
+        if (t->mode == GRADIENT && t->beside) normed_gradient(t, 1, begin, end);
+        else if (t->mode == GRADIENT) normed_gradient(t, 0, begin, end);
         for (int64_t p = begin, last; t->mode != GRADIENT && p < end; p = last) {
             last = p + GROUP < end ? p + GROUP : end;
             if (t->mode == MOMENTS) sum_group(t, MOMENTS, p, last, group, sums);

@@ -18,6 +18,7 @@ SLOTS = 64
 # in operators torch 2.6 takes neither list[Tensor] nor float | None
 _Outputs = typing.List[Tensor]  # noqa: UP006
 _Number = typing.Optional[float]  # noqa: UP045
+_Map = typing.Optional[Tensor]  # noqa: UP045
 
 
 def _check(image: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -163,13 +164,13 @@ MOMENTS, GRADIENT_SUMS, GRADIENT = range(3)  # modes of struct normed
 
 
 def _normed(mode: int, x: Tensor, limit: float | None, **tensors: Tensor) -> Tensor:
-    """Runs san_normed on x (N, H, W, C), with a gradient of its shape and vectors (C,): the sums, or the gradient."""
+    """Runs san_normed on x (N, H, W, C), with gradients of its shape and vectors (C,): the sums, or the gradient."""
     need(x=x, **tensors)
     if x.dim() != 4 or x.shape[3] == 0 or x.shape[3] % library.width():
         raise ValueError(f'x must be (N, H, W, C) with C a multiple of {library.width()}, got {list(x.shape)}')
     check_shape('x', x, tuple(x.shape), x, torch.float32)
     for name, y in tensors.items():
-        check_shape(name, y, tuple(x.shape) if name == 'gradient' else (x.shape[3],), x, torch.float32)
+        check_shape(name, y, tuple(x.shape) if name in ('gradient', 'beside') else (x.shape[3],), x, torch.float32)
     kept = {name: y.contiguous() for name, y in dict(tensors, x=x).items()}
     output = torch.empty_like(kept['x']) if mode == GRADIENT else x.new_zeros(SLOTS, 2, x.shape[3], dtype=torch.float64)
     kept['d_x' if mode == GRADIENT else 'sums'] = output
@@ -206,9 +207,11 @@ def scale_shift_relu_sums(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tens
 
 @torch.library.custom_op('san_backbones::scale_shift_relu_gradient', mutates_args=(), device_types='cpu')
 def scale_shift_relu_gradient(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, by_x: Tensor,
-                              by_one: Tensor, limit: _Number) -> Tensor:
-    """scale e + by_x (x - mean) + by_one, with e as above: (N, H, W, C)."""
-    return _normed(GRADIENT, x, limit, gradient=gradient, mean=mean, scale=scale, shift=shift, by_x=by_x, by_one=by_one)
+                              by_one: Tensor, limit: _Number, beside: _Map = None) -> Tensor:
+    """scale e + by_x (x - mean) + by_one + beside, with e as above, beside as x or nothing: (N, H, W, C)."""
+    also = {} if beside is None else dict(beside=beside)
+    return _normed(GRADIENT, x, limit, gradient=gradient, mean=mean, scale=scale, shift=shift, by_x=by_x, by_one=by_one,
+                   **also)
 
 
 @moments.register_fake
