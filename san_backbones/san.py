@@ -683,11 +683,12 @@ default_cfgs = generate_default_cfgs({
        for name in DEPTHS for attention in ('pairwise', 'patchwise')},
     # the patchwise models, the more accurate ones
     **{f'{name}.in1k': _cfg(hf_hub_id=f'{hub.ORGANISATION}/{name}_patchwise.in1k') for name in DEPTHS},
-    # learned from a trained network on pictures without labels; ships with the package
-    'san10_patchwise.distilled': _cfg(
-        hf_hub_id=f'{hub.ORGANISATION}/san10_patchwise.distilled', input_size=(3, 64, 64), pool_size=(2, 2),
+    # learned from a trained network on pictures without labels; these ship with the package
+    **{f'san10_{attention}.distilled': _cfg(
+        hf_hub_id=f'{hub.ORGANISATION}/san10_{attention}.distilled', input_size=(3, 64, 64), pool_size=(2, 2),
         crop_pct=1., interpolation='bicubic', license='apache-2.0', origin_url=None,
-        description='distilled from EfficientNet-Lite0 on small photographs without labels'),
+        description='distilled from EfficientNet-Lite0 on small photographs without labels')
+       for attention in ('pairwise', 'patchwise')},
     'test_san_pairwise.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
     # classifies the demo's shapes; ships with the package
     'test_san_patchwise.shapes': _cfg(

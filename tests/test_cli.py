@@ -112,7 +112,8 @@ class TestList:
         manifest = json.loads((ROOT / 'weights/manifest.json').read_text())['models']
         assert {f'{name}.in1k': model['parameters'] for name, model in found.items() if '.' not in name} == {
             name: entry['parameters'] for name, entry in manifest.items() if name.endswith('.in1k')}
-        assert [model['name'] for model in data('list', '*.distilled')] == ['san10_patchwise.distilled']
+        assert [model['name'] for model in data('list', '*.distilled')] == [
+            'san10_pairwise.distilled', 'san10_patchwise.distilled']
 
     def test_finds_weights(self, monkeypatch, tmp_path):
         folder = tmp_path / 'weights'
@@ -130,7 +131,7 @@ class TestList:
             san10='not here', san10_pairwise='folder', san10_patchwise='not here', san15='folder',
             san15_pairwise='not here', san15_patchwise='folder', san19='not here', san19_pairwise='hub cache',
             san19_patchwise='not here', test_san_pairwise='none', test_san_patchwise='shipped',
-            **{'san10_patchwise.distilled': 'shipped'})
+            **{'san10_pairwise.distilled': 'shipped', 'san10_patchwise.distilled': 'shipped'})
 
         (folder / 'san10_pairwise.in1k.safetensors').write_bytes(b'nonsense')
         broken = run('list', '--json', code=1)

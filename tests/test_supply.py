@@ -167,7 +167,7 @@ def test_an_installation_runs_the_compiler_and_nothing_else(tmp_path):
     wheel, = (source / 'dist').glob('*.whl')
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
-    for shipped in ('test_san_patchwise.shapes', 'san10_patchwise.distilled'):
+    for shipped in ('test_san_patchwise.shapes', 'san10_pairwise.distilled', 'san10_patchwise.distilled'):
         assert f'san_backbones/.weights/{shipped}/{hub.FILENAME}' in names
     assert wheel.stat().st_size < 40e6
     assert not [name for name in names if name.endswith(('.pth', '.so', '.pkl', '.bin')) or '.data/' in name]

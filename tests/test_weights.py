@@ -405,17 +405,19 @@ def test_adapting_to_other_classes_and_channels():
     assert torch.equal(features.stages_2.conv.weight, state['stages.2.conv.weight'])
 
 
-def test_distilled_weights_load_offline(monkeypatch):
+@pytest.mark.parametrize('architecture', ['san10_patchwise', 'san10_pairwise'])
+def test_distilled_weights_load_offline(architecture, monkeypatch):
     """By every road, in half precision, and none takes them without being asked by name."""
     _point_at(monkeypatch, 'http://127.0.0.1:9')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    name = 'san10_patchwise.distilled'
-    assert name in timm.list_pretrained('san10_patchwise*')
+    name = f'{architecture}.distilled'
+    assert name in timm.list_pretrained(f'{architecture}*')
     path = hub.find_local(name)
     state, entry = load_file(path), hub.manifest()[name]
     assert hub.digest(path) == entry['sha256']
     assert {tensor.dtype for tensor in state.values() if tensor.dim() > 1} == {torch.float16}
     assert {tensor.dtype for tensor in state.values() if tensor.dim() == 1} == {torch.float32}
+    assert all(torch.equal(tensor.bfloat16(), tensor) for tensor in state.values() if tensor.dim() > 1)
     assert sum(file.stat().st_size for file in path.parent.iterdir()) < 30e6
     model = timm.create_model(name, pretrained=True).eval()
     assert model.num_classes == 1000 and sum(p.numel() for p in model.parameters()) == entry['parameters']
@@ -430,7 +432,7 @@ def test_distilled_weights_load_offline(monkeypatch):
         assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
     with open(path.parent / 'config.json') as file:
         assert json.load(file)['model_args']['relu_bound'] == 6.
-    assert timm.get_pretrained_cfg('san10_patchwise').hf_hub_id.endswith('san10_patchwise.in1k')
+    assert timm.get_pretrained_cfg(architecture).hf_hub_id.endswith(f'{architecture}.in1k')
 
 
 def test_shipped_weights_of_a_package_in_an_archive(tmp_path):

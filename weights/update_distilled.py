@@ -10,9 +10,11 @@ import argparse
 import csv
 import json
 import pathlib
+import tempfile
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from san_backbones.weights.convert import convert
 
@@ -22,7 +24,7 @@ TEXT = """\
 A SAN10 that learnt from a trained network what 35,705 small photographs show, without labels, on one thread of a busy
 processor: {pictures} views of {pixels} pixels, in {hours:.1f} hours. It is meant as a beginning for trainings of your
 own, where random weights are all there is else; the table below says how far that is true. It is **no replacement for
-weights that were trained on ImageNet** (`san10_patchwise.in1k`: 77.1 % top-1 in the paper), and no classifier to rely
+weights that were trained on ImageNet** (`{architecture}.in1k`: {paper} % top-1 in the paper), and no classifier to rely
 on.
 
 ## Training
@@ -31,7 +33,8 @@ on.
 divergence of the logits, and the teacher's features at strides 8, 16, 32 and in front of its classifier, which the
 student took over. The photographs are 23,987 of 100 ImageNet classes at 84 pixels, 9,025 of ten breeds of dogs and
 2,693 of COCO; nobody's labels were used. ImageNet's pictures are for research; whether that binds weights is for you to
-judge. The weights are averages over steps, matrices in half precision.
+judge. The weights are averages over steps; matrices are rounded to bfloat16 and kept in float16, so that they pack
+smaller.
 
 | setting | |
 | --- | --- |
@@ -49,11 +52,12 @@ kNN and linear are of Imagenette's 400 validation pictures with 1,000 to learn f
 """
 
 
-def scores(pictures):
+def scores(model, pictures):
     """The rows of transfer.csv for these weights, random ones and the teacher."""
     path = ROOT / 'benchmarks' / 'results' / 'transfer.csv'
     rows = list(csv.DictReader(path.open(newline=''))) if path.exists() else []
-    rows = [row for row in rows if row['pictures'] in ('', '0', str(pictures))]
+    rows = [row for row in rows if row['pictures'] == '' or row['network'].startswith(f'{model}, ')
+            and row['pictures'] in ('0', str(pictures))]
     if not any(row['pictures'] == str(pictures) for row in rows):
         return 'Nobody has measured these weights.'
     lines = ['| network | pixels | top-1 | top-5 | top-1, seen / others | kNN | linear |', '| --- ' * 7 + '|']
@@ -81,15 +85,21 @@ def main():
     log = [line for line in log if line['pictures'] <= pictures] or log
     pictures += options.before
     settings = about['settings']
-    name = f'{options.model}.distilled'
-    text = TEXT.format(
-        name=name, pictures=f'{pictures:,}', hours=log[-1]['seconds'] / 3600 + options.hours, scores=scores(pictures),
-        pixels=' and '.join(dict.fromkeys(str(size['pixels']) for size in settings['sizes'])),
-        settings='\n'.join(f'| `{key}` | {json.dumps(value)} |' for key, value in settings.items()))
-    done = convert(weights, options.model, ROOT / 'weights' / name, tag='distilled', license='apache-2.0', text=text,
-                   half=True, force=True)
     path = ROOT / 'weights' / 'manifest.json'
     manifest = json.loads(path.read_text())
+    name = f'{options.model}.distilled'
+    text = TEXT.format(
+        name=name, architecture=options.model, paper=manifest['models'][f'{options.model}.in1k']['paper_top1'],
+        pictures=f'{pictures:,}',
+        hours=log[-1]['seconds'] / 3600 + options.hours, scores=scores(options.model, pictures),
+        pixels=' and '.join(dict.fromkeys(str(size['pixels']) for size in settings['sizes'])),
+        settings='\n'.join(f'| `{key}` | {json.dumps(value)} |' for key, value in settings.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        rounded = pathlib.Path(folder) / weights.name
+        save_file({key: tensor.bfloat16().to(tensor.dtype) if tensor.dim() > 1 else tensor
+                   for key, tensor in load_file(weights).items()}, rounded)
+        done = convert(rounded, options.model, ROOT / 'weights' / name, tag='distilled', license='apache-2.0',
+                       text=text, half=True, force=True)
     parameters = sum(tensor.numel() for key, tensor in torch.load(
         options.run / 'last.pt', map_location='cpu', weights_only=True)['student'].items()
         if key.startswith('model.') and not key.endswith(('running_mean', 'running_var', 'tracked', 'bound')))

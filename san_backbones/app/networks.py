@@ -12,7 +12,7 @@ from ..attention_maps import find_network
 
 __all__ = ['Choice', 'Network', 'choices', 'given', 'of_predictor']
 
-SHIPPED = ('san10_patchwise.distilled', 'test_san_patchwise.shapes')
+SHIPPED = ('san10_patchwise.distilled', 'san10_pairwise.distilled', 'test_san_patchwise.shapes')
 
 
 class Network(NamedTuple):
@@ -45,13 +45,20 @@ def given(name: str, weights: pathlib.Path | None = None, random: bool = False) 
                    f'model = timm.create_model({name!r}, pretrained=True{overlay}).eval()')
 
 
-def _counterpart(name: str) -> str | None:
-    """The network of the other form: 'san10_pairwise' for 'san10_patchwise.distilled'."""
-    plain = name.partition('.')[0]
-    for one, other in (('pairwise', 'patchwise'), ('patchwise', 'pairwise')):
-        if plain.endswith(one):
-            return plain.removesuffix(one) + other
-    return None
+def _counterpart(name: str) -> Choice | None:
+    """The network of the other form: with weights of the same tag if they are at hand, with those of the paper, or
+    untrained.
+    """
+    plain, _, tag = name.partition('.')
+    series, _, form = plain.rpartition('_')
+    others = {'pairwise': 'patchwise', 'patchwise': 'pairwise'}
+    if form not in others:
+        return None
+    other = f'{series}_{others[form]}'
+    for full, short in ((f'{other}.{tag}', f'{other}.{tag}'), (f'{other}.in1k', other)):
+        if full in hub.manifest() and hub.find_local(full) is not None:
+            return Choice(short, functools.cache(functools.partial(given, short)))
+    return Choice(f'{other}, untrained', functools.cache(functools.partial(given, other, random=True)))
 
 
 def choices(first: Network, name: str) -> list[Choice]:
@@ -65,9 +72,7 @@ def choices(first: Network, name: str) -> list[Choice]:
     found = {first.name: Choice(first.name, lambda: first)}
     other = _counterpart(name)
     if other is not None:
-        trained = f'{other}.in1k' in hub.manifest() and hub.find_local(f'{other}.in1k') is not None
-        label = other if trained else f'{other}, untrained'
-        found.setdefault(label, Choice(label, functools.cache(lambda: given(other, random=not trained))))
+        found.setdefault(other.name, other)
     for shipped in SHIPPED:
         if shipped not in found and hub.find_local(shipped) is not None:
             found[shipped] = Choice(shipped, functools.cache(lambda name=shipped: given(name)))

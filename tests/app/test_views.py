@@ -122,13 +122,14 @@ def test_networks(tmp_path):
 def test_choices(monkeypatch):
     first = networks.given('test_san_patchwise')
     names = ['test_san_patchwise', 'test_san_pairwise, untrained', 'san10_patchwise.distilled',
-             'test_san_patchwise.shapes']
+             'san10_pairwise.distilled', 'test_san_patchwise.shapes']
     found = networks.choices(first, 'test_san_patchwise')
     assert [choice.name for choice in found] == names
     assert found[0].load() is first and found[1].load().untrained and found[1].load() is found[1].load()
     distilled = networks.choices(first._replace(name='san10_patchwise.distilled'), 'san10_patchwise.distilled')
     assert [choice.name for choice in distilled] == [
-        'san10_patchwise.distilled', 'san10_pairwise, untrained', 'test_san_patchwise.shapes']
+        'san10_patchwise.distilled', 'san10_pairwise.distilled', 'test_san_patchwise.shapes']
+    assert not distilled[1].load().untrained
     monkeypatch.setattr('san_backbones.hub.find_local', lambda name: name)
     assert networks.choices(first, 'san10_patchwise')[1].name == 'san10_pairwise'
 

@@ -299,13 +299,14 @@ def test_weights_of_three_channels_as_they_are(tmp_path, monkeypatch):
         small(init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights()
 
 
-def test_distilled_weights_by_name(monkeypatch):
+@pytest.mark.parametrize('model', ['san10_patchwise', 'san10_pairwise'])
+def test_distilled_weights_by_name(model, monkeypatch):
     """They ship: `init_cfg` finds them offline, with their bound."""
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    backbone = SANBackbone('san10_patchwise', relu_bound=None, init_cfg=dict(
-        type='Pretrained', checkpoint='hf-hub:san-backbones/san10_patchwise.distilled')).eval()
+    backbone = SANBackbone(model, relu_bound=None, init_cfg=dict(
+        type='Pretrained', checkpoint=f'hf-hub:san-backbones/{model}.distilled')).eval()
     backbone.init_weights()
-    model = timm.create_model('san10_patchwise.distilled', pretrained=True).eval()
+    expected = timm.create_model(f'{model}.distilled', pretrained=True).eval()
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(backbone(image)[-1], model.forward_features(image))
+        torch.testing.assert_close(backbone(image)[-1], expected.forward_features(image))
