@@ -124,7 +124,7 @@ def learning(path):
 def transfer(path):
     """Draws scores against pictures seen in the distillation; random weights and teachers as horizontal lines."""
     rows = [row for row in read(path) if row['size'] == '64' and not row['network'].endswith(('int8', 'bfloat16'))]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.6))
     for axis, column, label in zip(axes, ('top1', 'knn'), ('zero-shot top-1, %', 'kNN on Imagenette, %')):
         for name in dict.fromkeys(row['network'] for row in rows):
             some = sorted((float(row['pictures'] or 0), float(row[column])) for row in rows
@@ -138,8 +138,8 @@ def transfer(path):
         axis.set_ylabel(label)
         axis.spines[['top', 'right']].set_visible(False)
         axis.set_ylim(0)
-    axes[1].legend(fontsize=8, frameon=False)
-    finish(figure, path.with_suffix('.png'), rows[0]['machine'])
+    axes[1].legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
+    finish(figure, path.with_suffix('.png'), '; '.join(dict.fromkeys(row['machine'] for row in rows)))
 
 
 def extract(path):
