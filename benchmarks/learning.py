@@ -36,7 +36,8 @@ BACKBONES = {
     # the teacher of the distilled weights, as a ceiling; benchmarks/teachers.py writes its weights
     'tf_efficientnet_lite0': dict(type='mmseg.TIMMBackbone', model_name='tf_efficientnet_lite0', pretrained=False,
                                   out_indices=(1, 2, 3, 4)),
-    **{arch: dict(type='SANBackbone', arch=arch) for arch in ('san15_patchwise', 'san15_pairwise', 'san10_patchwise')},
+    **{arch: dict(type='SANBackbone', arch=arch)
+       for arch in ('san15_patchwise', 'san15_pairwise', 'san10_patchwise', 'san10_pairwise')},
 }
 CHANNELS = {'tf_efficientnet_lite0': [24, 40, 112, 320]}  # the others have those of a ResNet-50
 
