@@ -405,8 +405,8 @@ def test_adapting_to_other_classes_and_channels():
     assert torch.equal(features.stages_2.conv.weight, state['stages.2.conv.weight'])
 
 
-@pytest.mark.parametrize('architecture', ['san10_patchwise', 'san10_pairwise'])
-def test_distilled_weights_load_offline(architecture, monkeypatch):
+@pytest.mark.parametrize('architecture, bound', [('san10_patchwise', 6.), ('san10_pairwise', None)])
+def test_distilled_weights_load_offline(architecture, bound, monkeypatch):
     """By every road, in half precision, and none takes them without being asked by name."""
     _point_at(monkeypatch, 'http://127.0.0.1:9')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
@@ -422,7 +422,7 @@ def test_distilled_weights_load_offline(architecture, monkeypatch):
     model = timm.create_model(name, pretrained=True).eval()
     assert model.num_classes == 1000 and sum(p.numel() for p in model.parameters()) == entry['parameters']
     assert all(torch.equal(tensor, state[key].to(tensor.dtype)) for key, tensor in model.state_dict().items())
-    assert {block.act1.limit for stage in model.stages for block in stage.blocks} == {6.}
+    assert {block.act1.limit for stage in model.stages for block in stage.blocks} == {bound}
     other = timm.create_model(name, pretrained=True, num_classes=10)
     assert other.head.fc.weight.shape == (10, 2048) and torch.equal(other.stem.conv.weight, model.stem.conv.weight)
     features = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)).eval()
@@ -431,7 +431,7 @@ def test_distilled_weights_load_offline(architecture, monkeypatch):
         torch.testing.assert_close(features(x)[-1], model.forward_features(x))
         assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
     with open(path.parent / 'config.json') as file:
-        assert json.load(file)['model_args']['relu_bound'] == 6.
+        assert json.load(file)['model_args']['relu_bound'] == (bound or 0)
     assert timm.get_pretrained_cfg(architecture).hf_hub_id.endswith(f'{architecture}.in1k')
 
 

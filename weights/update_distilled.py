@@ -48,8 +48,13 @@ Zero-shot is the classifier's top-1 and top-5 on one photograph each of 990 clas
 are those of the classes that its photographs show, `others` the rest, which it knows by the teacher's answers alone.
 kNN and linear are of Imagenette's 400 validation pictures with 1,000 to learn from. By `benchmarks/transfer.py`.
 
-`timm.create_model('{name}', pretrained=True)` takes these weights out of the installed package.
+`timm.create_model('{name}', pretrained=True)` takes these weights out of the installed package.{positions}
 """
+
+POSITIONS = """
+
+In MMEngine configs give the backbone `position_ref_size={pixels}` beside these weights: the steps of its coordinates
+are then those of training, at every size. `SANBackbone`'s own value, 224, is for weights of ImageNet."""
 
 
 def scores(model, pictures):
@@ -93,6 +98,7 @@ def main():
         pictures=f'{pictures:,}',
         hours=log[-1]['seconds'] / 3600 + options.hours, scores=scores(options.model, pictures),
         pixels=' and '.join(dict.fromkeys(str(size['pixels']) for size in settings['sizes'])),
+        positions=POSITIONS.format(pixels=settings['sizes'][-1]['pixels']) if 'pairwise' in options.model else '',
         settings='\n'.join(f'| `{key}` | {json.dumps(value)} |' for key, value in settings.items()))
     with tempfile.TemporaryDirectory() as folder:
         rounded = pathlib.Path(folder) / weights.name

@@ -303,7 +303,7 @@ def test_weights_of_three_channels_as_they_are(tmp_path, monkeypatch):
 def test_distilled_weights_by_name(model, monkeypatch):
     """They ship: `init_cfg` finds them offline, with their bound."""
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    backbone = SANBackbone(model, relu_bound=None, init_cfg=dict(
+    backbone = SANBackbone(model, relu_bound=None, position_ref_size=None, init_cfg=dict(
         type='Pretrained', checkpoint=f'hf-hub:san-backbones/{model}.distilled')).eval()
     backbone.init_weights()
     expected = timm.create_model(f'{model}.distilled', pretrained=True).eval()
