@@ -58,7 +58,7 @@ def _small(**kwargs):
 def _run(code, *arguments, **environment):
     """Python code in a process of its own, with what it printed last as JSON."""
     done = subprocess.run([sys.executable, '-c', code, *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+                          env={**os.environ, **environment, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
