@@ -48,6 +48,8 @@ def started(backbone, weights):
     if weights and cfg['type'] == 'SANBackbone':
         checkpoint = f'hf-hub:san-backbones/{backbone}.distilled' if weights == 'distilled' else weights
         cfg['init_cfg'] = dict(type='Pretrained', checkpoint=checkpoint)
+        if weights == 'distilled':
+            cfg['position_ref_size'] = 64  # they learnt at 64 pixels; the patchwise form has no positions
     elif weights:
         cfg.update(pretrained=True, pretrained_cfg_overlay=dict(file=weights, hf_hub_id=None, url=None))
     return cfg
