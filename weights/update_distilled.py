@@ -53,8 +53,8 @@ kNN and linear are of Imagenette's 400 validation pictures with 1,000 to learn f
 
 POSITIONS = """
 
-In MMEngine configs give the backbone `position_ref_size={pixels}` beside these weights: the steps of its coordinates
-are then those of training, at every size. `SANBackbone`'s own value, 224, is for weights of ImageNet."""
+In MMEngine configs, as below, `position_ref_size={pixels}` beside these weights makes the steps of the coordinates
+those of training, at every size. `SANBackbone`'s own value, 224, is for weights of ImageNet."""
 
 
 def scores(model, pictures):

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
-from timm.models import adapt_input_conv
+from timm.models import adapt_input_conv, get_pretrained_cfg, is_model_pretrained
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import hub, san
@@ -47,6 +47,15 @@ def _norm_layer(norm_cfg: dict[str, Any] | None):
         return norm.train()
 
     return make
+
+
+def _side_in_training(checkpoint: str) -> int | None:
+    """Returns the side of the pictures that a checkpoint learnt at, if its name or folder is that of known weights."""
+    for part in re.split(r'[/\\@:]', checkpoint):
+        name = part.removesuffix('.safetensors')
+        if '.' in name and is_model_pretrained(name) and (cfg := get_pretrained_cfg(name)) is not None:
+            return cfg.input_size[-1]
+    return None
 
 
 class SANBackbone(BaseModule):
@@ -129,6 +138,7 @@ class SANBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.in_channels = in_channels
+        self.position_ref_size = position_ref_size
         net.set_grad_checkpointing(with_cp)
         if not isinstance(ceil_mode, bool):
             raise TypeError(f'ceil_mode must be True or False, got {ceil_mode!r}')
@@ -239,6 +249,12 @@ class SANBackbone(BaseModule):
                 "the checkpoint was made for, or its 'prefix' in init_cfg if the weights sit under one.")
         self.load_state_dict(state_dict)
         MMLogger.get_current_instance().info(f'SANBackbone: loaded {len(state_dict)} tensors from {checkpoint}')
+        side = _side_in_training(checkpoint)
+        if self.position_ref_size is not None and side not in (None, self.position_ref_size) \
+                and any('.attn.position.' in name for name in state_dict):
+            MMLogger.get_current_instance().warning(
+                f'SANBackbone: {checkpoint} learnt at {side} pixels, and position_ref_size={self.position_ref_size} '
+                f'gives its coordinates another step; set position_ref_size={side}')
 
     def _keep_built(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Drops the classifier and the stages after the last output, which are not built."""

@@ -177,6 +177,7 @@ def own(
         options: dict[str, Any],
         license: str | None,
         text: str | None,
+        side: int | None,
 ) -> str:
     """Returns the card of weights that were trained with this package.
 
@@ -189,6 +190,7 @@ def own(
         options: Arguments that differ from the architecture's own.
         license: As the Hub spells it, or None.
         text: Markdown about the weights, or None.
+        side: Of the pictures in training, for the steps of SANBackbone's coordinates; None if there are none.
     """
     task = 'image-classification' if num_classes else 'image-feature-extraction'
     settings = ', '.join(f'`{key}={value!r}`' for key, value in options.items())
@@ -205,5 +207,5 @@ def own(
 [Exploring Self-attention for Image Recognition]({PAPER}) (Zhao, Jia, Koltun, CVPR 2020).
 SHA-256 of the checkpoint that was exported: `{source_sha256}`.
 
-{usage(architecture, repository, num_classes, options)}
+{usage(architecture, repository, num_classes, {**({'position_ref_size': side} if side else {}), **options})}
 {CITATION}"""

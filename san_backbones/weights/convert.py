@@ -460,9 +460,15 @@ def convert(
         weights = serialise(to_half(tensors, source) if half else tensors)
     sha256 = hashlib.sha256(weights).hexdigest()
     repository = repository or hub.repository(name)
-    readme = card.released(name, known, repository, source_sha256, sha256) if authors else card.own(
-        name, architecture, repository, source_sha256, net.num_classes, options, license, text)
-    write(out, {'README.md': readme.encode(), 'config.json': config_json(net, data_options), hub.FILENAME: weights},
+    config = config_json(net, data_options)
+    if authors:
+        readme = card.released(name, known, repository, source_sha256, sha256)
+    else:
+        side = {**net.pretrained_cfg, **data_options}['input_size'][-1]
+        own_steps = side != MM_POSITION_REF_SIZE and any('.attn.position.' in key for key in tensors)
+        readme = card.own(name, architecture, repository, source_sha256, net.num_classes, options, license, text,
+                          side if own_steps else None)
+    write(out, {'README.md': readme.encode(), 'config.json': config, hub.FILENAME: weights},
           force)
     return Converted(out, name, source_sha256, sha256, authors, tuple(notes))
 

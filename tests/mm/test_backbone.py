@@ -1,4 +1,6 @@
 """SANBackbone: shapes, freezing, norms, checkpoints and arguments."""
+import shutil
+
 import pytest
 
 pytest.importorskip('mmengine', reason='needs the mm extra')
@@ -297,6 +299,29 @@ def test_weights_of_three_channels_as_they_are(tmp_path, monkeypatch):
     torch.save(small(in_channels=4).state_dict(), path)
     with pytest.raises(RuntimeError, match=r'stem.conv.weight \[16, 4, 1, 1\] instead of \[16, 3, 1, 1\]'):
         small(init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights()
+
+
+@pytest.mark.parametrize('model, ref, told', [
+    ('san10_pairwise', 224, True), ('san10_pairwise', 64, False), ('san10_pairwise', None, False),
+    ('san10_patchwise', 224, False)])
+@pytest.mark.parametrize('by', ['name', 'folder', 'file'])
+def test_positions_of_the_size_that_weights_learnt_at(model, ref, told, by, tmp_path, monkeypatch):
+    """The pairwise form's coordinates, of a backbone that is built for 224 pixels; the patchwise form has none."""
+    from mmengine.logging import MMLogger
+
+    from san_backbones import hub
+    said = []
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'warning', said.append)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    file = hub.weights(f'san-backbones/{model}.distilled')
+    if by == 'file':
+        file = shutil.copy(file, tmp_path / f'{model}.distilled.safetensors')
+    checkpoint = f'hf-hub:san-backbones/{model}.distilled' if by == 'name' else str(file)
+    SANBackbone(model, position_ref_size=ref, init_cfg=dict(
+        type='Pretrained', checkpoint=checkpoint)).init_weights()
+    assert [line for line in said if 'position_ref_size' in line] == [
+        f'SANBackbone: {checkpoint} learnt at 64 pixels, and position_ref_size=224 gives its coordinates another step; '
+        'set position_ref_size=64'] * told
 
 
 @pytest.mark.parametrize('model', ['san10_patchwise', 'san10_pairwise'])

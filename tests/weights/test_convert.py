@@ -599,6 +599,19 @@ def test_a_backbone_of_openmmlab(tmp_path, capsys):
             assert torch.equal(found, right)
 
 
+@pytest.mark.parametrize('architecture, data, said', [
+    ('san10_pairwise', ('--data-option', 'input_size=3,96,96'), True),  # SANBackbone would take 224
+    ('san10_pairwise', (), False),  # its own value
+    ('san10_patchwise', ('--data-option', 'input_size=3,96,96'), False),  # no positions
+])
+def test_the_side_in_training_is_in_the_card(architecture, data, said, tmp_path):
+    source, out = tmp_path / 'last.pth', tmp_path / 'out'
+    torch.save(own(architecture, **SMALL).state_dict(), source)
+    assert run(source, '--model', architecture, '--out', out, *words_of(SMALL), *data) == 0
+    card = (out / 'README.md').read_text()
+    assert ('        position_ref_size=96,\n' in card) == said and ('position_ref_size' in card) == said
+
+
 def test_what_was_converted_converts_again(released, manifest, tmp_path):
     options = ('--model', 'test_san_patchwise', '--manifest', manifest)
     assert run(released('test_san_patchwise'), *options, '--out', tmp_path / 'a') == 0
