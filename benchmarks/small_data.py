@@ -91,7 +91,12 @@ VARIANTS = {
 }
 
 
+KERNELS = ('kernel', 'impulse', 'flat-noise')  # a bias of gamma that is a kernel, which the pairwise form has not
+
+
 def make(name, variant, classes, **options):
+    if variant in KERNELS and 'patchwise' not in name:
+        raise SystemExit(f'--variants {variant} is of the patchwise form, whose gamma makes kernels; got {name}')
     if variant != 'package':
         options['zero_init_last'] = False
     model = timm.create_model(name, num_classes=classes, **options)

@@ -77,7 +77,8 @@ def variations(model, options):
     asked = dict(relation=[name for name in options.relations if name in RELATIONS[kind]],
                  footprint=options.footprints, option=options.options,
                  position=options.positions if kind == 'pairwise' else [],
-                 variant=options.variants, undecayed=options.undecayed)
+                 variant=[name for name in options.variants if kind == 'patchwise' or name not in small_data.KERNELS],
+                 undecayed=options.undecayed)
     found = [first] + [first | {what: value} for what, values in asked.items() for value in values]
     return [change for i, change in enumerate(found) if change not in found[:i]]
 
@@ -374,7 +375,7 @@ def parse():
     parser.add_argument('--options', nargs='+', default=[], metavar='NAME=VALUE',
                         help='other options of SANs, one at a time, as stem=patch drop_path_rate=.1')
     parser.add_argument('--variants', nargs='+', default=[], choices=small_data.VARIANTS,
-                        help='other initialisations, those of small_data.py')
+                        help='other initialisations, those of small_data.py; kernels are of the patchwise form')
     parser.add_argument('--undecayed', nargs='+', default=[], metavar='PATTERN',
                         help='no weight decay on parameters whose name matches, as weight_mlp, which is gamma')
     parser.add_argument('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32')

@@ -156,16 +156,22 @@ def test_all_of_an_ablation(run, monkeypatch):
         return key | dict(top1='0', train_loss='0', steepest='0', held_out='0', seconds='0', machine='')
     monkeypatch.setattr(table, 'train', train)
     run('--models', 'test_san_pairwise', 'test_san_patchwise', 'resnet10t', '--relations', '--footprints',
-        '--positions')
+        '--positions', '--variants', 'kernel', 'torch')
     changes = {model: [table.changed({name: str(value) for name, value in key.items()}) for key in asked
                        if key['model'] == model] for model in dict.fromkeys(key['model'] for key in asked)}
     footprints = [f'footprint {k}' for k in (3, 5, 9, 11)]
     assert changes == {
         'test_san_pairwise': ['', *(f'relation {name}' for name in ops.PAIRWISE_RELATIONS if name != 'subtraction'),
-                              *footprints, 'position absolute', 'position none'],
+                              *footprints, 'position absolute', 'position none', 'variant torch'],
         'test_san_patchwise': [
-            '', *(f'relation {name}' for name in ops.PATCHWISE_RELATIONS if name != 'concatenation'), *footprints],
+            '', *(f'relation {name}' for name in ops.PATCHWISE_RELATIONS if name != 'concatenation'), *footprints,
+            'variant kernel', 'variant torch'],
         'resnet10t': ['']}
+
+
+def test_a_kernel_for_the_pairwise_form():
+    with pytest.raises(SystemExit, match='--variants impulse is of the patchwise form.*got test_san_pairwise'):
+        table.small_data.make('test_san_pairwise', 'impulse', 2)
 
 
 @pytest.mark.parametrize('stop', [3, 4, 6])  # in the first epoch, at its end, in the second
