@@ -58,7 +58,13 @@ def multiply_adds_by_part(
 
     Returns:
         Counts by the names of the parts, in the order of computation.
+
+    Raises:
+        TypeError: The model is none, or has been made into a feature extractor.
     """
+    if not isinstance(model, SAN):
+        raise TypeError(f'expected a SAN, got a {type(model).__name__}: a model of timm.create_model without '
+                        'features_only; torch.utils.flop_counter.FlopCounterMode counts what others compute')
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     conv, stages, parts = model.stem.conv, cast(Any, model.stages), {}
     height, width = (max(side // conv.stride[0], 1) for side in (height, width))

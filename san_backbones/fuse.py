@@ -370,7 +370,9 @@ def fuse_for_inference(model: nn.Module, int8: bool = False) -> nn.Module:
     Raises:
         ValueError: There is no SAN stage in `model`, or a stage has layers that do not fold; the message names them.
     """
-    stages: dict[str, Any] = {name: module for name, module in model.named_modules() if hasattr(module, 'set_folding')}
+    stages: dict[str, Any] = {}
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+        stages = {name: module for name, module in model.named_modules() if hasattr(module, 'set_folding')}
     if not stages:
         raise ValueError(f'there is no SAN in this {type(model).__name__} to fuse: expected a model of san_backbones, '
                          'or one that holds its stages')

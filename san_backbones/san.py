@@ -266,6 +266,8 @@ class Block(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if isinstance(self.act1, BoundedReLU) and any(name.startswith(f'{prefix}conv.') for name in state_dict):
             self.act1.follow(state_dict.get(f'{prefix}act1.bound'), self.attn.query.weight)
+        elif not hasattr(self.act1, 'bound'):
+            state_dict.pop(f'{prefix}act1.bound', None)  # other activations have no use for it
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -479,7 +479,10 @@ def classify(
         raise RuntimeError(f'{model} has no classifier, so it tells no classes apart: use `san-backbones features`, or '
                            'weights with a classifier')
     channels, prepare = pictures.transform(network.pretrained_cfg, size)
-    classes = names.read().splitlines() if names else class_names(network, network.num_classes)
+    try:
+        classes = names.read().splitlines() if names else class_names(network, network.num_classes)
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f'--names {getattr(names, "name", "")} is no text in UTF-8: {error}') from None
     if len(classes) != network.num_classes:
         raise typer.BadParameter(f'--names has {len(classes)} lines, and the model tells {network.num_classes} '
                                  'classes apart')

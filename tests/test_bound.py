@@ -245,6 +245,34 @@ def test_other_activations_have_no_bound():
         SAN(**options, act_layer='gelu', relu_bound=6.)
 
 
+def test_bounded_weights_for_another_activation():
+    """As those of any ReLU, they load into a network of GELUs, and all but the bounds is theirs."""
+    given = timm.create_model('test_san_patchwise', num_classes=3).state_dict()
+    model = timm.create_model('test_san_patchwise', num_classes=3, act_layer='gelu')
+    model.load_state_dict(given)
+    found = model.state_dict()
+    assert [name for name in given if name not in found] == [
+        f'stages.{i}.blocks.0.act1.bound' for i in range(5)] and found.keys() <= given.keys()
+    assert all(torch.equal(found[name], given[name]) for name in found)
+
+
+class Limited(nn.Module):
+    def __init__(self, inplace=False):
+        super().__init__()
+        self.register_buffer('bound', torch.tensor(3.))
+
+    def forward(self, x):
+        return x.clamp(max=self.bound)
+
+
+def test_an_activation_with_a_bound_of_its_own_loads_it():
+    model = timm.create_model('test_san_patchwise', act_layer=Limited)
+    state = model.state_dict()
+    state['stages.0.blocks.0.act1.bound'] = torch.tensor(5.)
+    model.load_state_dict(state)
+    assert model.stages[0].blocks[0].act1.bound == 5
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_the_entry_has_the_dtype_of_the_network(dtype):
     """Not that of the weights that are loaded."""

@@ -255,6 +255,9 @@ class TestClassify:
             name: pytest.approx(p, abs=1e-5) for name, p in zip('abcd', expected.tolist(), strict=True)}
         (tmp_path / 'names.txt').write_text('a\nb\n')
         assert '--names has 2 lines' in run('classify', 'a.png', *options, '--names', 'names.txt', code=2).stderr
+        (tmp_path / 'names.txt').write_bytes(b'caf\xe9\n')
+        assert 'names.txt is no text in UTF-8' in run(
+            'classify', 'a.png', *options, '--names', 'names.txt', code=2).stderr.replace('\n', ' ')
         assert 'not of this model' in run(
             'classify', 'a.png', '-m', 'test_san_patchwise', '--weights', 'own.pth', code=1).stderr
         (tmp_path / 'own.pth').write_bytes(b'nonsense')

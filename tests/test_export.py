@@ -75,6 +75,19 @@ class TestCompile:
             for size in SIZES:
                 assert_equal(compiled(pictures(*size)), model(pictures(*size)))
 
+    @pytest.mark.skipif(traced.has_static_value is None, reason='this torch.compile cannot tell which sizes are open')
+    @pytest.mark.parametrize('dynamic', [None, True])
+    @pytest.mark.parametrize('form', FORMS)
+    def test_a_side_of_one_pixel_beside_an_open_one(self, form, dynamic):
+        """All five stages: a map's side comes to one pixel while the other stays open."""
+        model = settle(timm.create_model(f'test_san_{form}', num_classes=5))
+        compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend='eager')
+        with torch.no_grad():
+            for size in ((16, 64), (1, 20)) if dynamic else ((64, 64), (48, 96), (16, 64), (64, 3)):
+                assert_equal(compiled(pictures(2, 3, *size)), model(pictures(2, 3, *size)))
+                if dynamic:
+                    torch.compiler.reset()  # each size is the first
+
     @pytest.mark.parametrize('norms', ['batch', 'frozen'])
     @pytest.mark.parametrize('form', FORMS)
     def test_training_steps(self, form, norms):

@@ -616,6 +616,11 @@ def test_what_cannot_be_folded_is_an_error():
         model.fuse_for_inference()
     with pytest.raises(ValueError, match='no SAN in this Linear'):
         fuse_for_inference(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match='no SAN in this NoneType'):
+        fuse_for_inference(None)
+    scripted = torch.jit.script(timm.create_model('test_san_pairwise').eval())
+    with pytest.raises(ValueError, match='no SAN in this RecursiveScriptModule to fuse: expected a model of'):
+        fuse_for_inference(scripted)
 
 
 def test_other_threads_load_weights_meanwhile():

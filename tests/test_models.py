@@ -43,6 +43,12 @@ def test_size_is_the_papers(name):
     assert round(count_multiply_adds(model, paper=True) / 1e9, 1) == paper
 
 
+def test_multiply_adds_of_what_is_no_san():
+    for model in (timm.create_model('resnet10t'), timm.create_model('test_san_pairwise', features_only=True), None):
+        with pytest.raises(TypeError, match=f'expected a SAN, got a {type(model).__name__}: a model .* features_only'):
+            count_multiply_adds(model)
+
+
 def test_multiply_adds_agree_with_a_count_of_the_executed_operators():
     from torch.utils.flop_counter import FlopCounterMode
     model = timm.create_model('test_san_patchwise').eval()

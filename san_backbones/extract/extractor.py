@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._loading import load
+from ..checks import is_integer
 from ..san import SAN
 from .decode import Preparation, Prepared
 from .network import POOLS, PRECISIONS, Network, digest
@@ -55,6 +56,9 @@ class Settings:
         for name, allowed in (('pool', tuple(POOLS)), ('dtype', DTYPES), ('precision', tuple(PRECISIONS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} {getattr(self, name)!r}: expected {", ".join(allowed)}')
+        if self.size is not None and not (isinstance(self.size, (tuple, list)) and len(self.size) == 2
+                                          and all(is_integer(side) for side in self.size)):
+            raise ValueError(f'size {self.size!r}: expected (height, width) in pixels, each 1 or more, or None')
         if self.whole and self.size:
             raise ValueError('whole and size exclude each other')
         if self.batch_size < 1 or self.rows < 1:

@@ -431,13 +431,20 @@ class Source:
 
     Raises:
         FileNotFoundError: One is not there.
-        ValueError: One is nothing that has pictures.
+        ValueError: One is nothing that has pictures, or nothing is given.
+        TypeError: One is neither text, a path nor a dataset.
     """
 
     def __init__(self, given: Sequence[Any], boxes: str | os.PathLike[str] | None = None, column: str | None = None,
                  every: int = 1):
         self.given: list[Any] = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in given]
         self.boxes, self.column, self.every = boxes and os.fspath(boxes), column, every
+        if not self.given:
+            raise ValueError(f'nothing is given to read pictures from: {EXPECTED}')
+        for one in self.given:
+            if not isinstance(one, str) and not hasattr(one, 'select_columns'):
+                raise TypeError(f'pictures cannot be read from a {type(one).__name__}: {EXPECTED}, a Hugging Face '
+                                'dataset, or a list of these')
         if boxes and (len(self.given) != 1 or not isinstance(self.given[0], str)):
             raise ValueError(f'boxes go with one folder, which their paths are in; got {len(self.given)} sources')
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from timm.models import adapt_input_conv, get_pretrained_cfg, is_model_pretrained
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -47,6 +47,13 @@ def _norm_layer(norm_cfg: dict[str, Any] | None):
         return norm.train()
 
     return make
+
+
+def _is_pretrained(cfg: Mapping[str, Any]) -> bool:
+    """Whether an `init_cfg` names a checkpoint: by name, with a scope or without, or by mmengine's class."""
+    kind = cfg.get('type')
+    return kind is PretrainedInit or isinstance(kind, str) and kind.rpartition('.')[2] in (
+        'Pretrained', 'PretrainedInit')
 
 
 def _side_in_training(checkpoint: str) -> int | None:
@@ -197,11 +204,15 @@ class SANBackbone(BaseModule):
 
         Raises:
             RuntimeError: The checkpoint of a 'Pretrained' init_cfg does not fit this backbone.
+            TypeError: `init_cfg` is neither a dict nor a list of dicts.
         """
         init_cfg = self.init_cfg
         cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []
-        pretrained = [cfg for cfg in cfgs if cfg.get('type') == 'Pretrained']
-        self.init_cfg = [cfg for cfg in cfgs if cfg.get('type') != 'Pretrained'] or None
+        if not all(isinstance(cfg, Mapping) for cfg in cfgs):
+            raise TypeError("init_cfg must be a dict with a 'type', such as dict(type='Pretrained', checkpoint=...), a "
+                            f'list of them, or None, got {init_cfg!r}')
+        pretrained = [cfg for cfg in cfgs if _is_pretrained(cfg)]
+        self.init_cfg = [cfg for cfg in cfgs if not _is_pretrained(cfg)] or None
         super().init_weights()
         self.init_cfg = init_cfg
         for cfg in pretrained:

@@ -18,13 +18,14 @@ __all__ = ['halve', 'norm_relu', 'scale_shift_relu', 'serves_norm_relu', 'stem']
 def halve(x: Tensor) -> Tensor:
     """max_pool2d(x, 2) of x (N, C, H, W), where a side of one pixel stays one pixel."""
     height, width = x.shape[-2], x.shape[-1]
-    if not torch.jit.is_scripting():
-        if torch.jit.is_tracing():  # a pixel more where there is one, by no branch on a size
-            return F.max_pool2d(F.pad(x, (0, 1 // width, 0, 1 // height), value=float('-inf')), 2)
-        if not (is_known(height) and is_known(width)):
-            return F.max_pool2d(x, 2)  # torch.export takes open sizes to be at least 2 here, and guards that they are
-    if height == 1 or width == 1:
-        x = x.expand(-1, -1, 2 if height == 1 else height, 2 if width == 1 else width)
+    if torch.jit.is_scripting():
+        low, narrow = height == 1, width == 1
+    elif torch.jit.is_tracing():  # a pixel more where there is one, by no branch on a size
+        return F.max_pool2d(F.pad(x, (0, 1 // width, 0, 1 // height), value=float('-inf')), 2)
+    else:  # torch.export takes an open side to be at least 2 here, and guards that it is
+        low, narrow = is_known(height) and height == 1, is_known(width) and width == 1
+    if low or narrow:
+        x = x.expand(-1, -1, 2 if low else -1, 2 if narrow else -1)
     return F.max_pool2d(x, 2)
 
 

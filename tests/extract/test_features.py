@@ -153,7 +153,9 @@ class TestValues:
     @pytest.mark.parametrize('given, message', [
         (dict(pool='sum'), "pool 'sum': expected avg, max, gem, none"), (dict(dtype='int8'), 'expected float32'),
         (dict(precision='int4'), 'expected fp32, bf16, fp16, int8'),
-        (dict(whole=True, size=(32, 32)), 'exclude each other'), (dict(partition=0), 'expected 1 or more')])
+        (dict(whole=True, size=(32, 32)), 'exclude each other'), (dict(partition=0), 'expected 1 or more'),
+        *((dict(size=size), r'expected \(height, width\) in pixels')
+          for size in (64, '64', (0, 4), (3, 64, 64), (64.0, 64.0)))])
     def test_settings(self, given, message):
         with pytest.raises(ValueError, match=message):
             Settings(**given)

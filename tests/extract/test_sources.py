@@ -75,6 +75,16 @@ class TestFiles:
         with pytest.raises(ValueError, match=r'a\.txt has no pictures that can be read: expected'):
             run(tmp_path / 'a.txt', tmp_path / 'out')
 
+    @pytest.mark.parametrize('given, kind', [(None, 'NoneType'), (iter(['a.jpg']), 'list_iterator'),
+                                             ([np.zeros((4, 4, 3))], 'ndarray'), (7, 'int')])
+    def test_what_is_no_source(self, given, kind, tmp_path):
+        with pytest.raises(TypeError, match=f'cannot be read from a {kind}: expected a picture, folder.*list of these'):
+            run(given, tmp_path / 'out')
+
+    def test_an_empty_list(self, tmp_path):
+        with pytest.raises(ValueError, match='nothing is given to read pictures from: expected a picture, folder'):
+            run([], tmp_path / 'out')
+
     def test_an_empty_folder(self, tmp_path):
         (tmp_path / 'in').mkdir()
         (tmp_path / 'in' / 'a.txt').write_text('')

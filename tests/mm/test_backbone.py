@@ -7,6 +7,7 @@ pytest.importorskip('mmengine', reason='needs the mm extra')
 
 import timm
 import torch
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS
 from safetensors.torch import save_file
 from torch import nn
@@ -235,6 +236,30 @@ class TestPretrained:
         torch.save({'encoder.' + k: v for k, v in model.state_dict().items()}, tmp_path / 'weights.pth')
         with pytest.raises(RuntimeError, match='missing.*stem.conv.weight'):
             self._load(tmp_path / 'weights.pth')
+
+    @pytest.mark.parametrize('kind', [PretrainedInit, 'mmengine.Pretrained',
+                                      'mmengine.model.weight_init.PretrainedInit'])
+    def test_other_names_of_the_initialiser(self, kind, model, tmp_path, monkeypatch):
+        """Configs in pure Python name the class: a detector's file loads, its stem is adapted, nothing is warned of."""
+        from mmengine.logging import MMLogger
+        said = []
+        monkeypatch.setattr(MMLogger.get_current_instance(), 'warning', said.append)
+        torch.save({'backbone.' + k: v for k, v in model.state_dict().items()}, tmp_path / 'detector.pth')
+        backbone = SANBackbone(SMALL, in_channels=1, frozen_stages=1, init_cfg=dict(
+            type=kind, checkpoint=str(tmp_path / 'detector.pth')))
+        backbone.init_weights()
+        torch.testing.assert_close(backbone.stem.conv.weight, model.stem.conv.weight.sum(1, keepdim=True))
+        assert torch.equal(backbone.stages[-1].conv.weight, model.stages[4].conv.weight) and not said
+
+    @pytest.mark.parametrize('init_cfg', ['weights.pth', [None], ['weights.pth']])
+    def test_what_is_no_init_cfg(self, init_cfg):
+        with pytest.raises(TypeError, match="init_cfg must be a dict with a 'type'.*got .*(None|weights)"):
+            SANBackbone(SMALL, init_cfg=init_cfg).init_weights()
+
+    def test_a_bound_for_another_activation(self, model, tmp_path):
+        torch.save(model.state_dict(), tmp_path / 'weights.pth')
+        backbone = self._load(tmp_path / 'weights.pth', arch=dict(SMALL, act_layer='gelu'))
+        assert torch.equal(backbone.stages[4].conv.weight, model.stages[4].conv.weight)
 
     def test_pretrained_in_a_list_of_inits(self, model, tmp_path):
         state = {'backbone.' + k: v for k, v in model.state_dict().items()}
