@@ -61,7 +61,7 @@ def members(path: str | os.PathLike[str]) -> Iterator[File]:
         tarfile.ReadError: The tar is truncated; raised after its complete members.
     """
     path = os.fspath(path)
-    if zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path) and not tarfile.is_tarfile(path):  # a tar whose last member is a zip passes for one
         with zipfile.ZipFile(path) as archive:
             yield from members_of_zip(path, archive)
         return
@@ -76,6 +76,10 @@ def members(path: str | os.PathLike[str]) -> Iterator[File]:
             if member.isfile() and is_picture(member.name):
                 yield File(path, member.size, member.name, 'tar', member.offset_data)
             tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them in memory
+    with open(path, 'rb') as file:  # tarfile takes a part of a member's head for the end
+        file.seek(tar.offset)  # type: ignore[attr-defined]
+        if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError('unexpected end of data')
 
 
 def members_of_zip(path: str, archive: zipfile.ZipFile) -> Iterator[File]:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from . import _pictures
 from .attention_maps import (
     BlockId,
     Attended,
@@ -86,8 +87,8 @@ def _read(image: Picture) -> Image.Image:
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
         with Image.open(image) as file:
-            return ImageOps.exif_transpose(file).convert('RGB')
-    return ImageOps.exif_transpose(image).convert('RGB')
+            return _pictures.upright(file)
+    return _pictures.upright(image)
 
 
 def _cfg(model: nn.Module) -> Mapping[str, Any]:

@@ -537,7 +537,8 @@ def features(
             metavar='NAME', help='Column of pictures in Parquet files and datasets. [default: a usual name]')] = None,
         every: Annotated[int, typer.Option(min=1, metavar='N', help='Every n-th frame of a video.')] = 1,
         draft: Annotated[bool, typer.Option(help='Decode large JPEGs at a reduced scale, which is quicker.')] = True,
-        precision: Annotated[Literal['fp32', 'bf16', 'fp16'], typer.Option(help='Of the network.')] = 'fp32',
+        precision: Annotated[Literal['fp32', 'bf16', 'fp16', 'int8'], typer.Option(
+            help='Of the network; int8 is for a SAN on a processor with AVX-512 VNNI.')] = 'fp32',
         batch_size: BatchSize = 16,
         partition: Annotated[int | None, typer.Option(
             min=1, metavar='N', help='Most pictures per file. [default: 2048; for maps 128]')] = None,

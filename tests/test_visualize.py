@@ -559,6 +559,13 @@ def test_preprocessing(picture, tmp_path):
     assert shown(model.bfloat16(), picture, 64).images.dtype == torch.bfloat16
 
 
+def test_pictures_of_16_bits_are_refused(tmp_path):
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)).save(tmp_path / 'deep.png')
+    for picture in (tmp_path / 'deep.png', Image.open(tmp_path / 'deep.png')):
+        with pytest.raises(ValueError, match='more than 8 bits'):
+            visualize.footprint_figure(small('patchwise'), picture)
+
+
 def test_turned_photographs_stand_upright(picture, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees: what is stored as left is up

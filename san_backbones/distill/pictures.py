@@ -31,7 +31,10 @@ def _list_files(path: pathlib.Path) -> Iterator[File]:
     elif is_picture(path.name):
         yield File(str(path), path.stat().st_size)
     elif zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
-        yield from members(path)
+        try:
+            yield from members(path)
+        except (tarfile.TarError, zipfile.BadZipFile) as error:
+            raise ValueError(f'{path} is damaged ({error}): fetch it again') from error
     else:
         raise ValueError(f'{path} is neither a folder, nor a zip or tar file (of a WebDataset), nor a picture')
 
@@ -44,7 +47,7 @@ class Files:
 
     Raises:
         FileNotFoundError: A source does not exist.
-        ValueError: A source is of another kind, or holds no picture.
+        ValueError: A source is of another kind, damaged, or holds no picture.
     """
 
     def __init__(self, sources: Sequence[str | os.PathLike[str]]):
@@ -67,8 +70,14 @@ class Files:
         """Returns a digest of names and sizes, to compare with the pictures of an earlier run."""
         result = hashlib.sha256()
         for file in self._files:
-            result.update(f'{os.path.basename(file.path)}\0{file.member}\0{file.size}\n'.encode())
+            line = f'{os.path.basename(file.path)}\0{file.member}\0{file.size}\n'
+            result.update(line.encode(errors='surrogateescape'))  # a name may be no text
         return result.hexdigest()[:16]
+
+    def changes(self) -> str:
+        """Returns a digest of when the files were last written."""
+        paths = dict.fromkeys(file.path for file in self._files)
+        return hashlib.sha256(repr([os.stat(path).st_mtime_ns for path in paths]).encode()).hexdigest()[:16]
 
     def read(self, index: int) -> Image.Image:
         """Reads a picture as RGB, with its EXIF orientation applied.
@@ -142,7 +151,7 @@ class Store:
             OSError: The disk does not have enough space.
         """
         path = pathlib.Path(path)
-        wanted = dict(files=files.digest(), side=side)
+        wanted = dict(files=files.digest(), changes=files.changes(), side=side)
         if path.exists() and path.with_suffix('.npz').exists():
             store = cls(path)
             if {name: store.about.get(name) for name in wanted} == wanted:

@@ -308,7 +308,11 @@ class _Trainer:
                     self._normalised(self.views.batch(range(i, i + 32), [pixels])[0]) for i in range(0, MEASURED, 32)])
                 self.averaged.set(self.student)
                 return
+            groups = [{name: group[name] for name in ('weight_decay', 'factor')}
+                      for group in self.optimizer.param_groups]
             self.load(_read(path))
+            for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(own)  # of these settings, not of the other run's
         except (RuntimeError, KeyError, ValueError, OSError, safetensors.SafetensorError) as error:
             raise RuntimeError(f'cannot start from {path}: {error}') from error
         self.begun, self.before, self.seconds = self.seen, self.before + self.seconds, 0.

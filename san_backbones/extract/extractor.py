@@ -90,7 +90,7 @@ class Extractor:
 
     Raises:
         IndexError: The model has no such stage.
-        ValueError: It has no classifier, or gives no feature maps.
+        ValueError: It has no classifier, or gives no feature maps; or weights are given beside a model that has some.
         RuntimeError: There are no weights.
     """
 
@@ -101,6 +101,9 @@ class Extractor:
         name = model
         if isinstance(model, str):
             model = load(model, None if weights is None else pathlib.Path(weights), random)
+        elif weights is not None or random:
+            raise ValueError('weights and random are for a model that is given by its name; this '
+                             f'{type(model).__name__} has weights already')
         else:
             name = model.pretrained_cfg.get('architecture') or type(model).__name__
         cfg, weight = model.pretrained_cfg, digest(model)  # before it is converted

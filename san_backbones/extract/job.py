@@ -35,7 +35,7 @@ class Report(NamedTuple):
 
 def share_of_environment() -> Share:
     """That of a process which torchrun or Slurm's srun started, or all."""
-    for rank, ranks in (('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_NTASKS')):
+    for rank, ranks in (('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_STEP_NUM_TASKS')):
         if os.environ.get(rank, '').isdecimal() and os.environ.get(ranks, '').isdecimal():
             return Share(int(os.environ[rank]), int(os.environ[ranks]))
     return Share()

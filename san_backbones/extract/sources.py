@@ -323,7 +323,9 @@ class _Dataset(Shard):
             place: Any = value
             if not isinstance(value, bytes):
                 known = value or path
-                place = File(known, -1) if known else Broken('the row has neither bytes nor a path')
+                place = Broken('the row has neither bytes nor a path')
+                if known:
+                    place = known if _is_address(known) else File(known, -1)
             yield Picture(f'{self.name}//{number}' + (f'//{os.path.basename(path)}' if path else ''), place)
 
 
@@ -369,6 +371,8 @@ def _boxes(path: str, base: str) -> Iterator[Picture]:
             of_picture: dict[Any, list[Box]] = {image['id']: [] for image in listed['images']}
             for entry in listed['annotations']:
                 x, y, width, height = entry['bbox']
+                if not isinstance(entry['id'], int):
+                    raise ValueError(f'the id {entry["id"]!r} of an annotation is no integer')
                 of_picture[entry['image_id']].append(Box(entry['id'], x, y, x + width, y + height))
             found: list[Any] = [
                 (image['file_name'], tuple(of_picture[image['id']]), (image.get('width'), image.get('height')))
@@ -398,6 +402,8 @@ def _listed_boxes(path: str) -> Iterator[tuple[str, tuple[Box, ...]]]:
     columns = [table[column].to_pylist() for column in (name, 'x1', 'y1', 'x2', 'y2')]
     rows = ((row[0], Box(number, *row[1:])) for number, row in enumerate(zip(*columns)))
     for file, group in itertools.groupby(rows, key=lambda row: row[0]):
+        if not isinstance(file, str):
+            raise ValueError(f'{path} has {file!r} in its column {name!r}: expected the path of a picture in each row')
         yield file, tuple(box for _, box in group)
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from timm.data import create_transform, resolve_data_config
 from timm.models import clean_state_dict
 from timm.models._hub import save_config_for_hf
 
@@ -352,7 +353,8 @@ def config_json(model: Any, data_options: Mapping[str, Any]) -> bytes:
         path = pathlib.Path(folder) / 'config.json'
         try:
             save_config_for_hf(model, str(path), data_config=dict(data_options))
-        except (AssertionError, TypeError, ValueError) as error:
+            create_transform(**resolve_data_config({}, pretrained_cfg={**model.pretrained_cfg, **data_options}))
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise WeightsError(f'the data options {dict(data_options)} do not fit the model: {error}; expected for '
                                'instance input_size=(3,224,224), mean=(0.5,0.5,0.5), crop_pct=0.9') from error
         config = json.loads(path.read_text())

@@ -110,6 +110,46 @@ def test_an_archive_holds_what_its_folder_holds(pictures, tmp_path, kind):
     assert len(Files([tmp_path, pictures])) == 24  # archives in a folder count
 
 
+def test_a_tar_that_ends_in_a_zip(pictures, tmp_path):
+    """As shards with .npz or .pt do: zipfile takes such a tar for a zip."""
+    np.savez(tmp_path / 'last.npz', x=np.zeros(3))
+    with tarfile.open(tmp_path / 'shard.tar', 'w') as archive:
+        for name in sorted(pictures.iterdir()):
+            archive.add(name, name.name)
+        archive.add(tmp_path / 'last.npz', '11.npz')
+    assert zipfile.is_zipfile(tmp_path / 'shard.tar')
+    assert len(Files([tmp_path / 'shard.tar'])) == 12
+    assert Files([tmp_path / 'shard.tar']).read(3).tobytes() == Files([pictures]).read(3).tobytes()
+
+
+@pytest.mark.parametrize('kind, kept', [('zip', None), *(('tar', 512 * n + 100) for n in range(3, 15))])
+def test_a_damaged_archive(pictures, tmp_path, kind, kept):
+    """A tar that ends within a picture, and within the head of one."""
+    path = packed(pictures, kind, tmp_path / f'pictures.{kind}')
+    content = bytearray(path.read_bytes())
+    if kind == 'tar':
+        content = content[:kept]
+    else:
+        at = content.index(b'PK\x01\x02')
+        content[at:at + 4] = b'none'  # the head of its directory
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f'pictures.{kind} is damaged .*: fetch it again'):
+        Files([path])
+
+
+def test_a_name_that_is_no_text(pictures, tmp_path):
+    name = os.fsdecode(b'caf\xe9.png')
+    (tmp_path / name).write_bytes((pictures / '00.png').read_bytes())
+    assert len(Store.of(Files([tmp_path]), 48, tmp_path / 'store.bin', print)) == 1
+
+
+def test_the_store_is_made_anew_for_files_that_were_written_anew(tmp_path):
+    for value in (10, 200):
+        Image.new('RGB', (40, 40), (value,) * 3).save(tmp_path / 'a.bmp')
+        os.utime(tmp_path / 'a.bmp', (value, value))
+        assert Store.of(Files([tmp_path / 'a.bmp']), 48, tmp_path / 'store.bin', print)[0].getpixel((0, 0))[0] == value
+
+
 def test_a_part_of_an_archive(pictures, tmp_path):
     path = packed(pictures, 'zip', tmp_path / 'pictures.zip')
     assert [name[-6:] for name in map(Files([f'{path}//some/0']).name, range(10))] == [f'{i:02}.png' for i in range(10)]
@@ -531,6 +571,11 @@ def test_a_run_starts_from_another(pictures, teacher, tmp_path):
     assert b['steps'] == a['steps'] + 2
     moved = (a['student']['model.stem.conv.weight'] - b['student']['model.stem.conv.weight']).abs().max()
     assert 0 < moved < 3e-4
+    assert {group['weight_decay'] for group in b['optimizer']['param_groups']} == {0., .05}
+    run(tmp_path / 'e', pictures, teacher, pictures=4, start=tmp_path / 'a/last.pt',
+        settings=dict(weight_decay=.2, projection_lr=.5))  # of this run
+    groups = state(tmp_path / 'e')['optimizer']['param_groups']
+    assert {group['weight_decay'] for group in groups} == {0., .2} and {group['factor'] for group in groups} == {1., .5}
     # from weights alone: the same model, with an optimizer that has seen nothing
     run(tmp_path / 'c', pictures, teacher, pictures=4, start=tmp_path / 'a/model.safetensors', settings=dict(lr=1e-9))
     weights, again = (load_file(tmp_path / name / 'model.safetensors') for name in 'ac')

@@ -7,7 +7,7 @@ from tests.extract.noise_pictures import noise
 def alone(monkeypatch):
     """As one process, without a network."""
     from huggingface_hub import constants
-    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURM_PROCID', 'SLURM_NTASKS'):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURM_PROCID', 'SLURM_STEP_NUM_TASKS'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
 

@@ -150,6 +150,12 @@ class TestValues:
         with pytest.raises(RuntimeError, match='--weights FILE'):
             run(folder, tmp_path / 'out', model='san15_patchwise')
 
+    @pytest.mark.parametrize('given', [dict(weights='nothing.pth'), dict(random=True)])
+    def test_weights_beside_a_model_that_has_some(self, given, folder, tmp_path):
+        model = timm.create_model(MODEL)
+        with pytest.raises(ValueError, match='for a model that is given by its name; this SAN has weights already'):
+            run(folder, tmp_path / 'out', model=model, **given)
+
     @pytest.mark.parametrize('given, message', [
         (dict(pool='sum'), "pool 'sum': expected avg, max, gem, none"), (dict(dtype='int8'), 'expected float32'),
         (dict(precision='int4'), 'expected fp32, bf16, fp16, int8'),
@@ -340,6 +346,8 @@ class TestBoxes:
 
     @pytest.mark.parametrize('name, content, message', [
         ('a.json', '{"pictures": []}', 'not in COCO\'s format'),
+        ('a.json', '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"id": "x", "image_id": 1, "bbox": '
+                   '[0, 0, 4, 4]}]}', "the id 'x' of an annotation is no integer"),
         ('a.csv', 'file,left,top\na.png,1,2\n', 'has the columns file, left, top: expected x1')])
     def test_bad_lists(self, name, content, message, listed):
         (listed / name).write_text(content)

@@ -227,7 +227,7 @@ class TestShares:
         report = run(many, tmp_path / 'out')
         assert (report.pictures, report.errors) == (14, 1) and contents(tmp_path / 'out') == whole
 
-    @pytest.mark.parametrize('names', [('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_NTASKS')])
+    @pytest.mark.parametrize('names', [('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_STEP_NUM_TASKS')])
     def test_of_launchers(self, names, many, whole, tmp_path, monkeypatch):
         for rank in range(2):
             for name, value in zip(names, (rank, 2)):

@@ -75,6 +75,31 @@ class TestFiles:
         with pytest.raises(ValueError, match=r'a\.txt has no pictures that can be read: expected'):
             run(tmp_path / 'a.txt', tmp_path / 'out')
 
+    def test_a_tar_that_ends_in_a_zip(self, files, tmp_path):
+        """As shards with .npz or .pt do: zipfile takes such a tar for a zip."""
+        np.savez(tmp_path / 'last.npz', x=np.zeros(3))
+        tar_of(tmp_path / 'a.tar', [*files, tmp_path / 'last.npz'])
+        with tarfile.open(tmp_path / 'b.tar', 'w') as tar:
+            tar.add(files[0], '0.png')
+            tar.add(tmp_path / 'last.npz', '0.npz')
+        assert zipfile.is_zipfile(tmp_path / 'b.tar')
+        assert [digest for _, digest in run(tmp_path / 'b.tar', tmp_path / 'out')[0]] == [sha1(files[0])]
+
+    def test_addresses_in_a_dataset(self, files, tmp_path):
+        pytest.importorskip('datasets')
+        rows = [dict(url=file.as_uri()) for file in files]
+
+        class Rows(list):
+            features = dict(url=None)
+
+            def select_columns(self, names):
+                return self
+
+            def select(self, wanted):
+                return Rows(self[i] for i in wanted)
+
+        assert [digest for _, digest in run(Rows(rows), tmp_path / 'out')[0]] == [sha1(file) for file in files]
+
     @pytest.mark.parametrize('given, kind', [(None, 'NoneType'), (iter(['a.jpg']), 'list_iterator'),
                                              ([np.zeros((4, 4, 3))], 'ndarray'), (7, 'int')])
     def test_what_is_no_source(self, given, kind, tmp_path):

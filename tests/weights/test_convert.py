@@ -599,6 +599,15 @@ def test_a_backbone_of_openmmlab(tmp_path, capsys):
             assert torch.equal(found, right)
 
 
+@pytest.mark.parametrize('option', ['crop_pct=abc', 'interpolation=foo'])
+def test_data_options_that_cannot_prepare_a_picture(option, tmp_path, capsys):
+    source = tmp_path / 'last.pth'
+    torch.save(own().state_dict(), source)
+    assert 'do not fit the model' in error_of(capsys, source, '--model', 'test_san_patchwise', '--out',
+                                              tmp_path / 'out', '--data-option', option)
+    assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('architecture, data, said', [
     ('san10_pairwise', ('--data-option', 'input_size=3,96,96'), True),  # SANBackbone would take 224
     ('san10_pairwise', (), False),  # its own value
