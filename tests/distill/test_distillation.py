@@ -219,6 +219,18 @@ def test_no_room(pictures, tmp_path, monkeypatch):
         Store.of(Files([pictures]), 48, tmp_path / 'store.bin', print)
 
 
+def test_room_for_small_pictures_is_enough(pictures, tmp_path, monkeypatch):
+    """They are not enlarged: 12 of 40 to 56 pixels take 90 kB, of whatever side."""
+    for free, enough in ((100_000, True), (50_000, False)):
+        monkeypatch.setattr('shutil.disk_usage', lambda path, free=free: type('', (), dict(free=free)))
+        if enough:
+            assert len(Store.of(Files([pictures]), 336, tmp_path / f'{free}.bin', print)) == 12
+            assert (tmp_path / f'{free}.bin').stat().st_size < free
+        else:
+            with pytest.raises(OSError, match='12 decoded pictures of 336 pixels need about'):
+                Store.of(Files([pictures]), 336, tmp_path / f'{free}.bin', print)
+
+
 def ramp(width=64, height=48):
     """Red grows to the right, green downwards."""
     across, down = np.meshgrid(np.arange(width), np.arange(height))
