@@ -101,7 +101,7 @@ def learning(path):
     """Draws the score on validation pictures against steps and processor time."""
     rows = read(path)
     score = next(name for name in rows[0] if name in ('mIoU', 'bbox_mAP'))
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.6), sharey=True)
     for row in rows:
         if row.get('weights', 'random') != 'random':
             row['backbone'] += f' from {row["weights"]}'
@@ -117,7 +117,7 @@ def learning(path):
         axis.set_xlim(0)
         axis.set_ylim(0)
     axes[0].set_ylabel(f'{score}, {rows[0]["task"]} validation')
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[1].legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     finish(figure, path.with_suffix('.png'), '; '.join(dict.fromkeys(row['machine'] for row in rows)))
 
 
