@@ -470,8 +470,7 @@ def convert(
         own_steps = side != MM_POSITION_REF_SIZE and any('.attn.position.' in key for key in tensors)
         readme = card.own(name, architecture, repository, source_sha256, net.num_classes, options, license, text,
                           side if own_steps else None)
-    write(out, {'README.md': readme.encode(), 'config.json': config, hub.FILENAME: weights},
-          force)
+    write(out, {'README.md': readme.encode(), 'config.json': config, hub.FILENAME: weights}, force)
     return Converted(out, name, source_sha256, sha256, authors, tuple(notes))
 
 

@@ -117,6 +117,11 @@ class TestValues:
         monkeypatch.setattr(native, 'has_int8', lambda: False)
         with pytest.raises(ValueError, match="precision 'int8': .*(AVX-512 VNNI|not installed).*another precision"):
             run(folder, tmp_path / 'out', Settings(precision='int8', **SMALL), 'test_san_pairwise', random=True)
+        testing = pytest.importorskip('typer.testing')
+        from san_backbones_cli.app import app
+        done = testing.CliRunner().invoke(app, ['features', str(folder), '--out', str(tmp_path / 'out'), '--random',
+                                                '-m', 'test_san_pairwise', '--precision', 'int8'])
+        assert done.exit_code and "precision 'int8'" in f'{done.output} {done.exception}'
         with pytest.raises(ValueError, match="precision 'int8': .* and this is none"):
             run(folder, tmp_path / 'out', Settings(precision='int8', **SMALL), timm.create_model('test_resnet').eval())
 

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+import types
 import zipfile
 
 import numpy as np
@@ -85,18 +86,28 @@ class TestFiles:
         assert zipfile.is_zipfile(tmp_path / 'b.tar')
         assert [digest for _, digest in run(tmp_path / 'b.tar', tmp_path / 'out')[0]] == [sha1(files[0])]
 
-    def test_addresses_in_a_dataset(self, files, tmp_path):
-        pytest.importorskip('datasets')
+    def test_addresses_in_a_dataset(self, files, tmp_path, monkeypatch):
+        pytest.importorskip('fsspec')
+        monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(Image=type('Image', (), {})))
         rows = [dict(url=file.as_uri()) for file in files]
 
-        class Rows(list):
+        class Rows:
             features = dict(url=None)
+
+            def __init__(self, rows):
+                self.rows = rows
+
+            def __len__(self):
+                return len(self.rows)
+
+            def __iter__(self):
+                return iter(self.rows)
 
             def select_columns(self, names):
                 return self
 
             def select(self, wanted):
-                return Rows(self[i] for i in wanted)
+                return Rows([self.rows[i] for i in wanted])
 
         assert [digest for _, digest in run(Rows(rows), tmp_path / 'out')[0]] == [sha1(file) for file in files]
 
