@@ -57,7 +57,7 @@ def form(model):
 def base(model):
     """Returns what can be changed in a network, as the package has it; blank where there is nothing to change."""
     kind = form(model)
-    changes = dict(variant='package', undecayed='')
+    changes = dict(variant='package', undecayed='', rate_of='', momentum='')
     if kind is None:
         return dict(relation='', footprint='', position='', option='') | changes
     return dict(relation={'pairwise': 'subtraction', 'patchwise': 'concatenation'}[kind], footprint=7,
@@ -78,7 +78,7 @@ def variations(model, options):
                  footprint=options.footprints, option=options.options,
                  position=options.positions if kind == 'pairwise' else [],
                  variant=[name for name in options.variants if kind == 'patchwise' or name not in small_data.KERNELS],
-                 undecayed=options.undecayed)
+                 undecayed=options.undecayed, rate_of=options.rate_of, momentum=options.momentum)
     found = [first] + [first | {what: value} for what, values in asked.items() for value in values]
     return [change for i, change in enumerate(found) if change not in found[:i]]
 
@@ -157,6 +157,7 @@ class Training:
         self.optimizer = create_optimizer_v2(
             self.model, 'momentum', key['lr'], weight_decay=1e-4, momentum=.9,
             param_group_fn=lambda model: param_groups_weight_decay(model, 1e-4, False, free))
+        self.apart()
         self.length = len(batches(len(views), key['batch'], 0, 0))
         if not self.length:
             raise SystemExit(f'{len(views)} pictures to train on do not fill a batch of {key["batch"]}')
@@ -166,6 +167,19 @@ class Training:
         self.loss = LabelSmoothingCrossEntropy(.1)
         self.dtype = harness.set_precision(key['precision'])
         self.done = dict(step=0, seconds=0., total=0., steepest=0., held_out=[], times=[])
+
+    def apart(self):
+        """Gives parameters a rate, and norms a momentum, of their own, where the key asks for it."""
+        pattern, _, factor = self.key['rate_of'].rpartition('=')
+        if pattern:
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            for group in list(self.optimizer.param_groups):
+                own = [p for p in group['params'] if re.search(pattern, names[id(p)])]
+                group['params'] = [p for p in group['params'] if not re.search(pattern, names[id(p)])]
+                self.optimizer.add_param_group(group | dict(params=own, lr_scale=float(factor)))
+        for norm in self.model.modules():
+            if self.key['momentum'] and isinstance(norm, torch.nn.BatchNorm2d):
+                norm.momentum = float(self.key['momentum'])
 
     def save(self, path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -378,6 +392,9 @@ def parse():
                         help='other initialisations, those of small_data.py; kernels are of the patchwise form')
     parser.add_argument('--undecayed', nargs='+', default=[], metavar='PATTERN',
                         help='no weight decay on parameters whose name matches, as weight_mlp, which is gamma')
+    parser.add_argument('--rate-of', nargs='+', default=[], metavar='PATTERN=FACTOR',
+                        help='a learning rate times the factor for parameters whose name matches, as weight_mlp=.1')
+    parser.add_argument('--momentum', nargs='+', default=[], metavar='M', help='of batch norms, as .01 (usually .1)')
     parser.add_argument('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32')
     parser.add_argument('--device', default=harness.DEVICE.type, help='default: %(default)s')
     parser.add_argument('--threads', type=int, default=1, help='of the CPU (default: %(default)s)')

@@ -143,6 +143,30 @@ def test_undecayed(run, trained):
         name for name in names[1].values() if 'weight_mlp' in name}
 
 
+def test_a_rate_of_their_own(run, trained, monkeypatch):
+    rates, step = [], table.Training.step
+
+    def recorded(self, *batch):
+        step(self, *batch)
+        rates.append({id(p): group['lr'] for group in self.optimizer.param_groups for p in group['params']})
+    monkeypatch.setattr(table.Training, 'step', recorded)
+    run('--rate-of', 'weight_mlp=.1')
+    names = {name: id(p) for name, p in trained[-1].model.named_parameters()}
+    assert all(set(found) == set(names.values()) for found in rates[-4:])
+    for name, p in names.items():
+        factor = .1 if 'weight_mlp' in name else 1.
+        assert [found[p] for found in rates[-4:]] == pytest.approx(
+            [factor * .025 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]), name
+
+
+def test_momentum_of_norms(run, trained):
+    row = run('--momentum', '.5')[-1]
+    assert row['momentum'] == '.5' and table.changed(row) == 'momentum .5'
+    for training, momentum in zip(trained, (.1, .5)):
+        found = {norm.momentum for norm in training.model.modules() if isinstance(norm, torch.nn.BatchNorm2d)}
+        assert found == {momentum}
+
+
 def test_short_names_are_of_the_patchwise_form():
     assert [table.form(name) for name in ('san15', 'san15_pairwise', 'san15_patchwise', 'resnet26')] == [
         'patchwise', 'pairwise', 'patchwise', None]
@@ -242,7 +266,7 @@ def test_wrong_options(run, monkeypatch, capsys):
 
 def final(model, seed, top1, **changes):
     plain = dict(run='final', data='woof', relation='', footprint='', position='', option='', variant='package',
-                 undecayed='', pictures='90', val='30', size='64', epochs='2', batch='32', warm_up='0.0',
+                 undecayed='', rate_of='', momentum='', pictures='90', val='30', size='64', epochs='2', batch='32', warm_up='0.0',
                  precision='fp32', lr='0.1', steepest='2.5', seconds='10 20', held_out='11.0 12.0', machine='CPU')
     clip = '1.0' if model.endswith('patchwise') else '0.0'
     return plain | dict(model=model, seed=str(seed), top1=top1, clip=clip) | changes
