@@ -266,8 +266,9 @@ def test_wrong_options(run, monkeypatch, capsys):
 
 def final(model, seed, top1, **changes):
     plain = dict(run='final', data='woof', relation='', footprint='', position='', option='', variant='package',
-                 undecayed='', rate_of='', momentum='', pictures='90', val='30', size='64', epochs='2', batch='32', warm_up='0.0',
-                 precision='fp32', lr='0.1', steepest='2.5', seconds='10 20', held_out='11.0 12.0', machine='CPU')
+                 undecayed='', rate_of='', momentum='', pictures='90', val='30', size='64', epochs='2', batch='32',
+                 warm_up='0.0', precision='fp32', lr='0.1', steepest='2.5', seconds='10 20', held_out='11.0 12.0',
+                 machine='CPU')
     clip = '1.0' if model.endswith('patchwise') else '0.0'
     return plain | dict(model=model, seed=str(seed), top1=top1, clip=clip) | changes
 
