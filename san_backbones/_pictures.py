@@ -7,14 +7,19 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from timm.data import resolve_data_config
 
 __all__ = [
-    'ARCHIVES', 'SUFFIXES', 'File', 'config', 'is_picture', 'members', 'members_of_zip', 'read', 'upright', 'walk']
+    'ARCHIVES', 'SUFFIXES', 'File', 'config', 'is_picture', 'members', 'members_of_zip', 'read', 'size_upright',
+    'upright', 'walk']
 
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 ARCHIVES = ('.tar', '.zip')
+_TURNS = {  # what makes a picture of each EXIF orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
 
 
 class File(NamedTuple):
@@ -110,8 +115,27 @@ def read(file: File) -> bytes:
     return pathlib.Path(file.path).read_bytes()
 
 
+def _orientation(picture: Image.Image) -> int:
+    """Returns the EXIF orientation that is still to be applied, 1 to 8; 1, upright, if the metadata are damaged."""
+    if picture.format == 'TIFF':  # Pillow applies it
+        return 1
+    try:
+        found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # many kinds: the pixels can be read all the same
+        return 1
+    return found if isinstance(found, int) and found in _TURNS else 1
+
+
+def size_upright(picture: Image.Image) -> tuple[int, int]:
+    """Returns width and height with the EXIF orientation applied."""
+    width, height = picture.size
+    return (height, width) if _orientation(picture) >= 5 else (width, height)
+
+
 def upright(picture: Image.Image, channels: int = 3) -> Image.Image:
     """Applies the EXIF orientation and converts to RGB, or to grey for one channel. Animations give the first frame.
+
+    The result has no metadata. Where these are damaged, the picture stays as it lies.
 
     Raises:
         ValueError: The pixels have more than 8 bits, which Pillow would clip, or channels is not 1 or 3.
@@ -120,7 +144,11 @@ def upright(picture: Image.Image, channels: int = 3) -> Image.Image:
         raise ValueError(f'the model takes {channels} channels, and pictures have 1 or 3')
     if picture.mode.startswith(('I', 'F')):
         raise ValueError(f'its pixels have more than 8 bits (mode {picture.mode}); convert it to 8 bits first')
-    return ImageOps.exif_transpose(picture).convert('RGB' if channels == 3 else 'L')
+    picture.load()  # PNG may have its EXIF data behind the pixels
+    turn = _TURNS.get(_orientation(picture))
+    result = (picture if turn is None else picture.transpose(turn)).convert('RGB' if channels == 3 else 'L')
+    result.info = {}
+    return result
 
 
 def config(cfg: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:

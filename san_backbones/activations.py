@@ -2,7 +2,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,8 @@ class BoundedReLU(ReLU):
         Any shape of a floating dtype, to the same.
     """
 
-    bound: Tensor | None
+    if TYPE_CHECKING:  # an Optional attribute would be missing in the state dict of TorchScript
+        bound: Tensor | None
     limit: float | None  # used in forward; `bound` repeats it for the state dict
 
     def __init__(

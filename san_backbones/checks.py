@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .layers import is_plain
 
-__all__ = ['check_dtype', 'check_image', 'is_integer', 'one_of', 'per_stage']
+__all__ = ['check_dtype', 'check_image', 'is_integer', 'one_of', 'per_stage', 'sides']
 
 
 def is_integer(value: Any, least: float = 1) -> TypeGuard[int]:
@@ -20,6 +20,15 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ValueError(f'{name} must be one of {", ".join(map(repr, allowed))}, got {value!r}')
     return value
+
+
+def sides(image_size: Any) -> tuple[Any, Any]:
+    """Returns (height, width) of a side or of such a pair; raises ValueError for anything else."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    if not isinstance(image_size, Sequence) or len(image_size) != 2:
+        raise ValueError(f'image_size must be an integer or (height, width), got {image_size!r}')
+    return image_size[0], image_size[1]
 
 
 def per_stage(name: str, value: int | Sequence[int], stages: int, least: float) -> tuple[int, ...]:

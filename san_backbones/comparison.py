@@ -1,10 +1,13 @@
 """Feature maps of two pictures in one projection to colours, and the patches that are nearest to a patch."""
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from . import visualize
@@ -45,10 +48,12 @@ class Comparison:
         held: Share of the variance that the colours hold.
 
     Raises:
-        ValueError: There is no such stage.
+        ValueError: There is no such stage, or no picture.
     """
 
     def __init__(self, studies: Sequence[Study], stage: int = -1) -> None:
+        if not studies:
+            raise ValueError('give at least one picture')
         count = len(studies[0].maps)
         if not -count <= stage < count:
             raise ValueError(f'stage must be 0 to {count - 1}, or negative to count from the last, got {stage}')
@@ -93,7 +98,7 @@ class Comparison:
 
 def compare_figure(
         model: nn.Module,
-        images: Sequence[Picture],
+        images: Picture | Sequence[Picture],
         pixel: tuple[float, float] | None = None,
         stage: int = -1,
         *,
@@ -109,7 +114,7 @@ def compare_figure(
 
     Args:
         model: As for `visualize.footprint_figure`.
-        images: Paths, PIL pictures or uint8 arrays (H, W, 3), RGB.
+        images: Paths, PIL pictures or uint8 arrays (H, W, 3), RGB; or one of them.
         pixel: (x, y) on one of the pictures as given; None is its centre.
         stage: Counted from 0; negative counts from the last.
         picture: The number of the picture that `pixel` is on.
@@ -124,7 +129,8 @@ def compare_figure(
         ImportError: matplotlib is missing.
     """
     visualize.new_figure(1, 1)
-    if not images or not 0 <= picture < len(images):
+    images = [images] if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)) else images
+    if not 0 <= picture < len(images):
         raise ValueError(f'picture must be the number of one of the {len(images)} pictures, from 0, got {picture}')
     return draw(Comparison([Study(model, image, size) for image in images], stage), pixel, picture, count)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from . import ops
 from .attention import FootprintAttention, PairwiseAttention
+from .checks import sides
 from .san import SAN
 
 __all__ = ['count_multiply_adds', 'count_parameters', 'multiply_adds_by_part']
@@ -65,7 +66,7 @@ def multiply_adds_by_part(
     if not isinstance(model, SAN):
         raise TypeError(f'expected a SAN, got a {type(model).__name__}: a model of timm.create_model without '
                         'features_only; torch.utils.flop_counter.FlopCounterMode counts what others compute')
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = sides(image_size)
     conv, stages, parts = model.stem.conv, cast(Any, model.stages), {}
     height, width = (max(side // conv.stride[0], 1) for side in (height, width))
     parts['stem'] = _linear(conv, height * width, paper) + _norm_relu(conv.out_channels, height * width, paper)

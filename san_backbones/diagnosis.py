@@ -80,11 +80,14 @@ def diagnose(model: nn.Module, images: Tensor, threshold: float = 300.) -> Diagn
         The layer's name, the ranges of all layers, and a message that says what to do.
 
     Raises:
-        ValueError: The model is in training mode, where batch statistics hide what evaluation does.
+        ValueError: The model is in training mode, where batch statistics hide what evaluation does; or there is no
+            image.
     """
     model = getattr(model, '_orig_mod', model)  # compiled models do not run hooks
     if model.training:
         raise ValueError('expected a model in eval mode, where running statistics are used; call model.eval()')
+    if not len(images):
+        raise ValueError(f'expected at least one image, got {list(images.shape)}')
     state = [*model.named_parameters(), *model.named_buffers()]
     broken = next((name for name, tensor in state if not tensor.isfinite().all()), None)
     if broken is not None:

@@ -4,6 +4,7 @@ torch.export, torch.onnx.export and other converters take the models directly: a
 `ops.traced`. `export_onnx` calls torch.onnx.export, removes duplicates from the graph, names inputs, outputs and nodes,
 and checks the file.
 """
+import contextlib
 import importlib
 import logging
 import math
@@ -13,7 +14,6 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from ._files import atomic_write
 from ._requirements import LEAST_FOR_ONNX, check
 from .attention import FootprintAttention
+from .checks import sides
+from .san import PatchStem, Stem
 
 __all__ = ['export_detector', 'export_onnx', 'quantize_onnx']
 
@@ -55,8 +57,29 @@ class _Flat(nn.Module):
         return tuple(outputs.values() if isinstance(outputs, Mapping) else outputs)
 
 
-def _names(outputs: Sequence[Tensor], height: int) -> list[str]:
+@torch.no_grad()
+def _channels(model: nn.Module, size: tuple[int, int]) -> int:
+    """Returns how many channels images have: what the first convolution takes, or if that is not where images go in, as
+    of a neck that stands before its backbone, the stem.
+    """
+    weights: list[Any] = [p for p in model.parameters() if p.dim() == 4][:1]
+    weights += [module.conv.weight for module in model.modules() if isinstance(module, (Stem, PatchStem))]
+    found = list(dict.fromkeys(weight.shape[1] for weight in weights))
+    for channels in found[:-1]:
+        with contextlib.suppress(RuntimeError, ValueError):
+            model(weights[0].new_zeros(1, channels, *size))
+            return channels
+    return found[-1]
+
+
+@torch.no_grad()
+def _names(model: nn.Module, example: Tensor) -> list[str]:
     """Names outputs: 'logits' for vectors and scores, features_STRIDE for maps, numbered if strides repeat."""
+    even = [-(-side // 128) * 128 for side in example.shape[2:]]  # which strides divide
+    try:
+        height, outputs = even[0], model(example.new_zeros(1, example.shape[1], *even))
+    except (RuntimeError, ValueError):  # of a fixed size
+        height, outputs = example.shape[2], model(example)
     names: list[str] = []
     for output in outputs:
         name = 'logits' if output.dim() < 3 else f'features_{2 ** round(math.log2(height / output.shape[-2]))}'
@@ -65,7 +88,7 @@ def _names(outputs: Sequence[Tensor], height: int) -> list[str]:
     return names
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the exporter's warnings, which are about its own internals."""
     loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript', 'onnx_ir')]
@@ -151,14 +174,13 @@ def export_onnx(
 
     Raises:
         ImportError: onnx or onnxscript are missing, or torch is too old; the message says what to install.
-        ValueError: An argument is out of range, the model is in training mode, or it has no SAN attention.
+        ValueError: An argument is out of range, the model is in training mode, neither in float32 nor in float16, or it
+            has no SAN attention.
         RuntimeError: onnxruntime computes other values than torch. The file is then not written.
     """
     check('export_onnx', LEAST_FOR_ONNX)
     onnx, _ = _need('onnx', 'onnxscript')
-    if not isinstance(image_size, int) and (not isinstance(image_size, Sequence) or len(image_size) != 2):
-        raise ValueError(f'image_size must be an integer or (height, width), got {image_size!r}')
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = sides(image_size)
     for name, value in dict(height=height, width=width, batch_size=batch_size).items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f'image_size and batch_size must be positive integers, got {name} {value!r}')
@@ -178,7 +200,9 @@ def export_onnx(
     if like is None:
         raise ValueError(f'there is no SAN attention in this {type(model.model).__name__}; use torch.onnx.export for '
                          'other models')
-    channels = next(p.shape[1] for p in model.parameters() if p.dim() == 4)
+    if like.dtype not in (torch.float32, torch.float16):
+        raise ValueError(f'onnxruntime runs float32 and float16, and this model is in {like.dtype}: call model.float()')
+    channels = _channels(model, (height, width))
     batch_example = batch_size if dynamic in (False, 'size') else max(2, batch_size)  # torch.export fixes sizes of one
     example = torch.rand(batch_example, channels, height, width, dtype=like.dtype, device=like.device)
     dims: dict[int, Any] = {}
@@ -187,7 +211,7 @@ def export_onnx(
     if dynamic in (True, 'size'):
         dims.update({2: 'height', 3: 'width'})
     with torch.no_grad(), _quiet():
-        names = _names(model(example), height)
+        names = _names(model, example)
         program = torch.onnx.export(
             model, (example,), dynamo=True, opset_version=opset, input_names=['images'], output_names=names,
             dynamic_shapes=(dims,) if dims else None, verbose=False, optimize=False)

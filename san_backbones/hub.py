@@ -132,7 +132,16 @@ def authors_off() -> bool:
 
 
 def ways_out(model: str) -> str:
-    """Says what to do if a model's weights are not available, and which variables choose their source."""
+    """Says what to do if a model's weights are not available, and which variables choose their source.
+
+    Args:
+        model: A name of this package's, or ORGANISATION/NAME for another repository of the Hub.
+    """
+    if '/' in model:
+        offline = ', HF_HUB_OFFLINE=0' * constants.HF_HUB_OFFLINE
+        return (f'Check the name {model!r}, the network, the server (HF_ENDPOINT){offline} and your token (hf auth '
+                'login, HF_TOKEN). Only safetensors are read: timm.models.push_to_hf_hub writes them, and '
+                'timm.models.save_for_hf with safe_serialization=True.')
     name = model.partition('.')[0]
     switches = f'{AUTHORS_VARIABLE}=1 ' * authors_off() + 'HF_HUB_OFFLINE=0 ' * constants.HF_HUB_OFFLINE
     return (f'To get them: {switches}san-backbones weights get {name}\nTo convert a file that you have: san-backbones '
@@ -182,7 +191,7 @@ def find_local(model: str) -> pathlib.Path | None:
         WeightsError: The named folder does not exist, or the file in it is not the expected one.
     """
     folders = [(shipped(), 'the package')]
-    named = os.environ.get(FOLDER_VARIABLE)
+    named = os.path.expanduser(os.environ.get(FOLDER_VARIABLE) or '')
     if named:
         if not os.path.isdir(named):
             raise WeightsError(f'{FOLDER_VARIABLE} names {named!r}, which is not a folder; expected one with '
@@ -262,7 +271,7 @@ def fetch(
 
     Args:
         repository: ORGANISATION/NAME.
-        model: The model's name, for messages.
+        model: The model's name, or of a repository of others ORGANISATION/NAME, for messages.
         revision: Branch, tag or commit; None for the main branch.
         sha256: The expected digest; None for the one in the file's name in the cache, if there is one. A file with
             another digest is removed from the cache.
@@ -323,7 +332,7 @@ def weights(source: str, filename: str = FILENAME, cache_dir: str | os.PathLike[
     if organisation == ORGANISATION:
         name = repository(model)
     if organisation != ORGANISATION or revision or filename != FILENAME:
-        return fetch(name, model, revision or None, None, filename, cache_dir)
+        return fetch(name, model if organisation == ORGANISATION else name, revision or None, None, filename, cache_dir)
     local = find_local(model)
     if local is not None:
         return str(local)

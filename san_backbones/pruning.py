@@ -13,6 +13,14 @@ __all__ = ['prunable', 'prune_inputs', 'prune_outputs']
 Attention = PairwiseAttention | PatchwiseAttention
 
 
+def _check(indices: Sequence[int], channels: int, what: str) -> None:
+    strange = sorted({i for i in indices if not 0 <= i < channels})
+    if strange:
+        raise ValueError(f'expected {what} channels from 0 to {channels - 1}, got {", ".join(map(str, strange))}')
+    if len(set(indices)) == channels:
+        raise ValueError(f'got all {channels} {what} channels; at least one must stay')
+
+
 def _remove_channels(conv: Any, indices: Sequence[int], dim: int) -> None:
     """Removes output channels (dim 0) or input channels (dim 1) of a convolution."""
     size = conv.weight.shape[dim]
@@ -39,7 +47,11 @@ def prune_inputs(layer: Attention, indices: Sequence[int]) -> Attention:
 
     Returns:
         The layer.
+
+    Raises:
+        ValueError: There are no such channels, or none would stay.
     """
+    _check(indices, layer.dim, 'input')
     for conv in (layer.query, layer.key, layer.value):
         _remove_channels(conv, indices, 1)
     return layer
@@ -56,8 +68,9 @@ def prune_outputs(layer: Attention, indices: Sequence[int]) -> Attention:
         The layer.
 
     Raises:
-        ValueError: Only some of the channels that share a weight are given.
+        ValueError: There are no such channels, none would stay, or only some of those that share a weight are given.
     """
+    _check(indices, layer.out_planes, 'output')
     planes = layer.out_planes // layer.share_planes
     weights = sorted({i % planes for i in indices})
     if len(set(indices)) != len(weights) * layer.share_planes:

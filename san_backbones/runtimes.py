@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ._pictures import config, upright
 from ._requirements import LEAST_FOR_ONNX, check
 from .attention import FootprintAttention
-from .export import _Flat, _names, _quiet, export_onnx
+from .checks import sides
+from .export import _channels, _Flat, _names, _quiet, export_onnx
 
 __all__ = ['TARGETS', 'Report', 'Runtime', 'Target', 'export_to', 'require']
 
@@ -91,7 +92,7 @@ def _write_openvino(model: nn.Module, example: Tensor, path: pathlib.Path, open_
     shape = [-1, example.shape[1], -1, -1] if open_sizes else list(example.shape)
     converted = openvino.convert_model(_trace(model, example, open_sizes), example_input=example, input=shape)
     for ports, names in ((converted.inputs, ['images']),
-                         (converted.outputs, _names(model(example), example.shape[2]))):
+                         (converted.outputs, _names(model, example))):
         for port, name in zip(ports, names, strict=True):
             port.set_names({name})
     openvino.save_model(converted, path, compress_to_fp16=False)
@@ -136,7 +137,7 @@ def _load_litert(path: pathlib.Path) -> Run:
 
 def _write_coreml(model: nn.Module, example: Tensor, path: pathlib.Path, open_sizes: bool) -> None:
     import coremltools
-    names = _names(model(example), example.shape[2])
+    names = _names(model, example)
     coremltools.convert(
         _trace(model, example), convert_to='mlprogram', compute_precision=coremltools.precision.FLOAT32,
         inputs=[coremltools.TensorType('images', tuple(example.shape))],
@@ -370,13 +371,12 @@ def export_to(
     """
     target = require(to)
     path = pathlib.Path(path)
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    size = height, width
+    size = sides(image_size)
     _check(model, target, path, size, open_sizes)
     is_open = open_sizes or target.sizes == 'any'
-    channels = next(p.shape[1] for p in model.parameters() if p.dim() == 4)
     flat = _Flat(model)
     flat.training = False  # as all that is in it
+    channels = _channels(flat, size)
     said, images = _images(model, channels, size, is_open)
     runs_here = target.only_on in ('', sys.platform)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder, torch.no_grad():

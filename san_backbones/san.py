@@ -264,7 +264,10 @@ class Block(nn.Module):
             ops.Linear(out_weight.to(conv.weight.dtype), int8=int8), {}), offset + out_bias
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if isinstance(self.act1, BoundedReLU) and any(name.startswith(f'{prefix}conv.') for name in state_dict):
+        # weights without a bound are those of a whole block: a few of its tensors, or its parameters alone, say nothing
+        whole = any(name.startswith(f'{prefix}conv.') for name in state_dict) and (
+            getattr(self.norm1, 'running_mean', None) is None or f'{prefix}norm1.running_mean' in state_dict)
+        if isinstance(self.act1, BoundedReLU) and (whole or f'{prefix}act1.bound' in state_dict):
             self.act1.follow(state_dict.get(f'{prefix}act1.bound'), self.attn.query.weight)
         elif not hasattr(self.act1, 'bound'):
             state_dict.pop(f'{prefix}act1.bound', None)  # other activations have no use for it

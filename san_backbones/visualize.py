@@ -85,6 +85,9 @@ def _read(image: Picture) -> Image.Image:
             raise ValueError('expected a picture as a uint8 array of shape (height, width, 3), RGB, got '
                              f'{image.dtype} {list(image.shape)}')
         return Image.fromarray(image)
+    if isinstance(image, torch.Tensor):
+        raise ValueError('expected a path, a PIL picture or a uint8 array (H, W, 3), RGB, got a tensor '
+                         f'{list(image.shape)}')
     if not isinstance(image, Image.Image):
         with Image.open(image) as file:
             return _pictures.upright(file)

@@ -4,6 +4,7 @@
 because `import san_backbones` loads torch and timm, which takes seconds; help, wrong usage and completion do without.
 """
 import importlib.util
+import io
 import sys
 
 __all__ = ['main']
@@ -15,6 +16,8 @@ def main() -> None:
     Raises:
         SystemExit: Always: 0 done, 1 failed with an explained error, 2 wrong usage.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # for names of files that are not UTF-8
     if sys.argv[1:2] == ['weights']:  # works without typer, since error messages about weights refer to it
         from san_backbones.weights.__main__ import main as weights
         sys.exit(weights(sys.argv[2:]))

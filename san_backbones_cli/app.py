@@ -289,7 +289,7 @@ def list_models(
             download_bytes=weights.download_bytes,
             license=None if weights.state == 'none' else model.pretrained_cfg.get('license')))
     if not found:
-        raise ValueError(f'no model matches {pattern!r}; there are {", ".join(MODELS)}')
+        raise typer.BadParameter(f'no model matches {pattern!r}; there are {", ".join(MODELS)}')
     if as_json:
         show_json(found)
     else:
@@ -324,8 +324,8 @@ def info(
     from san_backbones.cli.weights import create
     model = create(name, device='meta')
     if not isinstance(model, SAN):
-        raise ValueError(f'{name} is a {type(model).__name__}, and this command describes SANs only: '
-                         f'{", ".join(MODELS)}')
+        raise typer.BadParameter(f'{name} is a {type(model).__name__}, and this command describes SANs only: '
+                                 f'{", ".join(MODELS)}')
     facts = _describe(model, size)
     if as_json:
         show_json(facts)
@@ -423,11 +423,11 @@ def weights(context: typer.Context) -> None:
 @contextlib.contextmanager
 def _report_failures(path: pathlib.Path, failed: dict[pathlib.Path, str]) -> Iterator[None]:
     """Reports a file that cannot be read instead of ending the command."""
+    from san_backbones.cli import pictures
     try:
         yield
     except Exception as error:  # decoders raise many kinds of errors for broken files
-        said = getattr(error, 'strerror', None) or str(error)
-        failed[path] = said if isinstance(error, (OSError, ValueError)) else f'{type(error).__name__}: {said}'
+        failed[path] = pictures.reason(error)
         to_stderr(f'{path}: {failed[path]}')
 
 
@@ -456,7 +456,8 @@ def classify(
         model: Model = 'san15_patchwise',
         weights: Weights = None,
         names: Annotated[typer.FileText | None, typer.Option(
-            metavar='FILE', help='Names of the classes, one a line. [default: those that come with the weights]',
+            metavar='FILE', encoding='utf-8-sig',
+            help='Names of the classes, one a line. [default: those that come with the weights]',
         )] = None,
         top: Annotated[int, typer.Option(min=1, metavar='N', help='Classes to show for a picture.')] = 5,
         size: Size = None,
@@ -648,12 +649,30 @@ def predict(
     from san_backbones.cli.predict import predict as write_predictions
     from san_backbones.mm.predict import Predictor
     where = None if device is None else str(parse_device(device))
-    done = write_predictions(Predictor(checkpoint, config, threshold, where), sources, out, to_stderr)
+    predictor = Predictor(checkpoint, config, threshold, where)
+    try:
+        done = write_predictions(predictor, sources, out, to_stderr)
+    except KeyboardInterrupt:
+        to_stderr(f'stopped; {out / "predictions.json"} has what was found until now')
+        raise typer.Exit(1) from None
     if as_json:
         show_json(done._asdict())
     else:
         typer.echo(f'{done.pictures} pictures, {done.objects} objects: {out / "predictions.json"}')
     _fail_if_any({pathlib.Path(path): said for path, said in done.failed.items()}, done.pictures + len(done.failed))
+
+
+def _check_block(network: Any, block: str | None, channel: int | None) -> None:
+    from san_backbones.attention_maps import find_block, find_network
+    net = find_network(network)
+    try:
+        found = None if block is None else find_block(net, block)
+    except ValueError as error:
+        raise typer.BadParameter(f'--block: {error}') from error
+    layers = [one.attn for one in ([found] if found else net.blocks.values())]
+    groups = max(layer.out_planes // layer.share_planes for layer in layers)
+    if channel is not None and channel >= groups:
+        raise typer.BadParameter(f'--channel {channel}: expected a weight channel, 0 to {groups - 1}')
 
 
 @app.command()
@@ -683,7 +702,8 @@ def attention(
         out: Annotated[pathlib.Path | None, typer.Option(
             metavar='FILE', callback=output_check(FIGURES), dir_okay=False,
             help='Where the figure goes. [default: PICTURE-KIND.png, in the current folder]')] = None,
-        dpi: Annotated[int, typer.Option(min=20, max=1200, metavar='N', help='Pixels of the figure per inch.')] = 150,
+        dpi: Annotated[int | None, typer.Option(
+            min=20, max=1200, metavar='N', help='Pixels of the figure per inch. [default: 150]')] = None,
         device: Device = None,
         as_json: Json = False,
 ) -> None:
@@ -694,8 +714,9 @@ def attention(
     _refuse_both(weights, random)
     if pixel and grid:
         raise typer.BadParameter('--pixel and --grid exclude each other')
-    if html and (kind != 'footprint' or grid or out or len(pixel or ()) > 1):
-        raise typer.BadParameter('--html is for --kind footprint; it takes one --pixel, and neither --grid nor --out')
+    if html and (kind != 'footprint' or grid or out or dpi or len(pixel or ()) > 1):
+        raise typer.BadParameter('--html is for --kind footprint; it takes one --pixel, and neither --grid, --out nor '
+                                 '--dpi')
     only_some: dict[str, dict[str, Any]] = dict(
         features=dict(block=block, pixel=pixel, grid=grid, channel=channel), rollout=dict(block=block, channel=channel))
     given = [f'--{option}' for option, value in only_some.get(kind, {}).items() if value is not None]
@@ -704,15 +725,20 @@ def attention(
     from san_backbones import visualize
     from san_backbones.cli import pictures
     from san_backbones.cli.weights import load
-    image = pictures.read(picture)
+    failed: dict[pathlib.Path, str] = {}
+    with _report_failures(picture, failed):
+        image = pictures.read(picture)
+    _fail_if_any(failed, 1)
     width, height = image.size
     for x, y in pixel or ():
-        if not (0 <= x < width and 0 <= y < height):
+        if not (-.5 <= x < width - .5 and -.5 <= y < height - .5):  # edges of the first and the last
             raise typer.BadParameter(f'--pixel {x:g},{y:g} is outside of the picture, which is {width} pixels wide and '
                                      f'{height} high')
     network = load(model, weights, random).to(parse_device(device))
     if random:
         to_stderr(RANDOM)
+    if kind == 'footprint':
+        _check_block(network, block, channel)
     if html:
         from san_backbones._files import atomic_write
         from san_backbones.viewer import attention_page
@@ -735,7 +761,7 @@ def attention(
     else:
         figure = visualize.feature_figure(network, image, size=size)
     out = out or pathlib.Path(f'{picture.stem}-{kind}.png')
-    figure.savefig(out, dpi=dpi)
+    figure.savefig(out, dpi=dpi or 150)
     if as_json:
         show_json(dict(file=str(picture), model=model, kind=kind, figure=str(out), pixels=pixel or None,
                        block=block, size=size))

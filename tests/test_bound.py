@@ -188,6 +188,29 @@ def test_a_part_of_the_weights_leaves_the_bound():
     model = timm.create_model('test_san_patchwise')
     model.load_state_dict({'head.fc.bias': torch.zeros_like(model.head.fc.bias)}, strict=False)
     assert first_relu(model).limit == 6.
+    name = 'stages.0.blocks.0.conv.weight'
+    model.load_state_dict({name: model.state_dict()[name]}, strict=False)
+    assert first_relu(model).limit == 6.
+    model.load_state_dict(dict(model.named_parameters()), strict=False)  # all that is learnt
+    assert {relu.limit for relu in model.modules() if isinstance(relu, BoundedReLU)} == {6.}
+    assert model.state_dict()['stages.0.blocks.0.act1.bound'] == 6
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('program', ['script', 'trace'])
+def test_programs_of_torchscript_have_the_same_state_dict(program, form):
+    model = timm.create_model(f'test_san_{form}').eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        run = torch.jit.script(model) if program == 'script' else torch.jit.trace(model, torch.zeros(1, 3, 32, 32))
+        file = io.BytesIO()
+        torch.jit.save(run, file)
+        file.seek(0)
+        for state in (run.state_dict(), torch.jit.load(file).state_dict()):
+            assert state.keys() == model.state_dict().keys()
+            again = timm.create_model(f'test_san_{form}')
+            again.load_state_dict(state)
+            assert first_relu(again).limit == (6. if form == 'patchwise' else None)
 
 
 def test_released_weights_are_unbounded_and_equal_to_the_oracle():

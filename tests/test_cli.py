@@ -2,6 +2,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -139,7 +140,7 @@ class TestList:
         assert 'is not a safetensors file' in broken.stderr
 
     def test_nothing_matches(self):
-        result = run('list', 'resnet*', code=1)
+        result = run('list', 'resnet*', code=2)
         assert result.stdout == '' and 'no model matches' in result.stderr and 'san15_patchwise' in result.stderr
 
 
@@ -180,7 +181,7 @@ class TestInfo:
             state='local-dir', path=str(folder), note='in the folder given')
 
     def test_not_a_san(self):
-        assert 'describes SANs only' in run('info', 'resnet18', code=1).stderr
+        assert 'describes SANs only' in run('info', 'resnet18', code=2).stderr.replace('\n', ' ')
 
 
 class TestClassify:
@@ -221,6 +222,8 @@ class TestClassify:
             'broken.png', 'sixteen.png', 'missing.png'}
         assert 'missing.png: No such file' in result.stderr and 'more than 8 bits' in result.stderr
         assert '3 of 5 pictures could not be read' in result.stderr
+        said = run('attention', 'in/sixteen.png', '-m', 'test_san_patchwise', code=1).stderr
+        assert 'in/sixteen.png: its pixels have more than 8 bits' in said
 
     def test_no_pictures(self, tmp_path):
         assert 'there are no pictures in' in run('classify', tmp_path, '-m', 'test_san_patchwise', code=1).stderr
@@ -248,7 +251,7 @@ class TestClassify:
         image = ((torch.from_numpy(pixels) / 255 - mean) / std)[None, None]
         with torch.inference_mode():
             expected = model(image[..., 4:60, 4:60]).softmax(1)[0]  # 0.875 of the picture's 64 pixels
-        (tmp_path / 'names.txt').write_text('a\nb\nc\nd\n')
+        (tmp_path / 'names.txt').write_text('\ufeffa\nb\nc\nd\n', encoding='utf-8')  # as Windows writes it
         options = ('-m', 'test_san_pairwise', '--weights', 'own.pth')
         result, = data('classify', 'a.png', *options, '--names', 'names.txt', '--size', 56)
         assert {entry['name']: entry['probability'] for entry in result['classes']} == {
@@ -343,8 +346,9 @@ class TestFeatures:
     (['attention', __file__, '--kind', 'features', '--grid', '2'], 'does not take --grid'),
     (['attention', __file__, '--kind', 'heat'], 'heat'),
     (['attention', __file__, '--html', 'a.png'], 'must end in .html'),
-    (['attention', __file__, '--html', 'a.html', '--grid', '2'], 'neither --grid nor --out'),
-    (['attention', __file__, '--html', 'a.html', '--out', 'a.png'], 'neither --grid nor --out'),
+    (['attention', __file__, '--html', 'a.html', '--grid', '2'], 'neither --grid, --out'),
+    (['attention', __file__, '--html', 'a.html', '--out', 'a.png'], 'neither --grid, --out'),
+    (['attention', __file__, '--html', 'a.html', '--dpi', '300'], 'neither --grid, --out'),
     (['attention', __file__, '--html', 'a.html', '--kind', 'rollout'], 'for --kind footprint'),
     (['attention', __file__, '--html', 'a.html', '--pixel', '1,1', '--pixel', '2,2'], 'one --pixel'),
     (['benchmark', '--fused', '--train'], 'leave out --train'),
@@ -388,7 +392,12 @@ class TestAttention:
             ('rollout', 'SAN', False, (96, 64), dict(pixels=None, grid=2, size=None)),
             ('feature', 'SAN', False, (96, 64), dict(size=None))]
         assert all((tmp_path / name).exists() for name in ('a-footprint.png', 'b.pdf', 'a-features.png'))
-        assert 'outside of the picture' in run(*model, '--pixel', '96,10', code=2).stderr
+        run(*model, '--pixel', '95.4,-0.4')  # on the last and the first pixel
+        for beyond in ('96,10', '95.5,10', '3,63.5', '-0.6,3'):
+            assert 'outside of the picture' in run(*model, f'--pixel={beyond}', code=2).stderr
+        assert "--block: there is no block 'foo'" in run(*model, '--block', 'foo', code=2).stderr
+        assert '--channel 4: expected a weight channel, 0 to 0' in run(
+            *model, '--block', '0.0', '--channel', 4, code=2).stderr
 
     @pytest.mark.parametrize('kind', ['footprint', 'features', 'rollout'])
     def test_draws(self, kind, tmp_path):
@@ -416,7 +425,7 @@ class TestAttention:
         block, = network['blocks']
         assert (block['name'], block['height'], network['untrained']) == ('stages.1.blocks.0', 12, True)
         assert (page()['pixel'], page()['channel']) == ([90, 10], 1)
-        assert 'channel must be' in run(*command, '--channel', 9, code=1).stderr
+        assert '--channel 99: expected a weight channel' in run(*command, '--channel', 99, code=2).stderr
 
 
 class TestExport:
@@ -532,6 +541,7 @@ class TestEnv:
         monkeypatch.setenv('HF_ENDPOINT', 'https://someone:password@mirror.example/hub')
         monkeypatch.setenv('HOME', str(tmp_path))
         monkeypatch.setenv(hub.FOLDER_VARIABLE, f'{tmp_path}/weights')
+        monkeypatch.setenv(hub.MIRROR_VARIABLE, 'https://mirror.example/x?token=secret')
         text = run('env').stdout
         assert re.search(rf'^torch +{re.escape(torch.__version__)}$', text, re.M)
         assert re.search(rf'^timm +{re.escape(timm.__version__)}$', text, re.M)
@@ -608,6 +618,28 @@ class TestProgram:
         assert [model['name'] for model in json.loads(done.stdout)] == ['san15']
 
 
+    @pytest.mark.parametrize('words', [['weights', 'get', *3 * ['test_san_patchwise']], ['list', '*15']])
+    def test_a_closed_pipe(self, words):
+        code = f'import sys; sys.argv[1:] = {words!r}; import san_backbones_cli; san_backbones_cli.main()'
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            done = subprocess.run([sys.executable, '-u', '-c', code], stdout=writer, stderr=subprocess.PIPE, text=True,
+                                  env=environment())
+        finally:
+            os.close(writer)
+        assert done.returncode == 1 and done.stderr == ''
+
+    def test_names_that_are_not_utf8(self, tmp_path):
+        noise(tmp_path / 'a.png')
+        os.rename('a.png', b'a\xff.png')
+        code = ("import sys, os; sys.argv[1:] = ['classify', os.fsdecode(b'a\\xff.png'), '-m', 'test_san_patchwise']; "
+                'import san_backbones_cli; san_backbones_cli.main()')
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                              env=environment(PYTHONIOENCODING='utf-8:strict'))
+        assert done.returncode == 0 and done.stdout.startswith('a\\udcff.png\n'), done.stderr
+
+
 class TestWeights:
     """The commands themselves are tried in tests/weights; here, that they are reached."""
 
@@ -615,12 +647,12 @@ class TestWeights:
         assert 'convert' in run('weights', '--help').stdout
         assert 'test_san_patchwise.shapes: ' in run('weights', 'get', 'test_san_patchwise').stdout
         assert 'no command' in run('weights', 'sell', code=2).stderr
-        assert "there is no model 'san99'" in run('weights', 'get', 'san99', code=1).stderr
+        assert "there is no model 'san99'" in run('weights', 'get', 'san99', code=2).stderr
         assert '--out' in run('weights', 'get', '--help').stdout
 
     def test_without_the_extra(self, monkeypatch, capsys):
         monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-        for words, code in ((['weights', 'get', 'test_san_patchwise'], 0), (['weights', 'get', 'san99'], 1)):
+        for words, code in ((['weights', 'get', 'test_san_patchwise'], 0), (['weights', 'get', 'san99'], 2)):
             monkeypatch.setattr(sys, 'argv', ['san-backbones', *words])
             with pytest.raises(SystemExit) as ended:
                 cli.main()

@@ -91,3 +91,11 @@ def test_errors(model, options, message):
         compare_figure(model, [noise(48, 60, 0)], **options)
     with pytest.raises(ValueError, match='0 pictures'):
         compare_figure(model, [])
+    with pytest.raises(ValueError, match='at least one picture'):
+        Comparison([])
+    with pytest.raises(ValueError, match=r'got a tensor \[3, 48, 60\]'):
+        compare_figure(model, [torch.zeros(3, 48, 60)])
+
+
+def test_one_picture_alone(model):
+    assert len(compare_figure(model, noise(48, 60, 0)).axes) == len(compare_figure(model, [noise(48, 60, 0)]).axes)

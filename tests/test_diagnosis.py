@@ -93,6 +93,8 @@ def test_threshold():
 def test_training_mode_is_refused():
     with pytest.raises(ValueError, match=r'eval mode.*model.eval\(\)'):
         diagnose(model().train(), images())
+    with pytest.raises(ValueError, match='at least one image'):
+        diagnose(model(), images()[:0])
 
 
 def test_is_public():

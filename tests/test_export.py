@@ -12,8 +12,9 @@ from torch import nn
 import san_backbones
 from san_backbones import SAN, PairwiseAttention, PatchwiseAttention
 from san_backbones._requirements import older
-from san_backbones.export import export_detector, export_onnx, quantize_onnx
+from san_backbones.export import _Flat, _names, export_detector, export_onnx, quantize_onnx
 from san_backbones.ops import traced
+from san_backbones.runtimes import export_to
 
 FORMS = ('pairwise', 'patchwise')
 
@@ -206,6 +207,44 @@ class TestOnnx:
         assert_equal(run(path, pictures(2, 3, 16, 16)), model(pictures(2, 3, 16, 16)))
         assert before == dict(model.named_modules())
 
+    @pytest.mark.parametrize('size', [31, 33, 47, 63, 95])
+    def test_maps_are_named_after_their_strides(self, size):
+        """Also where a side is not a multiple of them, and is rounded down."""
+        zeros = torch.zeros(1, 3, size, size)
+        for out_indices in ((0, 1, 2, 3, 4), (3, 4)):
+            model = timm.create_model('test_san_patchwise', features_only=True, out_indices=out_indices).eval()
+            assert _names(_Flat(model), zeros) == [f'features_{2 ** (i + 1)}' for i in out_indices]
+
+    @pytest.mark.parametrize('size', [33, 65])
+    def test_maps_that_are_rounded_up(self, size):
+        pytest.importorskip('mmengine')
+        from san_backbones.mm import SANBackbone
+        arch = dict(attention='patchwise', depths=(0, 0, 0, 0, 1), widths=5 * (32,), kernel_sizes=3, stem_width=16)
+        model = SANBackbone(arch, out_indices=(1, 2, 3, 4), ceil_mode=True).eval()
+        assert _names(_Flat(model), torch.zeros(1, 3, size, size)) == [f'features_{2 ** i}' for i in (2, 3, 4, 5)]
+
+    def test_names_of_a_model_for_one_size(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(8 * 25, 7)).eval()
+        assert _names(_Flat(model), torch.zeros(2, 3, 20, 20)) == ['logits']
+
+    def test_a_neck_before_its_backbone_and_an_adapter(self, tmp_path):
+        """Images go into the stem, though another convolution stands first; or not into the stem."""
+        class Neck(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lateral, self.body = nn.Conv2d(64, 16, 1), small('patchwise', features=True)
+
+            def forward(self, images):
+                return self.lateral(self.body(images)[1])
+        model = settle(Neck())
+        path = export_onnx(model, tmp_path / 'model.onnx', 16, dynamic=False)
+        assert_equal(run(path, pictures(1, 3, 16, 16)), model(pictures(1, 3, 16, 16)))
+        assert [o.name for o in session(path).get_outputs()] == ['features_4']
+        export_to(model, 'torchscript', tmp_path / 'model.pt', 16)
+        adapted = settle(nn.Sequential(nn.Conv2d(12, 3, 1), small('patchwise')))
+        path = export_onnx(adapted, tmp_path / 'model.onnx', 16, dynamic=False)
+        assert_equal(run(path, pictures(1, 12, 16, 16)), adapted(pictures(1, 12, 16, 16)))
+
     def test_what_differs_from_torch_is_an_error(self, tmp_path, monkeypatch):
         right, verify = traced._pad_known, san_backbones.export._verify
 
@@ -242,6 +281,9 @@ class TestOnnx:
             export_onnx(model, tmp_path / 'model.onnx')
         with pytest.raises(ValueError, match='no SAN attention in this Conv2d'):
             export_onnx(nn.Conv2d(3, 4, 1).eval(), tmp_path / 'model.onnx')
+        for dtype in (torch.bfloat16, torch.float64):
+            with pytest.raises(ValueError, match=rf'this model is in {dtype}: call model.float\(\)'):
+                export_onnx(small('patchwise').to(dtype), tmp_path / 'model.onnx')
 
     @pytest.mark.parametrize('package', ['onnx', 'onnxscript'])
     def test_missing_packages_are_named(self, package, monkeypatch, tmp_path):

@@ -273,6 +273,18 @@ def test_channels_that_share_a_weight_go_together():
         prune_outputs(_attention('pairwise', 'subtraction'), [5, 1, 2])
 
 
+@pytest.mark.parametrize('attention, relation', [('pairwise', 'subtraction'), ('patchwise', 'concatenation')])
+@pytest.mark.parametrize('prune, channels, what', [(prune_inputs, 64, 'input'), (prune_outputs, 16, 'output')])
+def test_channels_that_are_not_there(attention, relation, prune, channels, what):
+    layer = _attention(attention, relation)
+    for indices in ([-1], [channels], [channels + i for i in range(0, 16, 4)]):
+        with pytest.raises(ValueError, match=f'expected {what} channels from 0 to {channels - 1}, got {indices[0]}'):
+            prune(layer, indices)
+    with pytest.raises(ValueError, match=f'got all {channels} {what} channels'):
+        prune(layer, range(channels))
+    assert layer.dim == 64 and layer.out_planes == 16
+
+
 def test_pruning_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch_pruning', None)
     with pytest.raises(ImportError, match='pip install torch-pruning'), prunable(_model('pairwise')):

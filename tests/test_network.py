@@ -3,6 +3,7 @@
 Layers are compared in float64 on every operator path of this machine, the six models with checkpoints in the authors'
 format.  A relative error is the norm of the difference over the norm of the expected tensor.
 """
+import warnings
 from functools import cache
 
 import pytest
@@ -585,6 +586,25 @@ def test_images_of_any_size(size, output_stride):
 def test_images_of_no_pixels(method, size):
     model = timm.create_model('test_san_patchwise').eval()
     assert_refused(lambda: getattr(model, method)(torch.zeros(1, 3, *size)), 'at least one', f'{size[0]} x {size[1]}')
+
+
+@pytest.mark.parametrize('way', ['as it is', 'fused', 'other norm', 'other act', 'hooked', 'scripted', 'traced'])
+@pytest.mark.parametrize('form', ['pairwise', 'patchwise'])
+def test_a_batch_of_no_images(form, way):
+    """By every road: the loops, the folded form, the form of `ops.traced`."""
+    options = {'other norm': dict(norm_layer='groupnorm1'), 'other act': dict(act_layer='gelu')}.get(way, {})
+    model = timm.create_model(f'test_san_{form}', num_classes=3, **options).eval()
+    if way == 'fused':
+        model = san_backbones.fuse_for_inference(model)
+    elif way == 'hooked':
+        model.stages[0].blocks[0].attn.weight_mlp.norm1.register_forward_hook(lambda *given: None)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore')
+        if way == 'scripted':
+            model = torch.jit.script(model)
+        elif way == 'traced':
+            model = torch.jit.trace(model, torch.zeros(2, 3, 32, 32))
+        assert model(torch.zeros(0, 3, 32, 32)).shape == (0, 3)
 
 
 def test_one_value_has_no_batch_statistics():

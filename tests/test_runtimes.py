@@ -194,6 +194,8 @@ def test_folders_replace_folders(fake, tmp_path):
     (dict(to='tensorrt'), "one of onnx, .*, got 'tensorrt'"),
     (dict(image_size=0), r'got \(0, 0\)'),
     (dict(image_size=(16, 2.5)), r'got \(16, 2.5\)'),
+    (dict(image_size=16.), r'an integer or \(height, width\), got 16.0'),
+    (dict(image_size=(16,)), r'an integer or \(height, width\), got \(16,\)'),
     (dict(path='model.onnx'), r"files of TorchScript end in .pt, got 'model.onnx'"),
     (dict(path='absent/model.pt'), 'there is no folder absent'),
     (dict(to='aoti', path='model.pt2', open_sizes=True), 'one size: .* onnx, openvino, torchscript take others'),

@@ -101,11 +101,17 @@ def test_options(picture):
     assert (data['pixel'], data['channel'], data['held'], data['part']) == ([30, 24], 'strongest', False, 'weights')
     assert [facts['name'] for facts in data['networks'][0]['blocks']] == ['stages.1.blocks.1']
     assert read(page_of({'': Study(models['one'], picture)}, 0, part='content'))['part'] == 'content'
+    page = attention_page(dict(one=models['one'], on=models['one']), picture, '1.0', np.array([7, 40]), np.int64(1),
+                          untrained='one', title='__DATA__')
+    data = read(page)
+    assert (data['pixel'], data['channel'], page.count('__DATA__')) == ([7, 40], 1, page.count('<title>') + 1)
+    assert [network['untrained'] for network in data['networks']] == [True, False]
 
 
 @pytest.mark.parametrize(('options', 'message'), [
     (dict(channel=4), r"0 to 2, or one of strongest, mean, all, got 4"),
     (dict(channel='some'), "got 'some'"), (dict(pixel=(60, 0)), 'not on the picture'), (dict(blocks='9.0'), "no block"),
+    (dict(blocks=[]), 'blocks is empty'), (dict(blocks=()), 'blocks is empty'),
     (dict(limit=40_000), r'take a smaller size, or fewer blocks')])
 def test_errors(options, message, picture):
     with pytest.raises(ValueError, match=message):

@@ -52,9 +52,10 @@ def _versions() -> dict[str, str | None]:
 
 
 def _public(text: str) -> str:
-    """Removes passwords in addresses and the user's name in paths."""
+    """Removes passwords and queries, which may hold tokens, in addresses and the user's name in paths."""
     home = str(pathlib.Path.home())
-    return re.sub(r'//[^/\s]*@', '//', re.sub(re.escape(home) + r'(?=/|\\|$)', '~', text) if len(home) > 1 else text)
+    text = re.sub(re.escape(home) + r'(?=/|\\|$)', '~', text) if len(home) > 1 else text
+    return re.sub(r'(//[^\s?]*\?)\S*', r'\1...', re.sub(r'//[^/\s]*@', '//', text))
 
 
 def _backends(device: str) -> dict[str, str | None]:

@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from .._pictures import SUFFIXES, config, upright
 
-__all__ = ['SUFFIXES', 'find', 'read', 'transform']
+__all__ = ['SUFFIXES', 'find', 'read', 'reason', 'transform']
 
 
 def find(paths: Iterable[pathlib.Path], suffixes: tuple[str, ...] = SUFFIXES) -> list[pathlib.Path]:
@@ -41,6 +41,12 @@ def read(path: pathlib.Path, channels: int = 3) -> Image.Image:
     """
     with Image.open(path) as picture:
         return upright(picture, channels)
+
+
+def reason(error: Exception) -> str:
+    """Says in a line why a picture failed: the message, with the kind of the error if that is an unusual one."""
+    said = getattr(error, 'strerror', None) or str(error)
+    return said if isinstance(error, (OSError, ValueError)) and said else f'{type(error).__name__}: {said}'
 
 
 def transform(cfg: Mapping[str, Any], size: tuple[int, int] | None = None,

@@ -19,7 +19,7 @@ NAME = 'predictions.json'
 
 
 class Report(NamedTuple):
-    """How many pictures (frames of videos count) were looked at and objects found, and what could not be read."""
+    """How many pictures (frames of videos count) were looked at and objects found, and which files failed, and why."""
     pictures: int
     objects: int
     failed: dict[str, str]
@@ -29,6 +29,8 @@ def predict(predictor: Predictor, sources: Sequence[pathlib.Path], out: pathlib.
             tell: Callable[[str], None]) -> Report:
     """Writes `predictions.json`, pictures with what was found in `pictures/`, videos in `videos/`.
 
+    What was found before an interruption is written, too.
+
     Of a detector the JSON is in COCO's format, with a `score` for each annotation, and categories from 1 in the order
     of the classes. Of a segmentor it lists the classes and the PNG files in `masks/`, whose values are numbers of
     classes from 0.
@@ -37,7 +39,7 @@ def predict(predictor: Predictor, sources: Sequence[pathlib.Path], out: pathlib.
         predictor: The network.
         sources: Pictures, videos, and folders with both.
         out: A folder; files of the same names are replaced.
-        tell: Called with a line for each file that cannot be read.
+        tell: Called with a line for each file that cannot be read or looked at.
 
     Raises:
         ValueError: There are no pictures or videos.
@@ -48,17 +50,19 @@ def predict(predictor: Predictor, sources: Sequence[pathlib.Path], out: pathlib.
                          f'names end in {", ".join((*pictures.SUFFIXES, *VIDEOS))}')
     collected = _Collected(predictor, out)
     failed: dict[str, str] = {}
-    for path, name, stem in files:
-        try:
-            if path.suffix.lower() in VIDEOS:
-                collected.add_video(path, name, stem)
-            else:
-                picture = np.asarray(pictures.read(path))
-                _save(collected.add(picture, name.as_posix(), stem), out / 'pictures' / stem, path.suffix)
-        except (OSError, ValueError, SyntaxError) as error:
-            failed[str(path)] = getattr(error, 'strerror', None) or str(error)
-            tell(f'{path}: {failed[str(path)]}')
-    collected.write()
+    try:
+        for path, name, stem in files:
+            try:
+                if path.suffix.lower() in VIDEOS:
+                    collected.add_video(path, name, stem)
+                else:
+                    picture = np.asarray(pictures.read(path))
+                    _save(collected.add(picture, name.as_posix(), stem), out / 'pictures' / stem, path.suffix)
+            except Exception as error:  # decoders, and OpenMMLab's drawing, raise many kinds of errors
+                failed[str(path)] = pictures.reason(error)
+                tell(f'{path}: {failed[str(path)]}')
+    finally:
+        collected.write()
     return Report(len(collected.images), len(collected.annotations), failed)
 
 

@@ -58,7 +58,7 @@ def locate_weights(cfg: Mapping[str, Any]) -> Location:
             return Location('unusable', None, str(error))
         if path is not None:
             named = os.environ.get(hub.FOLDER_VARIABLE)
-            if named and pathlib.Path(named) in path.parents:
+            if named and pathlib.Path(named).expanduser() in path.parents:
                 return Location('folder', str(path), f'in the folder that {hub.FOLDER_VARIABLE} names')
             return Location('shipped', str(path), 'shipped with the package')
         if not revision and 'drive_id' in hub.manifest().get(model, {}):

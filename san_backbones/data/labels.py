@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image
 
-from .._pictures import is_picture, walk
+from .._pictures import is_picture, size_upright, walk
 from .coco import DataError, short
 
 __all__ = ['Found', 'Picture', 'Thing', 'read_coco', 'read_voc', 'read_yolo', 'split_of']
 
 WORDS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF, and its values for pictures that lie on their side
 CLASS_FILES = ('classes.txt', 'obj.names', '*.names', '_darknet.labels', 'labels.txt')
 
 
@@ -61,8 +60,7 @@ def size_of(path: pathlib.Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as picture:
-            width, height = picture.size
-            return (height, width) if picture.getexif().get(ORIENTATION) in TURNED else (width, height)
+            return size_upright(picture)
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f'{path} cannot be read as a picture: {error}') from error
 

@@ -19,7 +19,6 @@ from .sources import Box, Broken, Picture, content
 __all__ = ['Decoded', 'Preparation', 'Prepared', 'Task', 'ahead', 'loader']
 
 T = TypeVar('T')
-ORIENTATION = 0x0112  # of EXIF: 1 to 8
 
 
 class Task(NamedTuple):
@@ -105,13 +104,11 @@ class Preparation:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of Pillow, of metadata that nothing here depends on
             with Image.open(io.BytesIO(data)) as image:
-                size = image.size
+                size, width, height = _pictures.size_upright(image), *image.size
                 if self._draft is not None and min(size) > self._draft:
                     scale = self._draft / min(size)
-                    image.draft(None, (round(size[0] * scale), round(size[1] * scale)))
+                    image.draft(None, (round(width * scale), round(height * scale)))
                 pixels = _pictures.upright(image, self.channels)
-                if image.getexif().get(ORIENTATION, 1) >= 5:  # on its side
-                    size = size[::-1]
         return self._ready(picture, hashlib.sha1(data).hexdigest(), size, pixels)
 
     def _ready(self, picture: Picture, sha1: str, size: tuple[int, int], image: Image.Image) -> Prepared:

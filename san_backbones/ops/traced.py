@@ -164,9 +164,9 @@ def aggregate(logits: Tensor, value: Tensor, pairwise: bool, kernel_size: int, d
         weight_channels = logits.shape[1] // area
     batch, channels, height, width = value.shape[0], value.shape[1], value.shape[2], value.shape[3]
     shares = channels // weight_channels
-    weights = logits.reshape(batch, 1, weight_channels, area, -1).split(kernel_size, 3)
+    weights = logits.reshape(batch, 1, weight_channels, area, height * width).split(kernel_size, 3)
     rows = _rows(_columns(value, kernel_size, dilation), kernel_size, dilation)
-    shape = [batch, shares, weight_channels, kernel_size, -1]
+    shape = [batch, shares, weight_channels, kernel_size, height * width]
     output = (rows[0].reshape(shape) * weights[0]).sum(3)
     for row in range(1, kernel_size):
         output = output + (rows[row].reshape(shape) * weights[row]).sum(3)

@@ -10,6 +10,7 @@ import html
 import importlib.resources
 import io
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,7 +45,7 @@ def attention_page(
         channel: int | str = 'strongest',
         *,
         size: int | None = None,
-        untrained: Sequence[str] = (),
+        untrained: str | Sequence[str] = (),
         title: str = 'What a block attends to',
         limit: int = LIMIT,
 ) -> str:
@@ -63,7 +64,7 @@ def attention_page(
         pixel: (x, y) on the given picture that is chosen first; None is the centre.
         channel: Weight channel that is drawn first: a number, 'strongest', 'mean' or 'all'.
         size: Shorter side to which the picture is scaled for the networks, as for `visualize.footprint_figure`.
-        untrained: Names of the models whose weights are random, which the page says; for a single model, ''.
+        untrained: Names of the models whose weights are random, which the page says; [''] for a model without a name.
         title: Heading of the page.
         limit: Most bytes of the page.
 
@@ -75,6 +76,9 @@ def attention_page(
         ImportError: matplotlib is missing.
     """
     named = models if isinstance(models, Mapping) else {'': models}
+    untrained = [untrained] if isinstance(untrained, str) else untrained
+    pixel = None if pixel is None else (float(pixel[0]), float(pixel[1]))
+    channel = int(channel) if isinstance(channel, np.integer) else channel
     studies = {name: Study(model, image, size) for name, model in named.items()}
     return page_of(studies, blocks, pixel, channel, untrained=untrained, title=title, limit=limit)
 
@@ -124,6 +128,8 @@ def page_of(
 def _blocks(study: Study, blocks: BlockId | Sequence[BlockId] | None) -> list[AttentionBlock]:
     if blocks is None:
         return list({block.stage: block for block in study.net.blocks.values()}.values())
+    if not isinstance(blocks, (str, int)) and not len(blocks):
+        raise ValueError('blocks is empty: give at least one block, or None for the last of each stage')
     alone = isinstance(blocks, (str, int)) or isinstance(blocks, tuple) and isinstance(blocks[0], int)
     several: Sequence[Any] = [blocks] if alone else blocks  # type: ignore[assignment]
     return [find_block(study.net, block) for block in several]
@@ -186,4 +192,5 @@ def _note(study: Study, levels: int) -> str:
 def _fill(title: str, data: Mapping[str, Any]) -> str:
     template = (importlib.resources.files(__package__) / 'page.html').read_text(encoding='utf-8')
     text = json.dumps(data, separators=(',', ':'), allow_nan=False).replace('<', '\\u003c')
-    return template.replace('__TITLE__', html.escape(title)).replace('__DATA__', text)
+    parts = dict(__TITLE__=html.escape(title), __DATA__=text)
+    return re.sub('|'.join(parts), lambda found: parts[found[0]], template)

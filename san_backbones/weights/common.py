@@ -20,6 +20,10 @@ MANIFEST = hub.shipped() / 'manifest.json'
 TAG = 'in1k'  # of the authors' weights
 
 
+class UsageError(WeightsError):
+    """A command was given a name that does not exist."""
+
+
 def parser(command: str, text: str) -> argparse.ArgumentParser:
     """Returns a parser for `san-backbones weights COMMAND`, with the docstring of its module as help."""
     lines = text.splitlines()
@@ -122,12 +126,13 @@ def repository_of(model: str) -> str:
     """Returns the Hub repository of a model's weights, or of those with its tag: 'san-backbones/...'.
 
     Raises:
-        WeightsError: There is no such model, or it has no weights.
+        UsageError: There is no such model.
+        WeightsError: It has no weights.
     """
     name, _, tag = model.partition('.')
     ours = timm.list_models(module='san')
     if name not in ours:
-        raise WeightsError(f'there is no model {model!r}; expected one of {", ".join(ours)}, or the folder of weights')
+        raise UsageError(f'there is no model {model!r}; expected one of {", ".join(ours)}, or the folder of weights')
     try:
         source = resolve_pretrained_cfg(name, tag).hf_hub_id
     except RuntimeError as error:
@@ -138,7 +143,8 @@ def repository_of(model: str) -> str:
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Makes a command's `main` print a WeightsError and return 1; 130 if the user interrupts it."""
+    """Makes a command's `main` print a WeightsError and return 1, or 2 for wrong usage; 130 if the user interrupts it.
+    """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None, **options: Any) -> int:
@@ -146,6 +152,9 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return main(argv, **options)
         except WeightsError as error:
             print(f'error: {error}', file=sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1
+        except BrokenPipeError:  # `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush it
             return 1
         except KeyboardInterrupt:
             print('stopped; the same command goes on from here', file=sys.stderr)

@@ -425,7 +425,7 @@ def convert(
     tag = tag or model.partition('.')[2] or None
     options, data_options = dict(options or {}), dict(data_options or {})
     if architecture not in models():
-        raise WeightsError(f'there is no model {model!r}; expected one of {", ".join(models())}')
+        raise common.UsageError(f'there is no model {model!r}; expected one of {", ".join(models())}')
     for what, given, allowed in (('arch', options, OPTIONS), ('data', data_options, DATA_OPTIONS)):
         if not set(given) <= set(allowed):
             raise WeightsError(f'there is no --{what}-option {", ".join(sorted(set(given) - set(allowed)))}; expected '

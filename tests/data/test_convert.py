@@ -130,14 +130,15 @@ def test_yolo_outlines_are_masks(tmp_path):
     assert report.has_masks and data.find(tmp_path / 'out')[0].without_masks == 0
 
 
-def test_pictures_are_turned_as_they_are_seen(tmp_path):
-    picture(tmp_path / 'in/a.jpg', turned=True)
-    picture(tmp_path / 'in/b.jpg')
+@pytest.mark.parametrize('kind', ['jpg', 'png', 'tif'])  # Pillow itself turns TIFF files
+def test_pictures_are_turned_as_they_are_seen(kind, tmp_path):
+    picture(tmp_path / f'in/a.{kind}', turned=True)
+    picture(tmp_path / f'in/b.{kind}')
     for name in 'ab':
         (tmp_path / 'in' / f'{name}.txt').write_text('0 0.5 0.5 0.2 0.4\n')
     data.convert(tmp_path / 'in', tmp_path / 'out', val=.5)
     boxes = {**read(tmp_path / 'out', 'train')[0], **read(tmp_path / 'out', 'val')[0]}
-    assert boxes['a.jpg'] == boxes['b.jpg'] == [('class 0', [40, 15, 20, 20])]
+    assert boxes[f'a.{kind}'] == boxes[f'b.{kind}'] == [('class 0', [40, 15, 20, 20])]
 
 
 def test_coco_with_gaps(tmp_path):

@@ -1,4 +1,5 @@
 """Pictures of every unusual kind: taken as they look, or a row of errors.parquet that says what to do."""
+import io
 import os
 
 import numpy as np
@@ -56,6 +57,38 @@ def test_taken_as_they_look(tmp_path):
     for name in ('grey.png', 'palette.png', 'bits.png', 'animated.gif', 'one.png', 'line.png'):
         with Image.open(folder / name) as picture:
             torch.testing.assert_close(torch.tensor(rows[name]['features']), features(picture), msg=name)
+
+
+@pytest.mark.parametrize('name, exif', [
+    ('a.jpg', b'Exif\0\0garbage!'), ('a.jpg', b'Exif\0\0II*\0'), ('a.png', b'garbage'),
+    ('a.jpg', b'Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\x006\0\0\0\0\0\0\0')],  # orientation '6', a text
+    ids=['no TIFF', 'cut', 'png', 'text'])
+def test_damaged_metadata(name, exif, tmp_path):
+    """The picture is taken as it lies, everywhere, and is not turned a second time where it is read again."""
+    from san_backbones import _pictures
+    path = tmp_path / 'in' / name
+    noise(path, 50, 60)
+    Image.open(path).save(path, exif=exif)
+    with Image.open(path) as picture:
+        found, expected = _pictures.upright(picture), picture.convert('RGB')
+    assert _pictures.upright(found).tobytes() == found.tobytes() == expected.tobytes() and not found.info
+    rows, told, _ = run(tmp_path / 'in', tmp_path / 'out')
+    assert told == {} and (rows[name]['width'], rows[name]['height']) == (60, 50)
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'TIFF', 'WEBP'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_turned_as_pillow_turns(kind, orientation):
+    from san_backbones import _pictures
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)).save(file, kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue()))).convert('RGB')
+    with Image.open(io.BytesIO(file.getvalue())) as picture:
+        assert _pictures.size_upright(picture) == expected.size
+        found = _pictures.upright(picture)
+        assert _pictures.size_upright(picture) == expected.size or kind != 'TIFF'
+    assert found.tobytes() == expected.tobytes() and found.size == expected.size
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))

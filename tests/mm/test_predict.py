@@ -170,6 +170,30 @@ def test_what_cannot_be_read_is_reported(detector, sources, tmp_path):
     assert 'looked for files' in run(detector[1], tmp_path / 'empty', '--out', tmp_path / 'o', code=1).stderr
 
 
+def test_nothing_found_is_lost(detector, sources, tmp_path, monkeypatch):
+    """Neither by a picture at which a library fails, nor by an interruption."""
+    look, errors = Predictor.__call__, {}
+
+    def fails(self, image, name):
+        if name in errors:
+            raise errors[name]
+        return look(self, image, name)
+
+    monkeypatch.setattr(Predictor, '__call__', fails)
+    for name in 'abc':
+        shutil.copy(sources / 'a.png', tmp_path / f'{name}.png')
+    files = [tmp_path / f'{name}.png' for name in 'abc']
+    for fail, error, said, names in (
+            ('a.png', IndexError('out of bounds'), 'a.png: IndexError: out of bounds', ['b.png', 'c.png']),
+            ('b.png', Image.DecompressionBombError('vast'), 'b.png: DecompressionBombError: vast', ['a.png', 'c.png']),
+            ('c.png', KeyboardInterrupt(), 'stopped; ', ['a.png', 'b.png'])):
+        errors.clear()
+        errors[fail] = error
+        assert said in run(detector[1], *files, '--out', tmp_path / fail[0], code=1).stderr
+        content = json.loads((tmp_path / fail[0] / 'predictions.json').read_text())
+        assert [image['file_name'] for image in content['images']] == names
+
+
 @pytest.mark.parametrize('text, message', [
     ('import os', 'expected NAME = VALUE'), ('model = os.system("true")', 'malformed'),
     ('model = dict(type="os.system", command="true")', "names the type 'os.system'"),
