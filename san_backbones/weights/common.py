@@ -126,7 +126,7 @@ def repository_of(model: str) -> str:
     """Returns the Hub repository of a model's weights, or of those with its tag: 'san-backbones/...'.
 
     Raises:
-        UsageError: There is no such model.
+        UsageError: There is no such model or tag.
         WeightsError: It has no weights.
     """
     name, _, tag = model.partition('.')
@@ -136,7 +136,7 @@ def repository_of(model: str) -> str:
     try:
         source = resolve_pretrained_cfg(name, tag).hf_hub_id
     except RuntimeError as error:
-        raise WeightsError(str(error)) from error
+        raise UsageError(str(error)) from error
     if not source:
         raise WeightsError(f'{model} has no pretrained weights: it is for tests')
     return source

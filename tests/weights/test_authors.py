@@ -870,11 +870,11 @@ def test_get_from_a_disk_that_refuses(real, capsys, monkeypatch):
     assert os.strerror(errno.EIO) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('words, part', [
-    (['san99'], "there is no model 'san99'"), (['test_san_pairwise'], 'no pretrained weights'),
-    (['san10.other'], 'other')])
-def test_get_what_there_is_not(words, part, real, capsys):
-    assert command('get', *words) == 1
+@pytest.mark.parametrize('words, part, code', [
+    (['san99'], "there is no model 'san99'", 2), (['test_san_pairwise'], 'no pretrained weights', 1),
+    (['san10.other'], 'other', 2)])
+def test_get_what_there_is_not(words, part, code, real, capsys):
+    assert command('get', *words) == code
     assert part in capsys.readouterr().err
 
 

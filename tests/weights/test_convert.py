@@ -31,8 +31,8 @@ def run(*argv):
     return convert.main([str(argument) for argument in argv])
 
 
-def error_of(capsys, *argv):
-    assert run(*argv) == 1
+def error_of(capsys, *argv, code=1):
+    assert run(*argv) == code
     message = capsys.readouterr().err
     assert message.startswith('error: ') and 'Traceback' not in message
     return message
@@ -357,7 +357,7 @@ def test_tensors_that_are_no_plain_ones(kind, released, manifest, tmp_path, caps
 
 def test_wrong_arguments(released, manifest, tmp_path, capsys):
     source = released('test_san_patchwise')
-    assert 'san19_pairwise' in error_of(capsys, source, '--model', 'resnet50', '--out', tmp_path / 'out')
+    assert 'san19_pairwise' in error_of(capsys, source, '--model', 'resnet50', '--out', tmp_path / 'out', code=2)
     assert 'cannot be read' in error_of(capsys, source, '--model', 'san10', '--out', tmp_path / 'out', '--manifest',
                                         tmp_path / 'none.json')
     (tmp_path / 'file').touch()

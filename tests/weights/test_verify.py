@@ -372,7 +372,7 @@ def test_quick_by_the_name_of_a_model(tmp_path, made, capsys):
     assert verify.main(['test_san_patchwise', '--images', str(made / 'val' / 'n000'), '--quick', '--workers', '0']) == 1
     message = capsys.readouterr().err
     assert 'such as square, star' in message and 'one folder' in message
-    assert verify.main(['san99', '--images', str(tmp_path), '--quick']) == 1
+    assert verify.main(['san99', '--images', str(tmp_path), '--quick']) == 2
     assert "no model 'san99'" in capsys.readouterr().err
     for words in (['--record'], ['--limit', '3']):
         with pytest.raises(SystemExit):
