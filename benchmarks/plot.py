@@ -176,9 +176,10 @@ def comparison(path):
             colour = COLOURS.get(row['model'])
             left.plot(range(1, len(curve) + 1), curve, 'o-', markersize=3, label=label, color=colour)
             middle.plot([float(value) for value in row['seconds'].split()], curve, 'o-', markersize=3, color=colour)
-        changes = sorted({table.changed(row) for row in some}, reverse=True)
-        for row in some:
-            right.plot(float(row['top1']), changes.index(table.changed(row)), 'o', color=COLOURS.get(row['model']))
+        labels = table.labels(some)
+        changes = sorted(set(labels), reverse=True)
+        for label, row in zip(labels, some):
+            right.plot(float(row['top1']), changes.index(label), 'o', color=COLOURS.get(row['model']))
         right.set_yticks(range(len(changes)), [change or 'as the package has it' for change in changes], fontsize=7)
         right.set_xlabel('top-1 on val, %')
         right.set_xlim(0, 1.08 * max(float(row['top1']) for row in some))

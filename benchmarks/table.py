@@ -308,6 +308,21 @@ def changed(row):
     return ', '.join(f'{name} {row[name]}' for name, value in usual.items() if row[name] != str(value))
 
 
+def labels(rows):
+    """Returns for each of the rows of a setting what it changed, and its learning rate if that is not the one of the
+    first run of the network as the package has it.
+    """
+    usual = {}
+    for row in rows:
+        if not changed(row):
+            usual.setdefault(row['model'], row['lr'])
+    found = []
+    for row in rows:
+        same = usual.get(row['model'], row['lr']) == row['lr']
+        found.append(', '.join(filter(None, ('' if same else f'learning rate {row["lr"]}', changed(row)))))
+    return found
+
+
 def scores(rows):
     """Returns the top-1 of every seed, in their order, and the mean of several."""
     found = [row['top1'] for row in sorted(rows, key=lambda row: int(row['seed']))]
@@ -343,8 +358,9 @@ def table_of_changes(rows):
             continue
         lines += ['', f'{words}:', '', '| | ' + ' | '.join(f'`{name}`' for name in names) + ' |',
                   '| --- |' + ' --- |' * len(names)]
-        for change in sorted({changed(row) for row in some}):
-            cells = [scores([row for row in some if row['model'] == name and changed(row) == change])
+        some = [(label, row) for label, row in zip(labels(some), some) if row['model'] in names]
+        for change in sorted({label for label, _ in some}):
+            cells = [scores([row for label, row in some if row['model'] == name and label == change])
                      for name in names]
             lines.append(f'| {change or "as the package has it"} | ' + ' | '.join(cells) + ' |')
     return lines[1:]

@@ -273,6 +273,14 @@ def final(model, seed, top1, **changes):
     return plain | dict(model=model, seed=str(seed), top1=top1, clip=clip) | changes
 
 
+def test_other_rates_stand_apart():
+    rows = [final('resnet26', seed, top1, lr=lr, momentum=momentum) for seed, top1, lr, momentum in (
+        (0, '30.0', '0.01', ''), (0, '15.0', '0.03', ''), (0, '20.0', '0.03', '.5'), (1, '31.0', '0.01', ''))]
+    assert table.labels(rows) == ['', 'learning rate 0.03', 'learning rate 0.03, momentum .5', '']
+    text = '\n'.join(table.table_of_changes(rows))
+    assert '| as the package has it | 30.0, 31.0 (mean 30.5) |' in text and '| learning rate 0.03 | 15.0 |' in text
+
+
 def test_tables_of_the_page():
     san = dict(relation='concatenation', footprint='7', option='')
     rows = [final('resnet26', 1, '30.0'), final('resnet26', 0, '20.0'), final('san10_patchwise', 0, '25.0', **san),
