@@ -173,13 +173,16 @@ class Training:
         pattern, _, factor = self.key['rate_of'].rpartition('=')
         if pattern:
             names = {id(p): name for name, p in self.model.named_parameters()}
+            if not any(re.search(pattern, name) for name in names.values()):
+                raise SystemExit(f'--rate-of {self.key["rate_of"]}: no parameter of {self.key["model"]} has a name that '
+                                 f'matches {pattern!r}; they are {", ".join(names.values())}')
             for group in list(self.optimizer.param_groups):
                 own = [p for p in group['params'] if re.search(pattern, names[id(p)])]
                 group['params'] = [p for p in group['params'] if not re.search(pattern, names[id(p)])]
                 self.optimizer.add_param_group(group | dict(params=own, lr_scale=float(factor)))
         for norm in self.model.modules():
             if self.key['momentum'] and isinstance(norm, torch.nn.BatchNorm2d):
-                norm.momentum = float(self.key['momentum'])
+                norm.momentum = self.key['momentum']
 
     def save(self, path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -377,6 +380,19 @@ def fill(text, rows):
     return text
 
 
+def rate_of(text):
+    """Checks PATTERN=FACTOR."""
+    pattern, _, factor = text.rpartition('=')
+    try:
+        re.compile(pattern)
+        float(factor)
+    except (re.error, ValueError):
+        pattern = ''
+    if not pattern:
+        raise argparse.ArgumentTypeError(f'expected PATTERN=FACTOR, as weight_mlp=.1, got {text!r}')
+    return text
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=pathlib.Path, metavar='FOLDER|ZIP')
@@ -408,9 +424,11 @@ def parse():
                         help='other initialisations, those of small_data.py; kernels are of the patchwise form')
     parser.add_argument('--undecayed', nargs='+', default=[], metavar='PATTERN',
                         help='no weight decay on parameters whose name matches, as weight_mlp, which is gamma')
-    parser.add_argument('--rate-of', nargs='+', default=[], metavar='PATTERN=FACTOR',
-                        help='a learning rate times the factor for parameters whose name matches, as weight_mlp=.1')
-    parser.add_argument('--momentum', nargs='+', default=[], metavar='M', help='of batch norms, as .01 (usually .1)')
+    parser.add_argument('--rate-of', nargs='+', default=[], metavar='PATTERN=FACTOR', type=rate_of,
+                        help='of SANs: a learning rate times the factor for parameters whose name matches, as '
+                             'weight_mlp=.1')
+    parser.add_argument('--momentum', nargs='+', default=[], metavar='M', type=float,
+                        help='of the batch norms of SANs, as .01 (usually .1)')
     parser.add_argument('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32')
     parser.add_argument('--device', default=harness.DEVICE.type, help='default: %(default)s')
     parser.add_argument('--threads', type=int, default=1, help='of the CPU (default: %(default)s)')

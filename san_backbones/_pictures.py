@@ -11,8 +11,8 @@ from PIL import ExifTags, Image
 from timm.data import resolve_data_config
 
 __all__ = [
-    'ARCHIVES', 'SUFFIXES', 'File', 'config', 'is_picture', 'members', 'members_of_zip', 'read', 'size_upright',
-    'upright', 'walk']
+    'ARCHIVES', 'SUFFIXES', 'File', 'config', 'is_picture', 'members', 'members_of_zip', 'read', 'reason',
+    'size_upright', 'upright', 'walk']
 
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 ARCHIVES = ('.tar', '.zip')
@@ -113,6 +113,12 @@ def read(file: File) -> bytes:
             tar.seek(file.at)
             return tar.read(file.size)
     return pathlib.Path(file.path).read_bytes()
+
+
+def reason(error: Exception) -> str:
+    """Says in a line why a picture failed: the message, with the kind of the error if that is an unusual one."""
+    said = getattr(error, 'strerror', None) or str(error) or repr(error)
+    return said if isinstance(error, (OSError, ValueError)) else f'{type(error).__name__}: {said}'
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -151,6 +151,8 @@ def test_a_rate_of_their_own(run, trained, monkeypatch):
         rates.append({id(p): group['lr'] for group in self.optimizer.param_groups for p in group['params']})
     monkeypatch.setattr(table.Training, 'step', recorded)
     run('--rate-of', 'weight_mlp=.1')
+    with pytest.raises(SystemExit, match="gamma=.1: no parameter of test_san_patchwise has.*'gamma'; they are stem"):
+        run('--rate-of', 'gamma=.1')
     names = {name: id(p) for name, p in trained[-1].model.named_parameters()}
     assert all(set(found) == set(names.values()) for found in rates[-4:])
     for name, p in names.items():
@@ -161,7 +163,7 @@ def test_a_rate_of_their_own(run, trained, monkeypatch):
 
 def test_momentum_of_norms(run, trained):
     row = run('--momentum', '.5')[-1]
-    assert row['momentum'] == '.5' and table.changed(row) == 'momentum .5'
+    assert row['momentum'] == '0.5' and table.changed(row) == 'momentum 0.5'
     for training, momentum in zip(trained, (.1, .5)):
         found = {norm.momentum for norm in training.model.modules() if isinstance(norm, torch.nn.BatchNorm2d)}
         assert found == {momentum}
@@ -259,6 +261,10 @@ def test_wrong_options(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         table.main()
     assert '--data is needed' in capsys.readouterr().err
+    for words in (('--rate-of', 'weight_mlp'), ('--rate-of', '=.1'), ('--rate-of', 'a=b'), ('--rate-of', '(=.1')):
+        with pytest.raises(SystemExit):
+            run(*words)
+        assert f'expected PATTERN=FACTOR, as weight_mlp=.1, got {words[1]!r}' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run('--relations', 'dot')
     assert '--relations dot: expected relations of test_san_patchwise' in capsys.readouterr().err

@@ -11,7 +11,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms
 
-from .._pictures import SUFFIXES, config, upright
+from .._pictures import SUFFIXES, config, reason, upright
 
 __all__ = ['SUFFIXES', 'find', 'read', 'reason', 'transform']
 
@@ -41,12 +41,6 @@ def read(path: pathlib.Path, channels: int = 3) -> Image.Image:
     """
     with Image.open(path) as picture:
         return upright(picture, channels)
-
-
-def reason(error: Exception) -> str:
-    """Says in a line why a picture failed: the message, with the kind of the error if that is an unusual one."""
-    said = getattr(error, 'strerror', None) or str(error)
-    return said if isinstance(error, (OSError, ValueError)) and said else f'{type(error).__name__}: {said}'
 
 
 def transform(cfg: Mapping[str, Any], size: tuple[int, int] | None = None,

@@ -146,8 +146,7 @@ def _reason(error: Exception) -> str:
         return 'no picture in a format that Pillow knows'
     if isinstance(error, FileNotFoundError):
         return 'the file is gone: No such file or directory'
-    said = getattr(error, 'strerror', None) or str(error) or repr(error)
-    return said if isinstance(error, (OSError, ValueError)) else f'{type(error).__name__}: {said}'
+    return _pictures.reason(error)
 
 
 def _sound(boxes: tuple[Box, ...], size: tuple[int, int]) -> tuple[tuple[Box, ...], tuple[str, ...]]:
