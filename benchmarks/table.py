@@ -174,8 +174,9 @@ class Training:
         if pattern:
             names = {id(p): name for name, p in self.model.named_parameters()}
             if not any(re.search(pattern, name) for name in names.values()):
-                raise SystemExit(f'--rate-of {self.key["rate_of"]}: no parameter of {self.key["model"]} has a name that '
-                                 f'matches {pattern!r}; they are {", ".join(names.values())}')
+                raise SystemExit(
+                    f'--rate-of {self.key["rate_of"]}: no parameter of {self.key["model"]} has a name that matches '
+                    f'{pattern!r}; they are {", ".join(names.values())}')
             for group in list(self.optimizer.param_groups):
                 own = [p for p in group['params'] if re.search(pattern, names[id(p)])]
                 group['params'] = [p for p in group['params'] if not re.search(pattern, names[id(p)])]
