@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from timm.data import resolve_data_config
 
 __all__ = [
-    'ARCHIVES', 'SUFFIXES', 'File', 'config', 'is_picture', 'members', 'members_of_zip', 'read', 'reason',
+    'ARCHIVES', 'SUFFIXES', 'File', 'check_end', 'config', 'is_picture', 'members', 'members_of_zip', 'read', 'reason',
     'size_upright', 'upright', 'walk']
 
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
@@ -81,10 +81,13 @@ def members(path: str | os.PathLike[str]) -> Iterator[File]:
             if member.isfile() and is_picture(member.name):
                 yield File(path, member.size, member.name, 'tar', member.offset_data)
             tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them in memory
-    with open(path, 'rb') as file:  # tarfile takes a part of a member's head for the end
-        file.seek(tar.offset)  # type: ignore[attr-defined]
-        if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError('unexpected end of data')
+        check_end(tar)
+
+
+def check_end(tar: Any) -> None:
+    """Raises tarfile.ReadError if a tar, read to its end, was cut within a member's head: tarfile says nothing then."""
+    if 0 < tar.fileobj.tell() - tar.offset < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError('unexpected end of data')
 
 
 def members_of_zip(path: str, archive: zipfile.ZipFile) -> Iterator[File]:

@@ -217,6 +217,7 @@ class _Tar(Shard):
                         assert data is not None
                         yield Picture(f'{self.name}//{member.name}', data.read())
                     tar.members = []  # type: ignore[attr-defined]
+                _pictures.check_end(tar)
 
 
 class _Parquet(Shard):

@@ -1,4 +1,5 @@
 """Where pictures come from: names, order and bytes, against the files themselves and against other readers."""
+import gzip
 import hashlib
 import io
 import itertools
@@ -241,6 +242,17 @@ class TestArchives:
         assert len(found) > 5 if kind.startswith('tar') else len(found) == 5
         assert told[-1]['file'] == str(tmp_path / f'0.{kind}')
         assert 'cut short' in told[-1]['reason'] and 'fetch it again' in told[-1]['reason']
+
+    @pytest.mark.parametrize('kind', ['tar', 'tar.gz'])
+    def test_a_tar_cut_in_a_head(self, kind, files, tmp_path):
+        tar_of(tmp_path / 'whole.tar', files)
+        data = (tmp_path / 'whole.tar').read_bytes()
+        with tarfile.open(tmp_path / 'whole.tar') as tar:
+            data = data[:[member for member in tar if member.name.endswith('.png')][2].offset + 100]
+        (tmp_path / f'a.{kind}').write_bytes(gzip.compress(data) if kind == 'tar.gz' else data)
+        found, _ = run(tmp_path / f'a.{kind}', tmp_path / 'out')
+        assert [digest for _, digest in found if digest] == [sha1(file) for file in files[:2]]
+        assert 'cut short' in errors(tmp_path / 'out')[-1]['reason']
 
     def test_an_empty_tar(self, tmp_path):
         tar_of(tmp_path / 'a.tar', [])
