@@ -54,7 +54,7 @@ def walk(folder: str | os.PathLike[str]) -> Iterator[str]:
     for inside, folders, names in os.walk(folder, onerror=refuse):
         folders.sort()
         for name in sorted(names):
-            if is_picture(name) or name.endswith(ARCHIVES) and not name.startswith('.'):
+            if is_picture(name) or name.lower().endswith(ARCHIVES) and not name.startswith('.'):
                 yield os.path.join(inside, name)
 
 
@@ -147,7 +147,8 @@ def upright(picture: Image.Image, channels: int = 3) -> Image.Image:
     The result has no metadata. Where these are damaged, the picture stays as it lies.
 
     Raises:
-        ValueError: The pixels have more than 8 bits, which Pillow would clip, or channels is not 1 or 3.
+        ValueError: The pixels are integers of more than 8 bits or floats of one channel, which Pillow would clip, or
+            channels is not 1 or 3.
     """
     if channels not in (1, 3):
         raise ValueError(f'the model takes {channels} channels, and pictures have 1 or 3')

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import ops
 from .attention import FootprintAttention, PairwiseAttention
-from .checks import sides
+from .checks import is_integer, sides
 from .san import SAN
 
 __all__ = ['count_multiply_adds', 'count_parameters', 'multiply_adds_by_part']
@@ -62,11 +62,14 @@ def multiply_adds_by_part(
 
     Raises:
         TypeError: The model is none, or has been made into a feature extractor.
+        ValueError: The size is none.
     """
     if not isinstance(model, SAN):
         raise TypeError(f'expected a SAN, got a {type(model).__name__}: a model of timm.create_model without '
                         'features_only; torch.utils.flop_counter.FlopCounterMode counts what others compute')
     height, width = sides(image_size)
+    if not is_integer(height) or not is_integer(width):
+        raise ValueError(f'image_size must be at least 1 pixel, an integer or (height, width), got {image_size!r}')
     conv, stages, parts = model.stem.conv, cast(Any, model.stages), {}
     height, width = (max(side // conv.stride[0], 1) for side in (height, width))
     parts['stem'] = _linear(conv, height * width, paper) + _norm_relu(conv.out_channels, height * width, paper)

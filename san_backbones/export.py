@@ -24,7 +24,7 @@ from ._files import atomic_write
 from ._requirements import LEAST_FOR_ONNX, check
 from .attention import FootprintAttention
 from .checks import sides
-from .san import PatchStem, Stem
+from .san import PatchStem, Stage, Stem
 
 __all__ = ['export_detector', 'export_onnx', 'quantize_onnx']
 
@@ -162,7 +162,8 @@ def export_onnx(
         model: A SAN, its features_only form, a SANBackbone, or a module around one that maps images to tensors; in eval
             mode. It is not changed.
         path: The file to write.
-        image_size: Side of the images in pixels, or (height, width). With dynamic sizes, that of the traced example.
+        image_size: Side of the images in pixels, or (height, width). With dynamic sizes, that of the traced example,
+            which gets at least two pixels in the last map.
         batch_size: Images in a batch. With a dynamic batch, that of the example.
         dynamic: Dynamic axes: True for batch, height and width; 'batch'; 'size' (height and width); or False.
         opset: Version of the ONNX operators, 18 or later.
@@ -204,12 +205,14 @@ def export_onnx(
         raise ValueError(f'onnxruntime runs float32 and float16, and this model is in {like.dtype}: call model.float()')
     channels = _channels(model, (height, width))
     batch_example = batch_size if dynamic in (False, 'size') else max(2, batch_size)  # torch.export fixes sizes of one
-    example = torch.rand(batch_example, channels, height, width, dtype=like.dtype, device=like.device)
     dims: dict[int, Any] = {}
     if dynamic in (True, 'batch'):
         dims[0] = 'batch'
     if dynamic in (True, 'size'):
         dims.update({2: 'height', 3: 'width'})
+    least = 2 * _stride(model) if 2 in dims else 1  # a map of one pixel would be fixed, too
+    example = torch.rand(batch_example, channels, max(height, least), max(width, least), dtype=like.dtype,
+                         device=like.device)
     with torch.no_grad(), _quiet():
         names = _names(model, example)
         program = torch.onnx.export(
@@ -227,6 +230,13 @@ def export_onnx(
                      (batch_size + (1 if 0 in dims else 0), channels, height + more, width + more)}
             _verify(original, part, sizes, like)
     return path
+
+
+def _stride(model: nn.Module) -> int:
+    """Pixels of an image along a side of a pixel of the last map: of several SANs, the largest."""
+    networks = [net for net in model.modules() if any(isinstance(child, (Stem, PatchStem)) for child in net.children())]
+    return max((math.prod(module.stride for module in net.modules() if isinstance(module, (Stem, PatchStem, Stage)))
+                for net in networks), default=1)
 
 
 class _Detector(nn.Module):
@@ -331,22 +341,29 @@ def _found(expected: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray]) 
 class _Reader:
     """Reads images for onnxruntime's calibration."""
 
-    def __init__(self, images: Iterable[Any], session: Any):
-        self.input, self.images, self.count = session.get_inputs()[0], iter(images), 0
+    def __init__(self, images: Iterable[Any], session: Any, method: str):
+        self.input, self.images, self.method = session.get_inputs()[0], iter(images), method
+        self.first: list[int] | None = None
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self.images, None)
         if batch is None:
-            if self.count == 0:
+            if self.first is None:
                 raise ValueError('there are no calibration images: give at least one batch')
             return None
         batch = np.asarray(batch.detach().cpu() if isinstance(batch, Tensor) else batch)
+        shape = list(batch.shape)
         wanted = [n if isinstance(n, int) else None for n in self.input.shape]
         if batch.dtype != np.float32 or batch.ndim != 4 or any(n not in (None, m) for n, m in zip(
                 wanted, batch.shape, strict=True)):
             raise ValueError(f'calibration images must be float32 of shape {self.input.shape}, as the model takes '
-                             f'them, got {batch.dtype} {list(batch.shape)}')
-        self.count += 1
+                             f'them, got {batch.dtype} {shape}')
+        if not batch.size or not np.isfinite(batch).all():
+            raise ValueError(f'a batch of calibration images {shape} is empty, or holds values that are not finite')
+        self.first = self.first or shape
+        if self.method != 'minmax' and shape != self.first:
+            raise ValueError(f'method={self.method!r} takes calibration images in batches of one shape, got {shape} '
+                             f"after {self.first}: leave a smaller last batch out, or take method='minmax'")
         return {self.input.name: batch}
 
 
@@ -354,7 +371,7 @@ def quantize_onnx(
         path: str | os.PathLike[str],
         out: str | os.PathLike[str],
         images: Iterable[Any],
-        keep_float: Sequence[str] = KEEP_FLOAT,
+        keep_float: str | Sequence[str] = KEEP_FLOAT,
         method: str = 'minmax',
         reduce_range: bool = True,
 ) -> pathlib.Path:
@@ -377,7 +394,8 @@ def quantize_onnx(
 
     Raises:
         ImportError: onnxruntime is missing; the message says what to install.
-        ValueError: There are no images, they do not fit the model, or no linear map is left to quantise.
+        ValueError: There are no images, they do not fit the model, the file is not in float32 or is quantised already,
+            or no linear map is left to quantise.
     """
     _need('onnx', 'onnxruntime', 'onnxruntime.quantization')
     import onnx
@@ -391,7 +409,14 @@ def quantize_onnx(
     path, out = pathlib.Path(path), pathlib.Path(out)
     if not path.is_file():
         raise ValueError(f'there is no file {path} to quantise: write it with export_onnx first')
-    reader = _Reader(images, InferenceSession(path, providers=['CPUExecutionProvider']))
+    session = InferenceSession(path, providers=['CPUExecutionProvider'])
+    if session.get_inputs()[0].type != 'tensor(float)':
+        raise ValueError(f'{path} takes {session.get_inputs()[0].type}, and only files in float32 can be quantised: '
+                         'export model.float()')
+    if any(node.op_type in ('QuantizeLinear', 'DequantizeLinear') for node in onnx.load(path).graph.node):
+        raise ValueError(f'{path} is quantised already: give the float32 file that it was made of')
+    keep_float = (keep_float,) if isinstance(keep_float, str) else keep_float
+    reader = _Reader(images, session, method)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         prepared = pathlib.Path(folder) / 'prepared.onnx'
         quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)  # folds norms into linear maps
@@ -405,4 +430,5 @@ def quantize_onnx(
                 str(prepared), str(part), reader, quant_format=q.QuantFormat.QDQ, per_channel=True,
                 reduce_range=reduce_range, op_types_to_quantize=['Conv', 'Gemm'], nodes_to_quantize=chosen,
                 activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, calibrate_method=methods[method])
+            InferenceSession(part, providers=['CPUExecutionProvider'])  # a file that does not load is not kept
     return out

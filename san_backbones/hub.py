@@ -166,7 +166,8 @@ def check(path: str | os.PathLike[str], model: str, origin: str, sha256: str | N
         WeightsError: The file is not safetensors, cannot be read, or has another digest.
     """
     try:
-        found = None if sha256 is None else digest(path)
+        with open(path, 'rb'):
+            found = None if sha256 is None else digest(path)
     except OSError as error:
         raise WeightsError(f'{path}, from {origin}, cannot be read ({error}); expected the weights of {model}. '
                            f'{ways_out(model)}') from error
@@ -199,6 +200,13 @@ def find_local(model: str) -> pathlib.Path | None:
         folders.insert(0, (pathlib.Path(named), f'the folder that {FOLDER_VARIABLE} names'))
     for folder, origin in folders:
         for path in (folder / model / FILENAME, folder / f'{model}.safetensors'):
+            try:
+                os.stat(path)
+            except PermissionError as error:
+                raise WeightsError(f'{folder}, {origin}, cannot be read ({error}); expected the weights of {model}, or '
+                                   'leave to look for them') from error
+            except OSError:
+                pass  # it is not there, or a link in a circle
             if path.is_file():
                 check(path, model, origin, (manifest().get(model) or {}).get('sha256'))
                 return path

@@ -1,5 +1,7 @@
 """Converts batch norms to the operators' form, and provides a `SyncBatchNorm` that also works on the CPU."""
 import contextlib
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -73,14 +75,14 @@ BATCH_NORM = Kind('batch norm', _is_batch_norm)
 
 
 def norm_constructor(norm_layer: Any) -> Any:
-    """Returns `norm_layer`, a function of the number of channels, or the class for timm's name of a norm.
+    """Returns a function of channels, `device` and `dtype`, given one of channels only or timm's name of a norm.
 
     Raises:
         ValueError: timm knows no norm of that name.
         TypeError: norm_layer is neither callable nor a name.
     """
     if callable(norm_layer):
-        return norm_layer
+        return norm_layer if _takes_device(norm_layer) else functools.partial(_make_there, norm_layer)
     if not isinstance(norm_layer, str):
         raise TypeError(f"norm_layer must be a class or timm's name of one, got {norm_layer!r}")
     found = None
@@ -89,7 +91,20 @@ def norm_constructor(norm_layer: Any) -> Any:
     if found is None:
         raise ValueError("norm_layer must be a class or timm's name of one, such as 'batchnorm2d', 'groupnorm1' or "
                          f"'layernorm2d', got {norm_layer!r}")
-    return found
+    return norm_constructor(found)
+
+
+def _takes_device(norm_layer: Any) -> bool:
+    try:
+        parameters = inspect.signature(norm_layer).parameters.values()
+    except (TypeError, ValueError):  # nothing is known
+        return True
+    return {'device', 'dtype'} <= {p.name for p in parameters} or any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _make_there(norm_layer: Any, channels: int, device: Any = None, dtype: Any = None) -> nn.Module:
+    norm = norm_layer(channels)
+    return norm if device is None and dtype is None else norm.to(device=device, dtype=dtype)
 
 
 def _sync_group(norm: nn.Module) -> Any:

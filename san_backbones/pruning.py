@@ -1,5 +1,6 @@
 """Structured pruning of a SAN, attention layers included, by Torch-Pruning (https://github.com/VainF/Torch-Pruning)."""
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -7,18 +8,21 @@ import torch
 import torch.nn as nn
 
 from .attention import PairwiseAttention, PatchwiseAttention
+from .san import SAN
 
 __all__ = ['prunable', 'prune_inputs', 'prune_outputs']
 
 Attention = PairwiseAttention | PatchwiseAttention
 
 
-def _check(indices: Sequence[int], channels: int, what: str) -> None:
+def _checked(indices: Iterable[Any], channels: int, what: str) -> list[int]:
+    indices = [operator.index(i) for i in indices]
     strange = sorted({i for i in indices if not 0 <= i < channels})
     if strange:
         raise ValueError(f'expected {what} channels from 0 to {channels - 1}, got {", ".join(map(str, strange))}')
     if len(set(indices)) == channels:
         raise ValueError(f'got all {channels} {what} channels; at least one must stay')
+    return indices
 
 
 def _remove_channels(conv: Any, indices: Sequence[int], dim: int) -> None:
@@ -50,8 +54,9 @@ def prune_inputs(layer: Attention, indices: Sequence[int]) -> Attention:
 
     Raises:
         ValueError: There are no such channels, or none would stay.
+        TypeError: An index is no integer.
     """
-    _check(indices, layer.dim, 'input')
+    indices = _checked(indices, layer.dim, 'input')
     for conv in (layer.query, layer.key, layer.value):
         _remove_channels(conv, indices, 1)
     return layer
@@ -69,8 +74,9 @@ def prune_outputs(layer: Attention, indices: Sequence[int]) -> Attention:
 
     Raises:
         ValueError: There are no such channels, none would stay, or only some of those that share a weight are given.
+        TypeError: An index is no integer.
     """
-    _check(indices, layer.out_planes, 'output')
+    indices = _checked(indices, layer.out_planes, 'output')
     planes = layer.out_planes // layer.share_planes
     weights = sorted({i % planes for i in indices})
     if len(set(indices)) != len(weights) * layer.share_planes:
@@ -107,7 +113,8 @@ def prunable(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Context in which Torch-Pruning can trace and prune a model with SAN attention layers.
 
     Torch-Pruning follows the operations of a forward pass. Inside the context each attention layer computes only its
-    values, so that Torch-Pruning sees a single operation from all inputs to all outputs.
+    values, so that Torch-Pruning sees a single operation from all inputs to all outputs. Prune inside the context: when
+    it ends, `num_features` and `feature_info` are those of the narrowed network.
 
     Args:
         model: A SAN, or a module that holds one.
@@ -133,3 +140,6 @@ def prunable(model: nn.Module) -> Iterator[dict[str, Any]]:
     finally:
         for layer in layers:
             del layer.forward
+        for net in model.modules():
+            if isinstance(net, SAN):
+                net.read_widths()

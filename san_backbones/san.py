@@ -520,9 +520,18 @@ class SAN(nn.Module):
             num_classes: Classes of the new classifier; 0 for none.
             global_pool: New pooling, '' for none; None keeps the current one.
         """
+        self.read_widths()
         like = self.stem.conv.weight  # gives device and dtype; the head may have no parameters
         pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
         self._set_head(num_classes, pool_type, device=like.device, dtype=like.dtype)
+
+    @torch.jit.ignore
+    def read_widths(self) -> None:
+        """Sets `num_features` and `feature_info` to the widths that the stages have, which pruning changes."""
+        stages: Any = self.stages
+        for info, stage in zip(self.feature_info, stages):
+            info['num_chs'] = stage.conv.weight.shape[0]
+        self.num_features = stages[-1].conv.weight.shape[0]
 
     def _set_head(self, num_classes: int, global_pool: str, **dd: Any) -> None:
         if not is_integer(num_classes, 0):
@@ -590,8 +599,6 @@ class SAN(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
-        if prune_end:
-            self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or prune_end:
             self.reset_classifier(0, '')
         return take_indices

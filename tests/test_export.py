@@ -302,6 +302,15 @@ class TestOnnx:
         path = export_onnx(model, tmp_path / 'model.onnx', 16, dynamic='size')
         assert_equal(run(path, pictures(1, 3, 9, 14)), model(pictures(1, 3, 9, 14)))
 
+    @pytest.mark.parametrize('form', FORMS)
+    @pytest.mark.parametrize('size', [5, (7, 20), (20, 7)])
+    def test_open_sizes_from_a_small_example(self, form, size, onnx_packages, tmp_path):
+        model = small(form)
+        path = export_onnx(model, tmp_path / 'model.onnx', size)
+        for shape in ((1, 3, 5, 5), (2, 3, 16, 24), (1, 3, 33, 6)):
+            with torch.no_grad():
+                assert_equal(run(path, pictures(*shape)), model(pictures(*shape)))
+
     def test_backbone_of_openmmlab(self, tmp_path):
         pytest.importorskip('mmengine')
         pytest.importorskip('mmdet')
@@ -413,7 +422,29 @@ class TestQuantized:
             quantize_onnx(file, out, [pictures(1, 3, 16, 16)], keep_float=[''])
         with pytest.raises(ValueError, match='no file .*absent.onnx'):
             quantize_onnx(tmp_path / 'absent.onnx', out, [pictures(1, 3, 16, 16)])
+        for batch in (pictures(0, 3, 16, 16), pictures(1, 3, 16, 16) * float('nan')):
+            with pytest.raises(ValueError, match='empty, or holds values that are not finite'):
+                quantize_onnx(file, out, [batch])
+        with pytest.raises(ValueError, match=r'batches of one shape, got \[1, 3, 16, 16\] after \[2, 3, 16, 16\]'):
+            quantize_onnx(file, out, [pictures(2, 3, 16, 16), pictures(1, 3, 16, 16)], method='percentile')
         assert not out.exists()
+
+    def test_one_name_is_one_name(self, file, tmp_path):
+        images = [pictures(2, 3, 16, 16)]
+        one, several = (quantize_onnx(file, tmp_path / f'{len(names)}.onnx', images, keep_float=names)
+                        for names in ('fc2', ['fc2']))
+        assert one.read_bytes() == several.read_bytes()
+
+    def test_only_float32_files(self, file, tmp_path):
+        path = tmp_path / 'int8.onnx'
+        quantize_onnx(file, path, [pictures(2, 3, 16, 16)])
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match='int8.onnx is quantised already'):
+            quantize_onnx(path, path, [pictures(2, 3, 16, 16)])
+        assert path.read_bytes() == before
+        half = export_onnx(small('patchwise').half(), tmp_path / 'half.onnx', 16, verify=False)
+        with pytest.raises(ValueError, match=r'takes tensor\(float16\), and only files in float32'):
+            quantize_onnx(half, path, [pictures(2, 3, 16, 16).half()])
 
 
 class TestDetector:

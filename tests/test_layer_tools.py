@@ -282,7 +282,12 @@ def test_channels_that_are_not_there(attention, relation, prune, channels, what)
             prune(layer, indices)
     with pytest.raises(ValueError, match=f'got all {channels} {what} channels'):
         prune(layer, range(channels))
+    for indices in ([0.5], ['1']):
+        with pytest.raises(TypeError, match='integer'):
+            prune(layer, indices)
     assert layer.dim == 64 and layer.out_planes == 16
+    prune_inputs(layer, torch.tensor([1, 2]))
+    assert layer.dim == 62
 
 
 def test_pruning_without_the_library(monkeypatch):
@@ -300,15 +305,25 @@ def test_torch_pruning_of_a_whole_network(attention):
         pruner = pruning.pruner.MagnitudePruner(
             model, image, importance=pruning.importance.MagnitudeImportance(p=2), pruning_ratio=0.5,
             ignored_layers=[model.head.fc], **options_of_pruner)
-    with torch.no_grad():
-        torch.testing.assert_close(model(image), _model(attention, **options).eval()(image))  # not yet
-    pruner.step()
+        pruner.step()
+    assert model.num_features == 64 and [info['num_chs'] for info in model.feature_info] == [32, 64]
     layers = [stage.blocks[0].attn for stage in model.stages]
     assert [(layer.dim, layer.out_planes) for layer in layers] == [(32, 8), (64, 16)]
     with torch.no_grad():
         torch.testing.assert_close(copy.deepcopy(model).fuse_for_inference()(image), model(image), rtol=1e-3, atol=1e-4)
     model.train()(image).sum().backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_what_says_widths_after_pruning(attention):
+    model = _model(attention, widths=(64, 128), kernel_sizes=3).eval()
+    _prune_stream(model.stages[1], list(range(0, 128, 2)))
+    model.reset_classifier(7)
+    assert model.num_features == model.head_hidden_size == 64
+    assert [info['num_chs'] for info in model.feature_info] == [64, 64]
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
 @pytest.mark.parametrize('attention', ATTENTIONS)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +48,12 @@ def test_multiply_adds_of_what_is_no_san():
     for model in (timm.create_model('resnet10t'), timm.create_model('test_san_pairwise', features_only=True), None):
         with pytest.raises(TypeError, match=f'expected a SAN, got a {type(model).__name__}: a model .* features_only'):
             count_multiply_adds(model)
+
+
+@pytest.mark.parametrize('size', [0, -1, (64, 0), '64', 64.])
+def test_multiply_adds_of_no_size(size):
+    with pytest.raises(ValueError, match='image_size must be'):
+        count_multiply_adds(timm.create_model('test_san_pairwise'), size)
 
 
 def test_multiply_adds_agree_with_a_count_of_the_executed_operators():
@@ -615,6 +622,19 @@ def test_import_needs_no_extra_and_adds_little():
 def test_version():
     from importlib.metadata import version
     assert san_backbones.__version__ == version('san-backbones')
+
+
+@pytest.mark.parametrize('norm_layer', [
+    lambda channels: nn.GroupNorm(1, channels), functools.partial(nn.GroupNorm, 1), 'frozenbatchnorm2d',
+    torchvision.ops.FrozenBatchNorm2d])
+@pytest.mark.parametrize('form', ['pairwise', 'patchwise'])
+def test_norms_of_nothing_but_channels(form, norm_layer):
+    options = dict(depths=(1,), widths=(32,), kernel_sizes=(3,), num_classes=3, norm_layer=norm_layer)
+    for dtype in (None, torch.float64):
+        model = SAN(form, dtype=dtype, **options)
+        assert {x.dtype for x in model.state_dict().values()} == {dtype or torch.float32}
+        assert model(torch.rand(2, 3, 8, 8, dtype=dtype)).dtype == (dtype or torch.float32)
+    assert {x.device.type for x in SAN(form, device='meta', **options).parameters()} == {'meta'}
 
 
 @pytest.mark.parametrize('options, kinds', [

@@ -1,4 +1,5 @@
 """Pretrained weights: local folders, shipped weights, and the Hub, by the real client and a server on this machine."""
+import builtins
 import errno
 import hashlib
 import json
@@ -366,6 +367,23 @@ def test_a_file_that_cannot_be_read(monkeypatch, tmp_path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     monkeypatch.setattr(hub, 'digest', fail)
     with pytest.raises(WeightsError, match='model.tag.safetensors, from .*, cannot be read'):
+        hub.find_local('model.tag')
+
+
+@pytest.mark.parametrize('module, name', [(builtins, 'open'), (os, 'stat')])
+def test_what_the_user_may_not_read(module, name, monkeypatch, tmp_path):
+    """A file, and what is in a folder, of another user."""
+    path = tmp_path / 'model.tag.safetensors'
+    path.write_bytes(_content())
+    given, do = os.fspath(path), getattr(module, name)
+
+    def fail(path, *args, **kwargs):
+        if isinstance(path, (str, os.PathLike)) and os.fspath(path) == given:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), given)
+        return do(path, *args, **kwargs)
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(WeightsError, match='cannot be read .*Permission denied'):
         hub.find_local('model.tag')
 
 

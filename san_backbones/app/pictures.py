@@ -16,6 +16,8 @@ MEGABYTES = 20
 LONGEST = 10_000
 """Most pixels of a side."""
 MOST_PIXELS = 50_000_000
+MOST_ELONGATED = 20
+"""Most that a picture may be longer than wide, or wider than long: its shorter side is scaled to the chosen size."""
 
 _PHOTOGRAPHS = dict(chelsea=('cat', 'chelsea.png'), astronaut=('astronaut', 'astronaut.png'),
                     coffee=('coffee', 'coffee.png'), rocket=('rocket', 'rocket.jpg'))
@@ -58,6 +60,9 @@ def read(path: str) -> Picture:
             if max(width, height) > LONGEST or width * height > MOST_PIXELS:
                 raise ValueError(f'{name} has {width} x {height} pixels; the page takes up to {LONGEST} on a side and '
                                  f'{MOST_PIXELS // 1_000_000} million in all. Make it smaller first')
+            if max(width, height) > MOST_ELONGATED * min(width, height):
+                raise ValueError(f'{name} has {width} x {height} pixels; the page takes pictures whose sides differ up '
+                                 f'to {MOST_ELONGATED} times. Cut a part out first')
             image = upright(file)
     except Image.DecompressionBombError:
         raise ValueError(f'{name} has far too many pixels; the page takes up to {LONGEST} on a side. Make it smaller '

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import comparison, visualize
+from ..checks import is_integer
 from ..study import Study
 from ..viewer import page_of
 from . import code, pictures, predictions
@@ -43,9 +44,11 @@ class Chosen(NamedTuple):
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Chosen:
         """Reads what the page of footprints told. It comes from a browser, so that nothing in it is taken on trust."""
-        channel, part = message.get('channel'), message.get('part')
+        channel: Any = message.get('channel')
+        part = message.get('part')
+        known = is_integer(channel, 0) or channel in ('mean', 'all')
         x, y = (float(message[name]) for name in 'xy')
-        return cls((x, y), channel if isinstance(channel, int) or channel in ('mean', 'all') else 'strongest',
+        return cls((x, y), channel if known else 'strongest',
                    'content' if part == 'content' else 'weights')
 
 
@@ -109,6 +112,7 @@ class Views:
     def footprints(self, path: str | None, network: str, beside: str, block: str, size: int, chosen: Chosen) -> str:
         """Returns the page of footprints in a frame of its own, whose script cannot reach the page around it."""
         shown = {name: self.block(name, block) for name in (network, beside) if name != NONE}
+        chosen = self._within(shown, chosen)
         with self._lock:
             studies = {name: self.study(name, path, size) for name in shown}
             page = page_of(
@@ -117,7 +121,17 @@ class Views:
         return (f'<iframe title="What a block attends to" sandbox="allow-scripts" class="footprints" '
                 f'srcdoc="{html.escape(page)}"></iframe>')
 
-    def _footprint_options(self, path: str | None, size: int, chosen: Chosen) -> dict[str, Any]:
+    def _within(self, blocks: Mapping[str, str], chosen: Chosen) -> Chosen:
+        """The choice, without a weight channel that none of these blocks, by the names of their networks, has."""
+        layers: list[Any] = [visualize.attention_blocks(self.network(name).model)[block]
+                             for name, block in blocks.items()]
+        most = max(layer.out_planes // layer.share_planes for layer in layers)
+        beyond = isinstance(chosen.channel, int) and chosen.channel >= most
+        return chosen._replace(channel='strongest') if beyond else chosen
+
+    def _footprint_options(self, path: str | None, network: str, block: str, size: int,
+                           chosen: Chosen) -> dict[str, Any]:
+        chosen = self._within({network: block}, chosen)
         wide, tall = self.picture(path).image.size
         x, y = chosen.pixel or (wide // 2, tall // 2)
         options: dict[str, Any] = dict(pixels=[(round(x), round(y))])
@@ -126,14 +140,16 @@ class Views:
         return options | dict(size=size)
 
     def footprint_code(self, path: str | None, network: str, block: str, size: int, chosen: Chosen) -> str:
-        return code.attention(self.network(network), self.picture(path), self.block(network, block),
-                              self._footprint_options(path, size, chosen))
+        block = self.block(network, block)
+        return code.attention(self.network(network), self.picture(path), block,
+                              self._footprint_options(path, network, block, size, chosen))
 
     def footprint_figure(self, path: str | None, network: str, block: str, size: int, chosen: Chosen) -> Figure:
+        block = self.block(network, block)
         with self._lock:
             return visualize.footprint_figure(
-                self.network(network).model, self.picture(path).image, self.block(network, block),
-                **self._footprint_options(path, size, chosen))
+                self.network(network).model, self.picture(path).image, block,
+                **self._footprint_options(path, network, block, size, chosen))
 
     # --- Features ----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from .sources import Box, Broken, Picture, content
 __all__ = ['Decoded', 'Preparation', 'Prepared', 'Task', 'ahead', 'loader']
 
 T = TypeVar('T')
+FARTHEST = 1e9  # pixels, of boxes: operators in float32 must be able to compute with them
 
 
 class Task(NamedTuple):
@@ -153,12 +154,16 @@ def _sound(boxes: tuple[Box, ...], size: tuple[int, int]) -> tuple[tuple[Box, ..
     """The boxes that have an area within the picture, and what is wrong with the others."""
     kept, errors = [], []
     for box in boxes:
+        said = f'box {box.id} ({", ".join("nothing" if at is None else f"{at:g}" for at in box[1:])})'
+        if not all(at is not None and abs(at) <= FARTHEST for at in box[1:]):
+            errors.append(f'{said} is not in pixels: expected x1, y1, x2 and y2, numbers up to {FARTHEST:g}')
+            continue
         x1, y1, x2, y2 = box[1:]
         if x2 > x1 and y2 > y1 and x1 < size[0] and y1 < size[1] and x2 > 0 and y2 > 0:
             kept.append(box)
         else:
-            errors.append(f'box {box.id} ({x1:g}, {y1:g}, {x2:g}, {y2:g}) has no area within the {size[0]} x {size[1]} '
-                          'pixels of the picture: expected x1 < x2 and y1 < y2')
+            errors.append(f'{said} has no area within the {size[0]} x {size[1]} pixels of the picture: expected '
+                          'x1 < x2 and y1 < y2')
     return tuple(kept), tuple(errors)
 
 

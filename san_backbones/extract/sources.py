@@ -195,8 +195,8 @@ class _Zip(Shard):
             for file in files:
                 try:
                     place: Any = archive.read(archive.infolist()[file.at])
-                except (zipfile.BadZipFile, zlib.error) as error:
-                    place = Broken(str(error))
+                except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # RuntimeError: it needs a password
+                    place = Broken(_pictures.reason(error))
                 yield Picture(file.name, place)
 
 
@@ -240,11 +240,11 @@ class _Parquet(Shard):
                              '--column NAME says which has the bytes or paths of pictures')
         kind = schema.field(image).type
         if not (pyarrow.types.is_struct(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-                or pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                or _is_text(kind)):
             raise ValueError(f'{self.name}: the column {image!r} holds {kind}, expected bytes, paths, or a struct of '
                              '`bytes` and `path`; --column NAME says which has them')
         return image, next((name for name in NAME_COLUMNS if name in schema.names and name != image and
-                            pyarrow.types.is_string(schema.field(name).type)), None)
+                            _is_text(schema.field(name).type)), None)
 
     def count(self) -> int | None:
         try:
@@ -281,6 +281,13 @@ class _Parquet(Shard):
         if value is None and path is None:
             return Picture(title, Broken('the row has neither bytes nor a path'))
         return Picture(title, value if value is not None else _beside(self.name, path or ''))
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column of this pyarrow type holds strings, as pandas, polars and others write them."""
+    import pyarrow
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return kind in (pyarrow.string(), pyarrow.large_string(), getattr(pyarrow, 'string_view', pyarrow.string)())
 
 
 def _beside(path: str, name: str) -> Any:
@@ -366,14 +373,19 @@ class _Video(Shard):
 def _boxes(path: str, base: str) -> Iterator[Picture]:
     """The pictures that a list of boxes names, in its order."""
     if path.endswith('.json'):
-        with _open(path) as file:
-            listed = json.load(file)
+        try:
+            with _open(path) as file:
+                listed = json.load(file)
+        except ValueError as error:
+            raise ValueError(f'{path} is no JSON file: {error}') from error
         try:
             of_picture: dict[Any, list[Box]] = {image['id']: [] for image in listed['images']}
             for entry in listed['annotations']:
                 x, y, width, height = entry['bbox']
                 if not isinstance(entry['id'], int):
                     raise ValueError(f'the id {entry["id"]!r} of an annotation is no integer')
+                if not all(isinstance(at, (int, float)) for at in (x, y, width, height)):
+                    raise ValueError(f'the bbox {entry["bbox"]} of annotation {entry["id"]} is not of numbers')
                 of_picture[entry['image_id']].append(Box(entry['id'], x, y, x + width, y + height))
             found: list[Any] = [
                 (image['file_name'], tuple(of_picture[image['id']]), (image.get('width'), image.get('height')))
@@ -394,12 +406,19 @@ def _listed_boxes(path: str) -> Iterator[tuple[str, tuple[Box, ...]]]:
     need('pyarrow', 'san-backbones[features]', f'{path}: to read a list of boxes')
     import pyarrow.csv
     import pyarrow.parquet
-    table = pyarrow.parquet.read_table(path) if path.endswith('.parquet') else pyarrow.csv.read_csv(path)
+    try:
+        table = pyarrow.parquet.read_table(path) if path.endswith('.parquet') else pyarrow.csv.read_csv(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f'{path} is no {"Parquet" if path.endswith(".parquet") else "CSV"} file: {error}') from error
     name = next((name for name in NAME_COLUMNS if name in table.column_names), None)
     missing = [column for column in ('x1', 'y1', 'x2', 'y2') if column not in table.column_names]
     if name is None or missing:
         raise ValueError(f'{path} has the columns {", ".join(table.column_names)}: expected x1, y1, x2 and y2, in '
                          'pixels, and file, the path of the picture')
+    for column in ('x1', 'y1', 'x2', 'y2'):
+        kind = table[column].type
+        if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_null(kind)):
+            raise ValueError(f'{path} has words in its column {column} (it holds {kind}): expected pixels as numbers')
     columns = [table[column].to_pylist() for column in (name, 'x1', 'y1', 'x2', 'y2')]
     rows = ((row[0], Box(number, *row[1:])) for number, row in enumerate(zip(*columns)))
     for file, group in itertools.groupby(rows, key=lambda row: row[0]):
@@ -478,7 +497,11 @@ class Source:
         datasets = need('datasets', 'datasets', given)
         name, _, split = given.removeprefix('datasets:').partition(':')
         if os.path.exists(os.path.join(name, 'state.json')):
-            return _Dataset(datasets.load_from_disk(name), given, self.column)
+            alone = datasets.load_from_disk(name)
+            if split and split != str(alone.split):
+                raise ValueError(f'{name} holds one split, {alone.split}, and {split!r} was asked for: leave '
+                                 f'":{split}" out')
+            return _Dataset(alone, given, self.column)
         return _Dataset(datasets.load_dataset(name, split=split or 'train'), given, self.column)
 
     def _at(self, path: str, listed: bool = False) -> Iterator[Picture | Shard]:
@@ -548,6 +571,8 @@ class Source:
             uncounted += count is None
             units += 1 if count is None else max(1, -(-count // rows))
         if not pictures and not uncounted:
+            if self.boxes:
+                raise ValueError(f'{self.boxes} lists no boxes')
             said = ', '.join(str(one) if isinstance(one, str) else 'the dataset' for one in self.given)
             raise ValueError(f'there are no pictures in {said}: looked for files whose names end in '
                              f'{", ".join((*SUFFIXES, *_pictures.ARCHIVES))}; Parquet files, videos and compressed '
@@ -584,8 +609,9 @@ def _expanded(path: str) -> list[str]:
     if path.startswith('pipe:'):
         return [path]
     if '{' in path and not os.path.exists(path):
-        return [one for each in need('braceexpand', 'webdataset', f'{path}: braces').braceexpand(path)
-                for one in _expanded(each)]
+        expanded = list(need('braceexpand', 'webdataset', f'{path}: braces').braceexpand(path))
+        if expanded != [path]:  # {1} stands for itself
+            return [one for each in expanded for one in _expanded(each)]
     if _is_address(path):
         if not glob.has_magic(path.partition('?')[0]):
             return [path]

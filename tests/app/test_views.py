@@ -70,6 +70,9 @@ def test_pictures_that_are_refused(tmp_path, monkeypatch):
     Image.new('1', (20_000, 4)).save(tmp_path / 'wide.png')
     with pytest.raises(ValueError, match='20000 x 4 pixels; the page takes up to 10000 on a side'):
         pictures.read(str(tmp_path / 'wide.png'))
+    Image.new('1', (2, 3_000)).save(tmp_path / 'thin.png')
+    with pytest.raises(ValueError, match='2 x 3000 pixels; the page takes pictures whose sides differ up to 20 times'):
+        pictures.read(str(tmp_path / 'thin.png'))
     Image.new('1', (9_000, 9_000)).save(tmp_path / 'many.png')
     with pytest.raises(ValueError, match='50 million in all'):
         pictures.read(str(tmp_path / 'many.png'))
@@ -159,6 +162,16 @@ def test_footprints(shown, tmp_path):
     assert len(runs) == 3 and again['networks'][0]['blocks'][0]['mean'] != block['mean']
 
 
+def test_a_channel_of_a_wider_block(shown, tmp_path):
+    path, network, chosen = noise(tmp_path / 'a.png'), 'test_san_patchwise', Chosen((3, 4), 3)
+    channels = {}
+    for block in ('stages.4.blocks.0', 'stages.0.blocks.0'):
+        channels[block] = page_in(shown.footprints(path, network, NONE, block, 96, chosen))['channel']
+        assert ('channel=3' in shown.footprint_code(path, network, block, 96, chosen)) == (channels[block] == 3)
+        shown.footprint_figure(path, network, block, 96, chosen)
+    assert channels == {'stages.4.blocks.0': 3, 'stages.0.blocks.0': 'strongest'}
+
+
 def test_blocks_of_another_network():
     found = Views([networks.Choice(name, lambda model=model: networks.Network(name, model, True, ''))
                    for name, model in (('a', small('patchwise')), ('b', small('pairwise', depths=(1, 1, 1))))])
@@ -172,7 +185,8 @@ def test_blocks_of_another_network():
 @pytest.mark.parametrize(('message', 'expected'), [
     (dict(x=3, y=4), Chosen((3, 4))), (dict(x=3, y=4, channel=2, part='content'), Chosen((3, 4), 2, 'content')),
     (dict(x='3', y=4, channel="0); import os", part='os'), Chosen((3, 4))),
-    (dict(x=1, y=2, channel='all'), Chosen((1, 2), 'all'))])
+    (dict(x=1, y=2, channel='all'), Chosen((1, 2), 'all')), (dict(x=1, y=2, channel=True), Chosen((1, 2))),
+    (dict(x=1, y=2, channel=-1), Chosen((1, 2)))])
 def test_what_a_browser_tells(message, expected):
     assert Chosen.of(message) == expected
 

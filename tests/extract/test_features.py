@@ -342,6 +342,8 @@ class TestBoxes:
                                 dict(id=8, image_id=0, bbox=[600, 0, 9, 9])]
         coco['images'][2].update(width=500, height=520)
         coco['annotations'] += [dict(id=9, image_id=2, bbox=[0, 0, 100, 100])]
+        coco['annotations'] += [dict(id=10, image_id=2, bbox=[0, 0, float('inf'), 9]),
+                                dict(id=11, image_id=2, bbox=[0, float('nan'), 9, 9])]
         (listed / 'bad.json').write_text(json.dumps(coco))
         table, report = run(listed / 'in', listed / 'out', boxes=listed / 'bad.json')
         assert table.num_rows == 4 and report.errors == 3
@@ -349,7 +351,22 @@ class TestBoxes:
         assert 'box 8' in errors[0]['reason'] and 'no area within the 520 x 500' in errors[1]['reason']
         assert 'the boxes are for 500 x 520 pixels, and the picture has 520 x 500' in errors[2]['reason']
 
+    def test_numbers_that_are_none(self, listed):
+        (listed / 'a.csv').write_text('file,x1,y1,x2,y2\na.png,0,0,40,40\na.png,0,,40,40\na.png,0,0,3e39,40\n')
+        table, _ = run(listed / 'in', listed / 'out', boxes=listed / 'a.csv')
+        assert table['box'].to_pylist() == [0]
+        reasons = [row['reason'] for row in parquet.read_table(listed / 'out' / 'errors.parquet').to_pylist()]
+        assert reasons == [f'box {said} is not in pixels: expected x1, y1, x2 and y2, numbers up to 1e+09'
+                           for said in ('1 (0, nothing, 40, 40)', '2 (0, 0, 3e+39, 40)')]
+
     @pytest.mark.parametrize('name, content, message', [
+        ('a.json', '', 'a.json is no JSON file: Expecting value'),
+        ('a.csv', '', 'a.csv is no CSV file: Empty CSV file'),
+        ('a.parquet', '', 'a.parquet is no Parquet file'),
+        ('a.csv', 'file,x1,y1,x2,y2\na.png,1,2,three,4\n', 'a.csv has words in its column x2'),
+        ('a.csv', 'file,x1,y1,x2,y2\n', 'a.csv lists no boxes'),
+        ('a.json', '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"id": 3, "image_id": 1, "bbox": '
+                   '["0", "0", "4", "4"]}]}', 'of annotation 3 is not of numbers'),
         ('a.json', '{"pictures": []}', 'not in COCO\'s format'),
         ('a.json', '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"id": "x", "image_id": 1, "bbox": '
                    '[0, 0, 4, 4]}]}', "the id 'x' of an annotation is no integer"),

@@ -60,6 +60,13 @@ def tar_of(path, files, mode='w'):
 
 class TestFiles:
 
+    def test_braces_that_stand_for_themselves(self, files, tmp_path):
+        (tmp_path / 'd{24}').mkdir()
+        os.link(files[0], tmp_path / 'd{24}' / 'a.png')
+        assert [digest for _, digest in run(f'{tmp_path}/d{{24}}/*.png', tmp_path / 'out')[0]] == [sha1(files[0])]
+        with pytest.raises(FileNotFoundError, match=r'x\{1\}.png is not there'):
+            run(f'{tmp_path}/x{{1}}.png', tmp_path / 'out')
+
     def test_named_and_globs(self, files, tmp_path):
         expected = [(str(file), sha1(file)) for file in files]
         assert run([str(file) for file in files], tmp_path / 'named')[0] == expected
@@ -253,6 +260,35 @@ class TestArchives:
         found, _ = run(tmp_path / f'a.{kind}', tmp_path / 'out')
         assert [digest for _, digest in found if digest] == [sha1(file) for file in files[:2]]
         assert 'cut short' in errors(tmp_path / 'out')[-1]['reason']
+
+    def test_a_zip_with_a_password_at_an_address(self, files, tmp_path):
+        path = tmp_path / 'a.zip'
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.write(files[0], 'a.png')
+        data = bytearray(path.read_bytes())
+        for mark, flags in ((b'PK\x03\x04', 6), (b'PK\x01\x02', 8)):
+            data[data.index(mark) + flags] |= 1  # encrypted
+        path.write_bytes(data)
+        run(f'file://{path}', tmp_path / 'out')
+        assert 'password' in errors(tmp_path / 'out')[0]['reason']
+
+    def test_upper_case_archives_in_a_folder(self, files, tmp_path):
+        (tmp_path / 'in').mkdir()
+        tar_of(tmp_path / 'in' / 'A.TAR', files[:1])
+        with zipfile.ZipFile(tmp_path / 'in' / 'B.ZIP', 'w') as archive:
+            archive.write(files[1], 'b.png')
+        assert [digest for _, digest in run(tmp_path / 'in', tmp_path / 'out')[0]] == [sha1(file) for file in files[:2]]
+
+    @pytest.mark.parametrize('kind', ['string', 'large_string', 'dictionary', 'string_view'])
+    def test_names_in_any_form_of_text(self, kind, files, tmp_path):
+        if kind == 'string_view' and not hasattr(pyarrow, 'string_view'):
+            pytest.skip('this pyarrow has no string_view')
+        names = pyarrow.array(['a', 'b'])
+        names = names.dictionary_encode() if kind == 'dictionary' else names.cast(getattr(pyarrow, kind)())
+        parquet.write_table(pyarrow.table(dict(image=[file.read_bytes() for file in files[:2]], file=names)),
+                            tmp_path / 'p.parquet')
+        found, _ = run(tmp_path / 'p.parquet', tmp_path / 'out')
+        assert [name.partition('//')[2] for name, _ in found] == ['0//a', '1//b']
 
     def test_an_empty_tar(self, tmp_path):
         tar_of(tmp_path / 'a.tar', [])
