@@ -1,6 +1,8 @@
 """Pictures of every unusual kind: taken as they look, or a row of errors.parquet that says what to do."""
 import io
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -108,6 +110,21 @@ def test_a_large_rotated_jpeg(orientation, tmp_path):
     found, expected = torch.tensor(rows['a.jpg']['features']), features(upright)
     assert (found - expected).norm() < 0.05 * expected.norm()
     assert orientation == 1 or (found - features(stored)).norm() > 0.1 * expected.norm()
+
+
+def test_colours_of_16_bits(tmp_path):
+    """Their upper 8 bits are taken."""
+    from san_backbones import _pictures
+    pixels = np.random.default_rng(0).integers(0, 1 << 16, (6, 5, 3))
+
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in pixels)
+    head = struct.pack('>IIBBBBB', 5, 6, 16, 2, 0, 0, 0)
+    (tmp_path / 'a.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head)
+                                     + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    with Image.open(tmp_path / 'a.png') as picture:
+        np.testing.assert_array_equal(np.asarray(_pictures.upright(picture)), pixels >> 8)
 
 
 def test_told(tmp_path, monkeypatch):
