@@ -385,7 +385,7 @@ def quantize_onnx(
         out: The int8 file to write.
         images: Batches (N, C, H, W) for calibration, float32, normalised for the model; tensors or arrays. A few
             hundred typical pictures are enough.
-        keep_float: Linear maps whose names contain one of these stay float32; () quantises all.
+        keep_float: Linear maps whose names contain this, or one of these, stay float32; () quantises all.
         method: How ranges of activations are calibrated: 'minmax', 'entropy' or 'percentile'.
         reduce_range: Quantise weights to 7 bits, so that processors without VNNI do not saturate 16-bit sums.
 

@@ -25,6 +25,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import tempfile
 from typing import Any
 
@@ -201,13 +202,13 @@ def find_local(model: str) -> pathlib.Path | None:
     for folder, origin in folders:
         for path in (folder / model / FILENAME, folder / f'{model}.safetensors'):
             try:
-                os.stat(path)
+                is_file = stat.S_ISREG(os.stat(path).st_mode)
             except PermissionError as error:
                 raise WeightsError(f'{folder}, {origin}, cannot be read ({error}); expected the weights of {model}, or '
                                    'leave to look for them') from error
-            except OSError:
-                pass  # it is not there, or a link in a circle
-            if path.is_file():
+            except OSError:  # it is not there, or a link in a circle
+                is_file = False
+            if is_file:
                 check(path, model, origin, (manifest().get(model) or {}).get('sha256'))
                 return path
             if os.path.lexists(path):

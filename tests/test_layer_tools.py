@@ -296,8 +296,9 @@ def test_pruning_without_the_library(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize('inside', [True, False])
 @pytest.mark.parametrize('attention', ATTENTIONS)
-def test_torch_pruning_of_a_whole_network(attention):
+def test_torch_pruning_of_a_whole_network(attention, inside):
     pruning = pytest.importorskip('torch_pruning')
     options = dict(widths=(64, 128), kernel_sizes=7)
     model, image = _model(attention, **options).eval(), torch.randn(2, 3, 32, 32)
@@ -305,8 +306,14 @@ def test_torch_pruning_of_a_whole_network(attention):
         pruner = pruning.pruner.MagnitudePruner(
             model, image, importance=pruning.importance.MagnitudeImportance(p=2), pruning_ratio=0.5,
             ignored_layers=[model.head.fc], **options_of_pruner)
+        if inside:
+            pruner.step()
+    if inside:
+        assert model.num_features == 64 and [info['num_chs'] for info in model.feature_info] == [32, 64]
+    else:
+        with torch.no_grad():
+            torch.testing.assert_close(model(image), _model(attention, **options).eval()(image))  # not yet
         pruner.step()
-    assert model.num_features == 64 and [info['num_chs'] for info in model.feature_info] == [32, 64]
     layers = [stage.blocks[0].attn for stage in model.stages]
     assert [(layer.dim, layer.out_planes) for layer in layers] == [(32, 8), (64, 16)]
     with torch.no_grad():

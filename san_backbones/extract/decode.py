@@ -154,17 +154,22 @@ def _sound(boxes: tuple[Box, ...], size: tuple[int, int]) -> tuple[tuple[Box, ..
     """The boxes that have an area within the picture, and what is wrong with the others."""
     kept, errors = [], []
     for box in boxes:
-        said = f'box {box.id} ({", ".join("nothing" if at is None else f"{at:g}" for at in box[1:])})'
-        if not all(at is not None and abs(at) <= FARTHEST for at in box[1:]):
-            errors.append(f'{said} is not in pixels: expected x1, y1, x2 and y2, numbers up to {FARTHEST:g}')
-            continue
-        x1, y1, x2, y2 = box[1:]
-        if x2 > x1 and y2 > y1 and x1 < size[0] and y1 < size[1] and x2 > 0 and y2 > 0:
+        wrong = _wrong(box, size)
+        if wrong is None:
             kept.append(box)
         else:
-            errors.append(f'{said} has no area within the {size[0]} x {size[1]} pixels of the picture: expected '
-                          'x1 < x2 and y1 < y2')
+            said = ', '.join('nothing' if at is None else f'{at:g}' for at in box[1:])
+            errors.append(f'box {box.id} ({said}) {wrong}')
     return tuple(kept), tuple(errors)
+
+
+def _wrong(box: Box, size: tuple[int, int]) -> str | None:
+    x1, y1, x2, y2 = box[1:]
+    if not all(at is not None and abs(at) <= FARTHEST for at in (x1, y1, x2, y2)):
+        return f'is not in pixels: expected x1, y1, x2 and y2, numbers up to {FARTHEST:g}'
+    if x2 > x1 and y2 > y1 and x1 < size[0] and y1 < size[1] and x2 > 0 and y2 > 0:
+        return None
+    return f'has no area within the {size[0]} x {size[1]} pixels of the picture: expected x1 < x2 and y1 < y2'
 
 
 class _Pictures(torch.utils.data.Dataset):

@@ -499,8 +499,8 @@ class Source:
         if os.path.exists(os.path.join(name, 'state.json')):
             alone = datasets.load_from_disk(name)
             if split and split != str(alone.split):
-                raise ValueError(f'{name} holds one split, {alone.split}, and {split!r} was asked for: leave '
-                                 f'":{split}" out')
+                raise ValueError(f'{name} holds one split, {alone.split or "without a name"}, and {split!r} was asked '
+                                 f'for: leave ":{split}" out')
             return _Dataset(alone, given, self.column)
         return _Dataset(datasets.load_dataset(name, split=split or 'train'), given, self.column)
 
