@@ -4,7 +4,8 @@
 >>> train, val = data.find('my_data')  # COCO's format; says what is missing or wrong
 >>> data.convert('BCCD', 'bccd_coco')  # VOC's XML, YOLO's text or COCO's JSON, as they are found in the wild
 """
-from .coco import DataError, Split, find
+from .coco import Split, find
 from .convert import Report, convert
+from .labels import DataError
 
 __all__ = ['DataError', 'Report', 'Split', 'convert', 'find']

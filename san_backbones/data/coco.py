@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ['DataError', 'Split', 'annotations', 'find', 'short']
+from .labels import DataError, check_size, short, text_of
+
+__all__ = ['Split', 'annotations', 'find']
 
 WORDS = dict(train=('train',), val=('val', 'valid', 'validation', 'test'))
 # Where a split's annotations usually lie. {} stands for a word above; an earlier word wins, then an earlier pattern.
@@ -19,10 +21,6 @@ LAYOUTS = (
     '{}/*.json',
     'annotations/*{}*.json',
 )
-
-
-class DataError(ValueError):
-    """The data cannot be used. The message names the file, what was found and what was expected."""
 
 
 @dataclass
@@ -122,8 +120,8 @@ def find_annotations(folder: Path, split: str) -> Path:
 def read(path: Path, split: str, folder: Path) -> Split:
     """Reads and checks one file of annotations, and finds its pictures somewhere below `folder`."""
     try:
-        coco = json.loads(path.read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        coco = json.loads(text_of(path))
+    except json.JSONDecodeError as error:
         raise DataError(f'{path} is not readable as JSON: {error}') from None
 
     if not isinstance(coco, dict) or not {'images', 'annotations', 'categories'} <= coco.keys():
@@ -137,7 +135,22 @@ def read(path: Path, split: str, folder: Path) -> Split:
     check_entries(path, 'image', coco['images'], ('id', 'file_name', 'width', 'height'))
     check_entries(path, 'category', coco['categories'], ('id', 'name'))
     check_annotations(path, coco)
-    return Split(path, find_images(path, coco['images'], split, folder), coco)
+    images = find_images(path, coco['images'], split, folder)
+    check_sizes(images, coco)
+    return Split(path, images, coco)
+
+
+def check_sizes(folder: Path, coco: Mapping[str, Any]) -> None:
+    """Checks that some of the pictures have the size that their entry says, or that their boxes fit them."""
+    for image in sample(coco['images']):
+        boxes = [annotation['bbox'] for annotation in coco['annotations'] if annotation['image_id'] == image['id']]
+        check_size(folder / image['file_name'], (image['width'], image['height']),
+                   [(left, top, left + width, top + height) for left, top, width, height in boxes])
+
+
+def sample(entries: Sequence[Any]) -> Sequence[Any]:
+    """Takes some twenty of them, at equal distances."""
+    return entries[::max(1, len(entries) // 20)]
 
 
 def check_entries(path: Path, kind: str, entries: Sequence[Any], keys: Sequence[str]) -> None:
@@ -172,14 +185,13 @@ def find_images(path: Path, images: Sequence[Mapping[str, Any]], split: str, fol
     If several have equally many (names such as 0001.jpg recur in every split), the one named after the split.
     """
     names = [image['file_name'] for image in images]
-    sample = names[::max(1, len(names) // 20)]
     candidates = [path.parent, path.parent / 'images', folder]
     candidates += sorted(path for depth in ('*', '*/*', '*/*/*') for path in folder.glob(depth) if path.is_dir())
 
     def fitness(candidate: Path) -> tuple[int, int]:
         called = candidate.relative_to(folder).as_posix()
         rank = min([rank for rank, word in enumerate(WORDS[split]) if word in called], default=len(WORDS[split]))
-        return sum((candidate / name).is_file() for name in sample), -rank
+        return sum((candidate / name).is_file() for name in sample(names)), -rank
 
     best = max(candidates, key=fitness)
     missing = [name for name in names if not (best / name).is_file()]
@@ -190,9 +202,3 @@ def find_images(path: Path, images: Sequence[Mapping[str, Any]], split: str, fol
         raise DataError(f'{len(missing)} of the {len(names)} pictures that {path} names are not in {best}: '
                       f'{short(missing)}')
     return best
-
-
-def short(thing: Any, limit: int = 300) -> str:
-    """Formats text for an error message, truncated if long."""
-    text = ', '.join(map(str, thing)) if isinstance(thing, (list, tuple)) else str(thing)
-    return text if len(text) <= limit else text[:limit] + ' ...'

@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .coco import DataError, short
-from .labels import CLASS_FILES, Picture, Thing, read_coco, read_voc, read_yolo
+from .coco_json import read_coco
+from .labels import DataError, Picture, Thing, short
+from .voc import read_voc
+from .yolo import CLASS_FILES, read_yolo
 
 __all__ = ['Report', 'convert']
 
@@ -91,11 +93,11 @@ def split(pictures: list[Picture], val: float, seed: int) -> tuple[dict[str, lis
     splits: dict[str, list[Picture]] = collections.defaultdict(list)
     for picture in pictures:
         splits[picture.split or 'train'].append(picture)
-    if not splits['train']:
+    if 'train' not in splits:
         raise DataError(f'no pictures to train on: all are in splits called {short(sorted(splits))}')
-    if splits['val']:
-        return {name: splits[name] for name in ('train', 'val', 'test') if splits[name]}, []
-    if splits['test']:
+    if 'val' in splits:
+        return {name: splits[name] for name in ('train', 'val', 'test') if name in splits}, []
+    if 'test' in splits:
         return {'train': splits['train'], 'val': splits['test']}, ['the test split is taken for validation']
     count = round(val * len(pictures))
     if not 0 < count < len(pictures):

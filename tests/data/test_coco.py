@@ -52,6 +52,15 @@ class TestFind:
         (tmp_path / 'annotations' / 'person_keypoints_train2017.json').write_text('{}')
         assert data.find(tmp_path)[0].json.name == 'instances_train2017.json'
 
+    def test_pictures_of_another_size_than_was_labelled(self, coco, tmp_path):
+        write(tmp_path, dict(coco, images=[dict(coco['images'][0], width=16, height=16)]), coco)
+        with pytest.raises(data.DataError, match=r'one.jpg: its labels are of 16 x 16 pixels, and .* has 8 x 8'):
+            data.find(tmp_path)
+
+    def test_byte_order_marks(self, coco, tmp_path):
+        write(tmp_path, '\ufeff' + json.dumps(coco), coco)
+        assert data.find(tmp_path)[0].classes == ('thing',)
+
     def test_first_pictures(self, coco, tmp_path):
         coco['images'] = [dict(coco['images'][0], id=number) for number in range(5)]
         coco['annotations'] = [dict(coco['annotations'][0], id=number, image_id=number) for number in (1, 2, 3)]

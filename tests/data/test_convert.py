@@ -21,7 +21,7 @@ def xml(path, *things, filename='', size=(100, 50)):
         f'<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}'
         f'</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>' for name, difficult, box in things)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'<annotation><filename>{filename}</filename><size><width>{size[0]}</width></size>{objects}'
+    path.write_text(f'<annotation><filename>{filename}</filename><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}'
                     '</annotation>')
 
 
@@ -128,6 +128,228 @@ def test_yolo_outlines_are_masks(tmp_path):
         (tmp_path / 'in' / f'{name}.txt').write_text('0 0.1 0.2 0.3 0.2 0.3 0.6\n')
     report = data.convert(tmp_path / 'in', tmp_path / 'out')
     assert report.has_masks and data.find(tmp_path / 'out')[0].without_masks == 0
+
+
+def labelled(folder, count, first=0):
+    """Pictures with a label of YOLO beside each."""
+    for number in range(first, first + count):
+        picture(folder / f'{number}.jpg')
+        (folder / f'{number}.txt').write_text('0 0.5 0.5 0.2 0.4\n')
+
+
+def coco(path, names, boxes=([10, 20, 30, 10],), classes=('dog',), ids=None, **size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = ids or range(1, len(names) + 1)
+    path.write_text(json.dumps(dict(
+        images=[dict(id=number, file_name=name, **size) for number, name in zip(ids, names)],
+        annotations=[dict(image_id=number, category_id=1, bbox=box) for number in ids for box in boxes],
+        categories=[dict(id=number, name=name) for number, name in enumerate(classes, 1)])))
+
+
+def numbers(out, split):
+    """Those of the pictures of a split."""
+    return {int(name.rpartition('_')[2].partition('.')[0]) for name in read(out, split)[0]}
+
+
+@pytest.mark.parametrize('train, val', [
+    ('annotations/instances_train2017.json', 'annotations/instances_val2017.json'),
+    ('annotations/person_keypoints_train.json', 'annotations/person_keypoints_valid.json'),
+    ('train.json', 'my-test_set.json'), ('Train.json', 'a_validation.json')])
+def test_coco_splits_by_the_names_of_the_files(train, val, tmp_path):
+    """Though all pictures lie in one folder."""
+    for number in range(5):
+        picture(tmp_path / 'in/images' / f'{number}.jpg')
+    coco(tmp_path / 'in' / train, [f'{number}.jpg' for number in (0, 2, 4)])
+    coco(tmp_path / 'in' / val, [f'{number}.jpg' for number in (1, 3)])
+    data.convert(tmp_path / 'in', tmp_path / 'out')
+    assert numbers(tmp_path / 'out', 'train') == {0, 2, 4} and numbers(tmp_path / 'out', 'val') == {1, 3}
+
+
+def test_coco_names_that_recur_in_both_splits(tmp_path):
+    for split, width in (('train', 100), ('val', 90)):
+        picture(tmp_path / 'in' / split / '0.jpg', width)
+        coco(tmp_path / f'in/annotations/instances_{split}.json', ['0.jpg'], [[1, 1, width - 50, 9]])
+    data.convert(tmp_path / 'in', tmp_path / 'out')
+    for split, width in (('train', 100), ('val', 90)):
+        boxes, content = read(tmp_path / 'out', split)
+        assert [*boxes.values()] == [[('dog', [1, 1, width - 50, 9])]] and content['images'][0]['width'] == width
+
+
+def test_a_picture_that_several_files_name_is_one(tmp_path):
+    """Its objects are those of all, each once; it is never to train on and to be measured with."""
+    for number in range(3):
+        picture(tmp_path / 'in/images' / f'{number}.jpg')
+    names = [f'images/{number}.jpg' for number in range(3)]
+    coco(tmp_path / 'in/instances_all.json', names, ([10, 20, 30, 10], [1, 2, 3, 4]), ('dog', 'cat'))
+    coco(tmp_path / 'in/keypoints_val.json', names[2:], ([10, 20, 30, 10], [5, 6, 7, 8]))
+    coco(tmp_path / 'in/x_train.json', ['0.jpg', '0.jpg'])
+    coco(tmp_path / 'in/x_val.json', names[:1])
+    report = data.convert(tmp_path / 'in', tmp_path / 'out')
+    assert numbers(tmp_path / 'out', 'train') == {0, 1} and numbers(tmp_path / 'out', 'val') == {2}
+    assert read(tmp_path / 'out', 'val')[0]['images_2.jpg'] == [
+        ('dog', [10, 20, 30, 10]), ('dog', [1, 2, 3, 4]), ('dog', [5, 6, 7, 8])]
+    assert report.objects == dict(train=4, val=3)
+    notes = ' '.join(report.notes)
+    assert '4 pictures are named again' in notes and '1 of them are in two splits' in notes
+
+
+def test_coco_that_contradicts_itself(tmp_path):
+    picture(tmp_path / 'in/images/a.jpg')
+    coco(tmp_path / 'in/a.json', ['train/a.jpg', 'val/a.jpg'])
+    with pytest.raises(data.DataError, match=r'a.json names val/a.jpg, and it or a file before it train/a.jpg'):
+        data.convert(tmp_path / 'in', tmp_path / 'out')
+    coco(tmp_path / 'in/a.json', ['a.jpg', 'b.jpg'], ids=[1, 1])
+    with pytest.raises(data.DataError, match='two images have the id 1: a.jpg and b.jpg'):
+        data.convert(tmp_path / 'in', tmp_path / 'out')
+
+
+def test_objects_of_no_picture_are_told(tmp_path):
+    for name in 'ab':
+        picture(tmp_path / 'in' / f'{name}.jpg')
+    coco(tmp_path / 'in/a.json', ['a.jpg', 'b.jpg'])
+    content = json.loads((tmp_path / 'in/a.json').read_text())
+    content['annotations'].append(dict(image_id=77, category_id=1, bbox=[1, 2, 3, 4]))
+    (tmp_path / 'in/a.json').write_text(json.dumps(content))
+    report = data.convert(tmp_path / 'in', tmp_path / 'out', val=.5)
+    assert sum(report.objects.values()) == 2 and '1 objects of pictures that the JSON does not name' in report.notes[0]
+
+
+def test_voc_of_two_years(tmp_path):
+    """Each has lists of its own, in which names recur; with suffixes in one, and a byte order mark."""
+    for year, split_of_0 in (('VOC2007', 'train'), ('VOC2012', 'val')):
+        voc = tmp_path / 'in' / year
+        for number in range(3):
+            picture(voc / 'JPEGImages' / f'{number}.jpg')
+            xml(voc / 'Annotations' / f'{number}.xml', ('dog', 0, (11, 21, 30, 40)))
+        (voc / 'ImageSets/Main').mkdir(parents=True)
+        suffix, mark = ('', '\ufeff') if year == 'VOC2007' else ('.jpg', '')
+        (voc / f'ImageSets/Main/{split_of_0}.txt').write_text(f'{mark}0{suffix}\n', encoding='utf-8')
+        (voc / f"ImageSets/Main/{'val' if split_of_0 == 'train' else 'train'}.txt").write_text(f'1{suffix}\n')
+    report = data.convert(tmp_path / 'in', tmp_path / 'out')
+    assert set(read(tmp_path / 'out', 'train')[0]) == {'VOC2007_JPEGImages_0.jpg', 'VOC2012_JPEGImages_1.jpg'}
+    assert set(read(tmp_path / 'out', 'val')[0]) == {'VOC2007_JPEGImages_1.jpg', 'VOC2012_JPEGImages_0.jpg'}
+    assert '2 pictures that ImageSets/Main does not list' in ' '.join(report.notes)
+    for year in ('VOC2007', 'VOC2012'):
+        for name in ('train', 'val'):
+            (tmp_path / 'in' / year / f'ImageSets/Main/{name}.txt').write_text('elsewhere/9.jpg\n')
+    with pytest.raises(data.DataError, match='none of the 6 pictures with XML, .* whose names are such as 9'):
+        data.convert(tmp_path / 'in', tmp_path / 'out')
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'gbk', 'shift-jis'])
+def test_xml_in_other_encodings(encoding, tmp_path):
+    for name in 'ab':
+        picture(tmp_path / 'in' / f'{name}.jpg')
+        xml(tmp_path / f'in/{name}.xml', ('犬', 0, (11, 21, 30, 40)))
+        text = (tmp_path / f'in/{name}.xml').read_text()
+        declared = f'<?xml version="1.0" encoding="{encoding}"?>' if encoding in ('gbk', 'shift-jis') else ''
+        (tmp_path / f'in/{name}.xml').write_bytes((declared + text).encode(encoding))
+    assert data.convert(tmp_path / 'in', tmp_path / 'out', val=.5).classes == ('犬',)
+    (tmp_path / 'in/a.xml').write_bytes(b'<?xml version="1.0" encoding="ascii"?><annotation>\xe7</annotation>')
+    with pytest.raises(data.DataError, match=r'a\.xml is not in the encoding that its first line names'):
+        data.convert(tmp_path / 'in', tmp_path / 'out')
+
+
+@pytest.mark.parametrize('described', [
+    {'data.yaml': 'path: ../datasets/mine\ntrain: a\nval: b\nnames: [dog]\n'},
+    {'data.yaml': 'train: /content/mine/a\nval: [/content/mine/b/]\nnames: {0: dog}\n'},
+    {'data.yaml': 'train: train.txt\nval: lists/val.txt\nnames: [dog]\n',
+     'train.txt': './a/0.jpg\n./a/1.jpg\n./a/2.jpg\n', 'lists/val.txt': '/home/me/mine/b/3.jpg\nb/4.jpg\n'},
+    {'obj.data': 'classes = 1\ntrain = data/train.txt\nvalid = data/valid.txt\nnames = data/obj.names\n',
+     'train.txt': 'data/a/0.jpg\ndata/a/1.jpg\ndata/a/2.jpg\n', 'valid.txt': 'data/b/3.jpg\ndata/b/4.jpg\n',
+     'obj.names': 'dog\n'}])
+def test_yolo_splits_of_its_own_files(described, tmp_path):
+    labelled(tmp_path / 'in/a', 3)
+    labelled(tmp_path / 'in/b', 2, first=3)
+    labelled(tmp_path / 'in/c', 1, first=5)
+    for name, text in described.items():
+        (tmp_path / 'in' / name).parent.mkdir(exist_ok=True)
+        (tmp_path / 'in' / name).write_text(text)
+    report = data.convert(tmp_path / 'in', tmp_path / 'out')
+    assert report.classes == ('dog',)
+    assert numbers(tmp_path / 'out', 'train') == {0, 1, 2} and numbers(tmp_path / 'out', 'val') == {3, 4}
+    assert '1 pictures that' in ' '.join(report.notes) and '5.jpg' in ' '.join(report.notes)
+
+
+def test_yolo_splits_that_are_not_there(tmp_path):
+    labelled(tmp_path / 'in/a', 4)
+    labelled(tmp_path / 'in/b', 4, first=4)
+    (tmp_path / 'in/data.yaml').write_text('train: a\nval: elsewhere.txt\nnames: [dog]\n')
+    with pytest.raises(data.DataError, match='`val: elsewhere.txt`, which names no picture in .*4 pictures, such as'):
+        data.convert(tmp_path / 'in', tmp_path / 'out')
+    (tmp_path / 'in/data.yaml').write_text('train: [a, b]\nval: elsewhere\nnames: [dog]\n')  # nothing else to take
+    report = data.convert(tmp_path / 'in', tmp_path / 'out', val=.25)
+    assert report.pictures == dict(train=6, val=2) and 'val: elsewhere' in ' '.join(report.notes)
+    (tmp_path / 'in/data.yaml').write_text('train: [a, b]\nval: b\nnames: [dog]\n')
+    report = data.convert(tmp_path / 'in', tmp_path / 'out', val=.25)
+    assert report.pictures == dict(train=6, val=2) and '4 pictures are named for two splits' in ' '.join(report.notes)
+
+
+def test_yolo_in_folders_of_darknet(tmp_path):
+    labelled(tmp_path / 'in/obj_train_data', 3)
+    labelled(tmp_path / 'in/obj_valid_data', 2, first=3)
+    data.convert(tmp_path / 'in', tmp_path / 'out')
+    assert numbers(tmp_path / 'out', 'train') == {0, 1, 2} and numbers(tmp_path / 'out', 'val') == {3, 4}
+
+
+@pytest.mark.parametrize('points, dimensions', [(12, 2), (17, 3), (4, 3)])
+def test_yolo_key_points_are_no_outlines(points, dimensions, tmp_path):
+    labelled(tmp_path / 'in', 4)
+    for number in range(3):
+        numbers_of_points = ' '.join(['0.9'] * (points * dimensions))
+        (tmp_path / f'in/{number}.txt').write_text(f'0 0.5 0.5 0.2 0.4 {numbers_of_points}\n')
+    (tmp_path / 'in/pose.yaml').write_text(f'kpt_shape: [{points}, {dimensions}]\nnames: [dog]\n')
+    report = data.convert(tmp_path / 'in', tmp_path / 'out')
+    assert all(boxes == [('dog', [40, 15, 20, 20])] for boxes in read(tmp_path / 'out', 'train')[0].values())
+    assert not report.has_masks and 'key points are left out' in ' '.join(report.notes)
+    (tmp_path / 'in/pose.yaml').write_text('kpt_shape: [5, 2]\nnames: [dog]\n')
+    with pytest.raises(data.DataError, match='expected `class x y width height` and 10 numbers of key points'):
+        data.convert(tmp_path / 'in', tmp_path / 'out')
+
+
+def test_marks_of_byte_order_are_no_text(tmp_path):
+    labelled(tmp_path / 'in', 2)
+    for path in (tmp_path / 'in').glob('*.txt'):
+        path.write_text(path.read_text(), encoding='utf-8-sig')
+    (tmp_path / 'in/classes.txt').write_text('dog\n\ncat\n', encoding='utf-8-sig')
+    (tmp_path / 'in/1.txt').write_text('2 0.5 0.5 0.2 0.4\n', encoding='utf-8-sig')
+    assert data.convert(tmp_path / 'in', tmp_path / 'out', val=.5).classes == ('dog', 'class 1', 'cat')
+    (tmp_path / 'in/classes.txt').write_bytes('Käfer\n'.encode('latin-1'))
+    with pytest.raises(data.DataError, match=r'classes\.txt is not text in UTF-8'):
+        data.convert(tmp_path / 'in', tmp_path / 'out')
+    coco(tmp_path / 'coco/a.json', ['0.jpg', '1.jpg'])
+    (tmp_path / 'coco/a.json').write_text((tmp_path / 'coco/a.json').read_text(), encoding='utf-8-sig')
+    for number in range(2):
+        picture(tmp_path / f'coco/{number}.jpg')
+    assert data.convert(tmp_path / 'coco', tmp_path / 'out', val=.5).classes == ('dog',)
+
+
+@pytest.mark.parametrize('size, turned, box, message', [
+    ((200, 100), False, [10, 20, 30, 10], 'labels are of 200 x 100 pixels, .* has 100 x 50: take the pictures that'),
+    ((120, 50), False, [90, 20, 30, 10], 'so that the box 90, 20, 120, 30 leaves it'),
+    ((50, 100), True, [10, 20, 30, 10], 'labelled as it is stored, before its EXIF orientation'),
+    ((50, 100), False, [10, 20, 30, 10], None), ((101, 50), False, [10, 20, 30, 10], None),
+    ((100, 50), True, [10, 20, 30, 10], None), ((0, None), False, [10, 20, 30, 10], None)])
+def test_labels_of_another_size(size, turned, box, message, tmp_path):
+    """A box is of the picture that it is drawn on: labels of another one are refused, doubt is told."""
+    width, height = size
+    for kind in ('coco', 'voc'):
+        picture(tmp_path / kind / 'train/a.jpg', turned=turned)
+        picture(tmp_path / kind / 'val/b.jpg')
+    left, top, wide, tall = box
+    corners = (left + 1, top + 1, left + wide, top + tall)
+    xml(tmp_path / 'voc/train/a.xml', ('dog', 0, corners), size=(width, height))
+    xml(tmp_path / 'voc/val/b.xml', ('dog', 0, (1, 1, 9, 9)))
+    coco(tmp_path / 'coco/train.json', ['train/a.jpg'], [box], width=width, height=height)
+    coco(tmp_path / 'coco/val.json', ['val/b.jpg'])
+    for kind in ('coco', 'voc'):
+        if message:
+            with pytest.raises(data.DataError, match=message):
+                data.convert(tmp_path / kind, tmp_path / 'out')
+        else:
+            notes = ' '.join(data.convert(tmp_path / kind, tmp_path / 'out').notes)
+            assert ('have another size' in notes) == (size not in ((100, 50), (0, None)))
+            assert read(tmp_path / 'out', 'train')[1]['annotations'][0]['bbox'] == box
 
 
 @pytest.mark.parametrize('kind', ['jpg', 'png', 'tif'])  # Pillow itself turns TIFF files

@@ -418,11 +418,12 @@ def test_models(models, name, fused, shape, layout, path, seed):
 
 @pytest.mark.skipif(INTERPRETING, reason='this is the interpreter')
 @pytest.mark.skipif(not triton.installed(), reason='Triton is not installed')
-def test_triton_in_the_interpreter():
+@pytest.mark.parametrize('name', ['bad_input', 'refusals', 'numbers'])
+def test_triton_in_the_interpreter(name):
     """What this file and its neighbours try of the other paths, of operators and layers."""
-    files = [pathlib.Path(__file__).with_name(f'test_{name}.py') for name in ('bad_input', 'refusals', 'numbers')]
+    file = pathlib.Path(__file__).with_name(f'test_{name}.py')
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', *files, '-k',
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', file, '-k',
          'triton and not interpreter and not (defaults or deterministic or threads or company)'],
         env={**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
