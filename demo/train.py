@@ -230,7 +230,7 @@ def write_config(path, train, val, masks, init_cfg):
         base=(FROM_SCRATCH / f'{name}_san10-patchwise_fpn_from-scratch_coco.py').as_posix(),
         heads=', '.join(f'{head}=dict(num_classes={len(train.classes)})' for head in heads),
         **{f'{split}_{what}': getattr(part.whole or part, what).resolve().as_posix()
-           for split, part in dict(train=train, val=val).items() for what in ('json', 'images')}))
+           for split, part in dict(train=train, val=val).items() for what in ('json', 'images')}), encoding='utf-8')
 
 
 def get_data(options, say):

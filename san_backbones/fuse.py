@@ -314,8 +314,8 @@ class FoldableStage(nn.Module):
         if self.training or torch.is_grad_enabled():
             self._folded = [None]  # it may be trained now, and not every write on a GPU is detected
             self.memory.clear()
-        if self.training or torch.is_autocast_enabled(x.device.type) or ops.symbolic_caller(x) is not None:
-            return None
+        if self.training or x.is_meta or torch.is_autocast_enabled(x.device.type) or ops.symbolic_caller(x) is not None:
+            return None  # autocast does not know the meta device
         if has_process_wide_hooks():
             return None
         if not ops.is_plain_tensor(x):

@@ -519,6 +519,14 @@ def test_autocast_runs_the_modules():
         assert not _runs_folded(model, image)
 
 
+def test_the_meta_device():
+    """Shapes and multiply-adds are counted there; autocast does not know it."""
+    model, image = fuse_for_inference(_model()), _image()
+    with torch.no_grad():
+        expected, actual = model(image), model.to('meta')(image.to('meta'))
+    assert actual.is_meta and actual.shape == expected.shape
+
+
 @pytest.mark.parametrize('where', ['stages.1.blocks.0', 'stages.1.blocks.0.attn', 'stages.1.conv'])
 def test_hooks_are_called(where):
     model, image = fuse_for_inference(_model()), _image()

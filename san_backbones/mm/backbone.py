@@ -97,6 +97,7 @@ class SANBackbone(BaseModule):
             last stride there is no difference.
         init_cfg: For instance dict(type='Pretrained', checkpoint='san15_patchwise.pth'). A checkpoint that does not
             fit is an error. Weights for three image channels are adapted to `in_channels` as in timm.
+        pretrained: The checkpoint of such an `init_cfg`, as segmentors pass on their own `pretrained`.
 
     Raises:
         ValueError, TypeError: An argument is out of range; the message says what is allowed.
@@ -125,7 +126,13 @@ class SANBackbone(BaseModule):
             zero_init_last: bool = True,
             ceil_mode: bool = False,
             init_cfg: dict[str, Any] | None = None,
+            pretrained: str | None = None,
     ):
+        if pretrained is not None:
+            if init_cfg is not None:
+                raise ValueError(f'init_cfg {init_cfg!r} and pretrained {pretrained!r} are two ways to name weights: '
+                                 'give one (in a segmentor, set model.pretrained=None)')
+            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         super().__init__(init_cfg=init_cfg)
         net = san.SAN(
             **self._architecture(arch), in_chans=in_channels, num_classes=0, norm_layer=_norm_layer(norm_cfg),

@@ -7,6 +7,7 @@ pytest.importorskip('mmengine', reason='needs the mm extra')
 
 import timm
 import torch
+from mmengine.config import ConfigDict
 from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS
 from safetensors.torch import save_file
@@ -41,6 +42,24 @@ def test_shares_parameters_with_timm(arch):
     features = model.eval().forward_intermediates(image, indices=[1, 2, 3, 4], intermediates_only=True)
     for ours, theirs in zip(backbone.eval()(image), features):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_pretrained_of_a_segmentor(tmp_path):
+    """EncoderDecoder gives its own `pretrained` to the backbone, which is the init_cfg of older configs."""
+    mmseg = pytest.importorskip('mmseg.registry')
+    weights = {name: x + 1 if x.is_floating_point() else x for name, x in small().state_dict().items()}
+    torch.save(weights, tmp_path / 'weights.pth')
+    head = dict(type='FCNHead', in_channels=SMALL['widths'][4], channels=4, in_index=3, num_classes=2,
+                num_convs=1, loss_decode=dict(type='CrossEntropyLoss'))
+    segmentor = ConfigDict(type='EncoderDecoder', pretrained=str(tmp_path / 'weights.pth'), decode_head=head,
+                           backbone=dict(type='SANBackbone', arch=SMALL))
+    model = mmseg.MODELS.build(segmentor)
+    model.init_weights()
+    for name, weight in model.backbone.state_dict().items():
+        torch.testing.assert_close(weight, weights[name])
+    segmentor.backbone = dict(type='SANBackbone', arch=SMALL, init_cfg=dict(type='Pretrained', checkpoint='other.pth'))
+    with pytest.raises(ValueError, match='two ways to name weights.*model.pretrained=None'):
+        mmseg.MODELS.build(segmentor)
 
 
 @pytest.mark.parametrize('out_indices', [(0,), (1, 2, 3, 4), (0, 2)])
