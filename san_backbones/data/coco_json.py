@@ -84,7 +84,7 @@ def read_coco(folder: pathlib.Path) -> Found | None:
     note(notes, 'objects of pictures that the JSON does not name (image_id) were left out', strays)
     note(notes, 'pictures have another size than the JSON says, and boxes fit it', other_size)
     note(notes, 'pictures are named again, and their objects were put together', again)
-    note(notes, 'of them are in two splits, and were taken for the one to train on', two_splits)
+    note(notes, 'of them are in two splits, and were taken for the first of train, val and test', two_splits)
     return Found(f"COCO's JSON ({len(contents)} files)", [*found.values()], dict(sorted(classes.items())), notes)
 
 

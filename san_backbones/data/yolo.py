@@ -55,8 +55,9 @@ def read_yolo(folder: pathlib.Path) -> Found | None:
     notes: list[str] = []
     splits = _splits(pictures, folder, about, notes) if about else {}
     names, source = (about.names, str(about.path)) if about and about.names else _class_names(folder)
+    listed = [path for path in pictures if splits.get(path) != UNLISTED]
     found, seen = [], set()
-    for path in pictures:
+    for path in listed:
         split = splits.get(path, split_of(path.relative_to(folder)))
         width, height = size_of(path)
         things = _read_lines(labels[path], width, height, about.keypoints if about else 0) if path in labels else []
@@ -73,9 +74,8 @@ def read_yolo(folder: pathlib.Path) -> Found | None:
         notes.insert(0, f'names of classes: {source}')
     if about and about.keypoints:
         notes.append(f'key points are left out ({about.path} has kpt_shape)')
-    note(notes, 'pictures have no label file: they show nothing', [path for path in pictures if path not in labels])
-    listed = [picture for picture in found if picture.split != UNLISTED]
-    return Found(f"YOLO's text ({len(labels)} files)", listed, names, notes)
+    note(notes, 'pictures have no label file: they show nothing', [path for path in listed if path not in labels])
+    return Found(f"YOLO's text ({len(labels)} files)", found, names, notes)
 
 
 def _label_of(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path | None:
@@ -153,8 +153,11 @@ def _about(folder: pathlib.Path) -> _About | None:
             return _About(path, {int(number): str(name) for number, name in numbered.items()}, _entries(content),
                           str(content.get('path') or ''), shape[0] * shape[1] if _is_shape(shape) else 0)
     for path in files(folder, '.data'):
-        pairs = [line.partition('=')[::2] for line in text_of(path).splitlines() if '=' in line]
-        return _About(path, {}, _entries({key.strip(): value.strip() for key, value in pairs}))
+        lines = path.read_text(encoding='utf-8-sig', errors='replace').splitlines()
+        pairs = [line.partition('=')[::2] for line in lines if '=' in line]
+        splits = _entries({key.strip(): value.strip() for key, value in pairs})
+        if splits:  # others have files of that suffix, too
+            return _About(path, {}, splits)
     return None
 
 
@@ -187,8 +190,9 @@ def _splits(pictures: list[pathlib.Path], folder: pathlib.Path, about: _About,
     note(notes, f'pictures are named for two splits by {about.path.name}, and are in the first', again)
     rest = {path: split_of(path.relative_to(folder)) for path in pictures if path not in found}
     unknown = [path for path, split in rest.items() if not split]
-    if nowhere and unknown:
-        raise DataError(f'{about.path} has `{nowhere[0]}`, which names no picture in {folder}, and {len(unknown)} '
+    needed = [entry for entry in nowhere if not entry.startswith('test:')]
+    if needed and unknown:
+        raise DataError(f'{about.path} has `{needed[0]}`, which names no picture in {folder}, and {len(unknown)} '
                         f'pictures, such as {unknown[0]}, are in no split: correct the line, or remove it to have '
                         'pictures drawn')
     note(notes, f'entries of {about.path.name} name no picture', nowhere)

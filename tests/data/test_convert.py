@@ -262,6 +262,8 @@ def test_yolo_splits_of_its_own_files(described, tmp_path):
     labelled(tmp_path / 'in/a', 3)
     labelled(tmp_path / 'in/b', 2, first=3)
     labelled(tmp_path / 'in/c', 1, first=5)
+    (tmp_path / 'in/c/5.txt').write_text('not of this data set')
+    (tmp_path / 'in/a.data').write_bytes(b'\xff\x00 = \xfe')  # of something else
     for name, text in described.items():
         (tmp_path / 'in' / name).parent.mkdir(exist_ok=True)
         (tmp_path / 'in' / name).write_text(text)
@@ -283,6 +285,17 @@ def test_yolo_splits_that_are_not_there(tmp_path):
     (tmp_path / 'in/data.yaml').write_text('train: [a, b]\nval: b\nnames: [dog]\n')
     report = data.convert(tmp_path / 'in', tmp_path / 'out', val=.25)
     assert report.pictures == dict(train=6, val=2) and '4 pictures are named for two splits' in ' '.join(report.notes)
+
+
+def test_yolo_without_its_test_pictures(tmp_path):
+    """As most downloads are: who names them need not have them."""
+    for number, name in enumerate('abc'):
+        labelled(tmp_path / 'in' / name, 2, first=2 * number)
+    (tmp_path / 'in/data.yaml').write_text('train: a\nval: b\ntest: elsewhere\nnames: [dog]\n')
+    report = data.convert(tmp_path / 'in', tmp_path / 'out')
+    assert report.pictures == dict(train=2, val=2)
+    assert 'test: elsewhere' in ' '.join(report.notes) and '2 pictures that data.yaml does not name' in ' '.join(
+        report.notes)
 
 
 def test_yolo_in_folders_of_darknet(tmp_path):
