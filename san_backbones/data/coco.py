@@ -77,7 +77,7 @@ def find(folder: Path | str) -> tuple[Split, Split]:
         Training and validation. Annotations have boxes; masks are not needed (`Split.without_masks`).
 
     Raises:
-        DataError: Something is missing or is not in COCO's format.
+        DataError: Something is missing or is not in COCO's format, or pictures are of another size than was labelled.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -142,10 +142,13 @@ def read(path: Path, split: str, folder: Path) -> Split:
 
 def check_sizes(folder: Path, coco: Mapping[str, Any]) -> None:
     """Checks that some of the pictures have the size that their entry says, or that their boxes fit them."""
+    boxes: dict[Any, list[tuple[float, ...]]] = {image['id']: [] for image in sample(coco['images'])}
+    for annotation in coco['annotations']:
+        if annotation['image_id'] in boxes:
+            left, top, width, height = annotation['bbox']
+            boxes[annotation['image_id']].append((left, top, left + width, top + height))
     for image in sample(coco['images']):
-        boxes = [annotation['bbox'] for annotation in coco['annotations'] if annotation['image_id'] == image['id']]
-        check_size(folder / image['file_name'], (image['width'], image['height']),
-                   [(left, top, left + width, top + height) for left, top, width, height in boxes])
+        check_size(folder / image['file_name'], (image['width'], image['height']), boxes[image['id']])
 
 
 def sample(entries: Sequence[Any]) -> Sequence[Any]:

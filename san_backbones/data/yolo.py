@@ -98,8 +98,10 @@ def _numbers(line: str) -> list[float]:
 
 
 def _is_yolo(path: pathlib.Path) -> bool:
-    with open(path, encoding='utf-8-sig', errors='replace') as lines:
-        return bool(_numbers(lines.readline()))
+    try:
+        return bool(_numbers(text_of(path).partition('\n')[0]))
+    except DataError:
+        return False
 
 
 def _read_lines(path: pathlib.Path, width: int, height: int, keypoints: int) -> list[Thing]:
@@ -180,22 +182,22 @@ def _splits(pictures: list[pathlib.Path], folder: pathlib.Path, about: _About,
     """Returns the splits of the pictures that `about` names, or leaves out; a picture of two is the first one's."""
     found: dict[pathlib.Path, str] = {}
     again: list[pathlib.Path] = []
-    nowhere: list[str] = []
+    nowhere: list[tuple[str, str]] = []
     for split, entries in about.splits.items():
         for entry in entries:
             named = _named(entry, pictures, folder, about)
             again += [path for path in named if found.setdefault(path, split) != split]
             if not named:
-                nowhere.append(f'{split}: {entry}')
+                nowhere.append((split, entry))
     note(notes, f'pictures are named for two splits by {about.path.name}, and are in the first', again)
     rest = {path: split_of(path.relative_to(folder)) for path in pictures if path not in found}
     unknown = [path for path, split in rest.items() if not split]
-    needed = [entry for entry in nowhere if not entry.startswith('test:')]
+    needed = [f'{split}: {entry}' for split, entry in nowhere if split != 'test']
     if needed and unknown:
         raise DataError(f'{about.path} has `{needed[0]}`, which names no picture in {folder}, and {len(unknown)} '
                         f'pictures, such as {unknown[0]}, are in no split: correct the line, or remove it to have '
                         'pictures drawn')
-    note(notes, f'entries of {about.path.name} name no picture', nowhere)
+    note(notes, f'entries of {about.path.name} name no picture', [f'{split}: {entry}' for split, entry in nowhere])
     if {'train', 'val'} <= {*found.values()}:
         left_out = [path for path, split in rest.items() if split != 'test']
         note(notes, f'pictures that {about.path.name} does not name were left out', left_out)

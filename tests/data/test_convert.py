@@ -320,18 +320,19 @@ def test_yolo_key_points_are_no_outlines(points, dimensions, tmp_path):
         data.convert(tmp_path / 'in', tmp_path / 'out')
 
 
-def test_marks_of_byte_order_are_no_text(tmp_path):
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])  # as Windows' Notepad and PowerShell write
+def test_marks_of_byte_order_are_no_text(encoding, tmp_path):
     labelled(tmp_path / 'in', 2)
     for path in (tmp_path / 'in').glob('*.txt'):
-        path.write_text(path.read_text(), encoding='utf-8-sig')
-    (tmp_path / 'in/classes.txt').write_text('dog\n\ncat\n', encoding='utf-8-sig')
-    (tmp_path / 'in/1.txt').write_text('2 0.5 0.5 0.2 0.4\n', encoding='utf-8-sig')
+        path.write_text(path.read_text(), encoding=encoding)
+    (tmp_path / 'in/classes.txt').write_text('dog\n\ncat\n', encoding=encoding)
+    (tmp_path / 'in/1.txt').write_text('2 0.5 0.5 0.2 0.4\n', encoding=encoding)
     assert data.convert(tmp_path / 'in', tmp_path / 'out', val=.5).classes == ('dog', 'class 1', 'cat')
     (tmp_path / 'in/classes.txt').write_bytes('Käfer\n'.encode('latin-1'))
     with pytest.raises(data.DataError, match=r'classes\.txt is not text in UTF-8'):
         data.convert(tmp_path / 'in', tmp_path / 'out')
     coco(tmp_path / 'coco/a.json', ['0.jpg', '1.jpg'])
-    (tmp_path / 'coco/a.json').write_text((tmp_path / 'coco/a.json').read_text(), encoding='utf-8-sig')
+    (tmp_path / 'coco/a.json').write_text((tmp_path / 'coco/a.json').read_text(), encoding=encoding)
     for number in range(2):
         picture(tmp_path / f'coco/{number}.jpg')
     assert data.convert(tmp_path / 'coco', tmp_path / 'out', val=.5).classes == ('dog',)
