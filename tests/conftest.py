@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 import contextlib
 import os
+import sys
 
 import pytest
 import torch
@@ -33,6 +34,32 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def default_scope_kept():
+    """The default scope of MMEngine belongs to the process: a model of MMDetection that one test builds would have the
+    next look for MMSegmentation's in the wrong registry.
+    """
+    scopes = {} if 'mmengine.registry' not in sys.modules else dict(
+        sys.modules['mmengine.registry'].DefaultScope._instance_dict)
+    yield
+    if 'mmengine.registry' in sys.modules:
+        known = sys.modules['mmengine.registry'].DefaultScope._instance_dict
+        known.clear()
+        known.update(scopes)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def scope_of_module():
+    with default_scope_kept():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def scope_of_test(scope_of_module):
+    with default_scope_kept():
+        yield
 
 
 @pytest.fixture(scope='session')

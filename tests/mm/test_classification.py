@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import san_backbones.mm  # noqa: E402, F401  before mmpretrain, which imports mmcv's operators
 import mmpretrain  # noqa: E402
 from mmengine.config import Config  # noqa: E402
-from mmengine.registry import MODELS, DefaultScope, init_default_scope  # noqa: E402
+from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from mmpretrain.structures import DataSample  # noqa: E402
 
 from tests import ROOT  # noqa: E402
@@ -33,10 +33,7 @@ CONFIGS = sorted(FOLDER.glob('*.py'))
 
 @pytest.fixture
 def scope():
-    before = DefaultScope.get_current_instance()
     init_default_scope('mmpretrain')
-    yield
-    init_default_scope(before.scope_name if before else 'mmengine')
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
