@@ -162,21 +162,23 @@ COLOURS = dict(san10_pairwise='#2f6f8f', san10_patchwise='#b04a3a', resnet26='0.
 
 
 def comparison(path):
-    """Draws, for each setting, accuracy on held-out pictures against epochs and time, one line a seed, and the top-1 of
-    each change on val.
+    """Draws, for each setting, accuracy on held-out pictures against epochs and time, one line a seed of the networks as
+    the package has them, and the top-1 of each change on val.
     """
     rows = read(path)
     groups = list(table.settings(rows))
-    figure, axes = plt.subplots(len(groups), 3, figsize=(13, 4.2 * len(groups)), squeeze=False)
+    heights = [max(3.2, 0.15 * len(set(table.labels(some)))) for _, some in groups]
+    figure, axes = plt.subplots(len(groups), 3, figsize=(13, sum(heights) + len(groups)), squeeze=False,
+                                gridspec_kw=dict(height_ratios=heights))
     for (left, middle, right), (words, some) in zip(axes, groups):
-        plain = [row for row in some if not table.changed(row)]
+        labels = table.labels(some)
+        plain = [row for label, row in zip(labels, some) if not label]
         for i, row in enumerate(plain):
             label = row['model'] if row['model'] not in [other['model'] for other in plain[:i]] else None
             curve = [float(value) for value in row['held_out'].split()]
             colour = COLOURS.get(row['model'])
             left.plot(range(1, len(curve) + 1), curve, 'o-', markersize=3, label=label, color=colour)
             middle.plot([float(value) for value in row['seconds'].split()], curve, 'o-', markersize=3, color=colour)
-        labels = table.labels(some)
         changes = sorted(set(labels), reverse=True)
         for label, row in zip(labels, some):
             right.plot(float(row['top1']), changes.index(label), 'o', color=COLOURS.get(row['model']))
