@@ -162,7 +162,7 @@ COLOURS = dict(san10_pairwise='#2f6f8f', san10_patchwise='#b04a3a', resnet26='0.
 
 
 def comparison(path):
-    """Draws, for each setting, accuracy on held-out pictures against epochs and time, one line a seed of each network as
+    """Draws, for each setting, accuracy on held-out pictures against epochs and time, one line a seed of a network as
     the package has it, and the top-1 of each change on val.
     """
     rows = read(path)
