@@ -41,13 +41,15 @@ def default_scope_kept():
     """The default scope of MMEngine belongs to the process: a model of MMDetection that one test builds would have the
     next look for MMSegmentation's in the wrong registry.
     """
-    scopes = {} if 'mmengine.registry' not in sys.modules else dict(
-        sys.modules['mmengine.registry'].DefaultScope._instance_dict)
+    def scopes():
+        registry = sys.modules.get('mmengine.registry')
+        return registry.DefaultScope._instance_dict if registry else {}
+
+    before = dict(scopes())
     yield
-    if 'mmengine.registry' in sys.modules:
-        known = sys.modules['mmengine.registry'].DefaultScope._instance_dict
-        known.clear()
-        known.update(scopes)
+    known = scopes()
+    known.clear()
+    known.update(before)
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -319,18 +319,19 @@ def test_page_is_written(run, monkeypatch, tmp_path):
 
 
 def test_plot(monkeypatch, tmp_path):
-    """Each seed is a line through its own figures, and each run a point of its change."""
+    """Each seed is a line through its own figures, and each run a point of its change, as another learning rate is."""
     plot = pytest.importorskip('plot', reason='needs the visualize extra')
     drawn = []
     monkeypatch.setattr(plot, 'finish', lambda figure, path, machine: drawn.append((figure, path, machine)))
     san = dict(relation='concatenation', footprint='7', option='')
     rows = [final('resnet26', 0, '20.0'), final('resnet26', 1, '30.0', held_out='11.0 13.0'),
-            final('san10_patchwise', 0, '26.5', **(san | dict(relation='star')))]
+            final('san10_patchwise', 0, '26.5', **(san | dict(relation='star'))),
+            final('resnet26', 0, '40.0', lr='0.01')]
     table.harness.write(tmp_path / 'table.csv', rows)
     plot.PLOTS['table'](tmp_path / 'table.csv')
     [(figure, path, machine)] = drawn
     left, middle, right = figure.axes
     assert [list(line.get_xydata().ravel()) for line in left.lines] == [[1, 11, 2, 12], [1, 11, 2, 13]]
     assert [list(line.get_xdata()) for line in middle.lines] == [[10, 20]] * 2
-    assert [tuple(line.get_xydata()[0]) for line in right.lines] == [(20, 1), (30, 1), (26.5, 0)]
+    assert [tuple(line.get_xydata()[0]) for line in right.lines] == [(20, 2), (30, 2), (26.5, 0), (40, 1)]
     assert path == tmp_path / 'table.png' and machine == 'CPU'
