@@ -2,6 +2,7 @@
 import copy
 import ctypes
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
@@ -426,3 +427,33 @@ def test_large_logits_in_both_layouts(narrow, monkeypatch):
         expected = layer(x)
         layer.weight_mlp.fc2.bias -= 200
         torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('narrow', [0, 64])
+def test_small_weights_are_exact(narrow, monkeypatch):
+    """A neighbour's weight e^-t / (8 + e^-t) in float32, down to the smallest normal number; none below it; NaN stays.
+
+    Each image has one such neighbour, whose value is one, in a corner of the footprint of the pixel in its middle.
+    """
+    monkeypatch.setattr(native.attention, 'NARROW', dict(pairwise=narrow, patchwise=narrow))
+    layer = PairwiseAttention(8, rel_planes=4, out_planes=8, share_planes=4, kernel_size=3).eval()
+    mlp = layer.weight_mlp
+    for parameter in mlp.parameters():
+        torch.nn.init.zeros_(parameter)
+    for norm in (mlp.norm1, mlp.norm2):
+        torch.nn.init.ones_(norm.weight)
+        norm.eps = 0
+    with torch.no_grad():
+        mlp.fc1.weight[0, 0] = 1
+        mlp.fc2.weight[:, 0] = -1
+    t = torch.cat([torch.linspace(0, 84, 1000), torch.tensor([90., 104., 1e4, 1e9, 3e38, math.nan])])
+    query, key, value = torch.zeros(len(t), 4, 3, 3), torch.zeros(len(t), 4, 3, 3), torch.zeros(len(t), 8, 3, 3)
+    key[:, 0, 0, 0] = -t
+    value[:, :, 0, 0] = 1
+    with torch.no_grad(), ops.use_backend('native'):
+        y = ops.footprint_attention(query, key, value, layer.place(value), layer.gamma(), layer.spec())[:, :, 1, 1]
+    weight = (-t.double()).exp()
+    expected = weight / (8 + weight)
+    torch.testing.assert_close(y[:1000].double(), expected[:1000, None].expand(-1, 8), rtol=4e-7, atol=0)
+    assert (y[1000:-1] == 0).all()
+    assert y[-1].isnan().all()

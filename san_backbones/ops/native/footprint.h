@@ -225,12 +225,11 @@ UNUSED static inline void scale_shift_relu(const float *x, const float *scale, c
 
 /* ---- softmax ---- */
 
-/* e^x for x <= 0, to about two units in the last place; 0 below the smallest normal number, NaN stays NaN. */
+/* e^x for x <= 0, to one unit in the last place; 0 below the smallest normal number, NaN stays NaN. What is
+ * computed of numbers below that is never used. */
 INLINE vec exponential(vec x) {
-    const vec magic = (vec){0} + 12582912.f; /* 1.5 * 2^23: adding it rounds to an integer */
-    const ivec tiny = x < -87.f; /* e^x below the smallest normal number */
-    x = choose(tiny, (vec){0}, x);
-    vec n = (x * 1.44269504f + magic) - magic;
+    const vec magic = (vec){0} + 12582912.f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits */
+    const vec shifted = x * 1.44269504f + magic, n = shifted - magic;
     vec f = x - n * 0.693359375f + n * 2.12194440e-4f; /* x - n ln 2, ln 2 in two parts */
     vec p = 1.9875691500e-4f * f + 1.3981999507e-3f;
     p = p * f + 8.3334519073e-3f;
@@ -238,8 +237,13 @@ INLINE vec exponential(vec x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.f;
-    const ivec bits = (__builtin_convertvector(choose(n == n, n, (vec){0}), ivec) + 127) << 23;
-    return choose(tiny, (vec){0}, p * (vec)bits);
+#if defined(__AVX512F__)
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.f), _CMP_NLT_UQ);
+    return (vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+    const ivec power = ((ivec)shifted << 23) + (127 << 23); /* 2^n; of NaN anything */
+    return choose(x < -87.f, (vec){0}, p * (vec)power);
+#endif
 }
 
 /* Logits, [taps][lanes], become weights, unnormalised; `factor` receives 1 / their sum over the taps. */
