@@ -53,6 +53,7 @@
 
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias)); /* may overflow */
 #define INLINE static inline __attribute__((always_inline))
 #define UNUSED __attribute__((unused)) /* by one of the files */
 
@@ -241,7 +242,7 @@ INLINE vec exponential(vec x) {
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.f), _CMP_NLT_UQ);
     return (vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
-    const ivec power = ((ivec)shifted << 23) + (127 << 23); /* 2^n; of NaN anything */
+    const uvec power = ((uvec)shifted << 23) + (127u << 23); /* 2^n; of NaN, and beyond the exponents, anything */
     return choose(x < -87.f, (vec){0}, p * (vec)power);
 #endif
 }
