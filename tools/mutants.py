@@ -236,7 +236,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      (LAYOUTS,)),
     ('C: softmax without its maximum', f'{C}/footprint.h', 'exponential(*x - top)', 'exponential(*x)',
      ('tests/ops/test_native.py::test_large_logits_in_both_layouts',)),
-    ('C: small weights are zero', f'{C}/footprint.h', 'tiny = x < -87.f;', 'tiny = x < -9.f;',
+    ('C: small weights are zero', f'{C}/footprint.h', 'least = (vec){0} - 87.f;', 'least = (vec){0} - 9.f;',
      (f'{CONFORMANCE}::test_softmax_of_logits',)),
     ('C: offset reversed', f'{C}/relations.h', 'p = at(p_i) - p;', 'p = p - at(p_i);', (LAYOUTS,)),
     ('C: norm of the tap before', f'{C}/relations.h', 'CHANNELS(d, first, t->rel, at(k + c));',

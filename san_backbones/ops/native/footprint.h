@@ -230,6 +230,7 @@ UNUSED static inline void scale_shift_relu(const float *x, const float *scale, c
  * computed of numbers below that is never used. */
 INLINE vec exponential(vec x) {
     const vec magic = (vec){0} + 12582912.f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits */
+    const vec least = (vec){0} - 87.f; /* e^x below the smallest normal number */
     const vec shifted = x * 1.44269504f + magic, n = shifted - magic;
     vec f = x - n * 0.693359375f + n * 2.12194440e-4f; /* x - n ln 2, ln 2 in two parts */
     vec p = 1.9875691500e-4f * f + 1.3981999507e-3f;
@@ -239,11 +240,11 @@ INLINE vec exponential(vec x) {
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.f;
 #if defined(__AVX512F__)
-    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.f), _CMP_NLT_UQ);
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ);
     return (vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
     const uvec power = ((uvec)shifted << 23) + (127u << 23); /* 2^n; of NaN, and beyond the exponents, anything */
-    return choose(x < -87.f, (vec){0}, p * (vec)power);
+    return choose(x < least, (vec){0}, p * (vec)power);
 #endif
 }
 
