@@ -95,7 +95,7 @@ setup(
     ext_modules=[
         Extension(f'san_backbones.ops.native._{name}', [f'san_backbones/ops/native/{file}.c' for file in SOURCES],
                   depends=[f'san_backbones/ops/native/{file}.h' for file in (
-                      'footprint', 'planes', 'planes_backward', 'relations')],
+                      'footprint', 'linear', 'planes', 'planes_backward', 'relations')],
                   extra_compile_args=[*FLAGS, *flags], optional=not REQUIRED)
         for name, flags in INSTRUCTION_SETS.items()],
     cmdclass={'build_py': BuildPackage, 'build_ext': BuildLibrary, 'bdist_wheel': PlatformWheel},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import ops
-from .layers import POINTWISE, RELU, SEQUENTIAL, has_process_wide_hooks, obstacle
+from .layers import POINTWISE, POOL, RELU, SEQUENTIAL, has_process_wide_hooks, obstacle
 from .norms import BATCH_NORM, as_norm
 from .ops import native
 from .ops.gamma import widened
@@ -34,6 +34,7 @@ class FoldedBlock(NamedTuple):
     project: ops.Linear  # query, key and value: (2 r + m, C)
     attention: Any  # a PairwiseAttention or PatchwiseAttention
     gamma: ops.Gamma
+    rounded: Any  # gamma in 8 bits, or None
     out_shift: Tensor  # (m,), of norm2
     expand: ops.Linear  # (C, m)
     places: dict[tuple[int, int], Tensor | None]  # mapped coordinates of the last map size, (1, H, W, 2)
@@ -77,7 +78,7 @@ class FoldedBlock(NamedTuple):
         attended = work[pixels * between:pixels * (between + self.expand.inner)].view(*x.shape[:3], self.expand.inner)
         return [self.project.prepare(x, self.first, projected),
                 ops.prepare_attention(*self._split(projected), self._place(projected), self.gamma,
-                                      self.attention.spec(), self.out_shift, attended),
+                                      self.attention.spec(), self.out_shift, attended, self.rounded),
                 self.expand.prepare(attended, None, x, True, after)]
 
     def room(self) -> int:
@@ -193,11 +194,12 @@ SIZES_PREPARED = 4
 
 
 class _FoldedStage:
-    """The folded convolution, blocks and last norm of a stage, and a watch on what they were folded from."""
+    """The pooling, folded convolution, blocks and last norm of a stage, and a watch on what they were folded from."""
 
     def __init__(self, stage: Any):
         self.watch: _Watch = _Watch(stage)  # first, so that writes during the folding are detected
         self.blocks: list[FoldedBlock] = []
+        self.pool: Any = stage.pool
         with torch.no_grad():
             conv = stage.conv
             self.conv = ops.Linear(conv.weight.flatten(1), conv.bias, stage.folds_to_int8)
@@ -211,20 +213,22 @@ class _FoldedStage:
         self.programs: dict[Any, list[native.Program]] = {}  # by the map's size and strides; those that nobody runs now
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Runs the stage after its pooling, on x (N, C, H, W)."""
-        x = x.permute(0, 2, 3, 1)
-        batch, height, width, _ = x.shape
+        """Runs the stage on x (N, C, H, W)."""
+        halve = self.in_loops and POOL.fits(self.pool) and x.dtype == torch.float32 and min(x.shape[2:]) > 1 \
+            and self.conv.runs_packed(x)
+        x = (x if halve else self.pool(x)).permute(0, 2, 3, 1)
+        batch, height, width = (x.shape[0], x.shape[1] // 2, x.shape[2] // 2) if halve else x.shape[:3]
         together = max(1, CACHED_BYTES // (4 * height * width * self.conv.columns))
         if batch <= together or not self.conv.runs_packed(x):
-            return self._run(x, None).permute(0, 3, 1, 2)
+            return self._run(x, None, halve).permute(0, 3, 1, 2)
         output = self.memory.empty((batch, height, width, self.conv.columns), x)
         for begin in range(0, batch, together):
-            self._run(x[begin:begin + together], output[begin:begin + together])
+            self._run(x[begin:begin + together], output[begin:begin + together], halve)
         return output.permute(0, 3, 1, 2)
 
-    def _run(self, x: Tensor, output: Tensor | None) -> Tensor:
+    def _run(self, x: Tensor, output: Tensor | None, halve: bool) -> Tensor:
         if self.in_loops and self.conv.runs_packed(x):
-            return self._run_in_loops(x, output)
+            return self._run_in_loops(x, output, halve)
         x = self.conv(x, output=output)
         for block, after in self._with_last():
             x = block(x, after)
@@ -235,23 +239,24 @@ class _FoldedStage:
     def _with_last(self) -> list[tuple[FoldedBlock, ops.ScaleShiftReLU | None]]:
         return [(block, self.last if block is self.blocks[-1] else None) for block in self.blocks]
 
-    def _run_in_loops(self, x: Tensor, output: Tensor | None) -> Tensor:
-        """In float32: of a model in half precision, the maps between stages are that."""
-        self.conv.check(x, output)
+    def _run_in_loops(self, x: Tensor, output: Tensor | None, halve: bool) -> Tensor:
+        """In float32: of a model in half precision, the maps between stages are that. `halve`: pools x first."""
+        batch, height, width = (x.shape[0], x.shape[1] // 2, x.shape[2] // 2) if halve else x.shape[:3]
+        self.conv.check(x, None)
         if output is None:
-            output = self.memory.empty((*x.shape[:3], self.conv.columns), x)
+            output = self.memory.empty((batch, height, width, self.conv.columns), x)
         if x.dtype != torch.float32:
-            return output.copy_(self._run_in_loops(x.float(), None))
+            return output.copy_(self._run_in_loops(x.float(), None, halve))
         x = ops.as_rows(x)
         room = max(block.room() for block in self.blocks)
         # the loops read whole vectors beyond a map's end
-        work = self.memory.empty((x[..., 0].numel() * room + native.width(),), x)
+        work = self.memory.empty((output[..., 0].numel() * room + native.width(),), x)
         maps, key = (x, output, work), (x.shape, x.stride())
         free = self.programs.setdefault(key, [])
         try:
             program = free.pop()  # nobody else has it now
         except IndexError:
-            calls = [self.conv.prepare(x, None, output)]
+            calls = [self.conv.prepare(x, None, output, halve=halve)]
             for block, after in self._with_last():
                 calls += block.prepare(output, work, after)
             program = native.Program(calls, maps)
@@ -263,7 +268,7 @@ class _FoldedStage:
 
 
 class FoldableStage(nn.Module):
-    """A convolution `conv`, `blocks`, `norm` and `act`, which run folded for inference if possible.
+    """A pooling `pool`, a convolution `conv`, `blocks`, `norm` and `act`, which run folded for inference if possible.
 
     Blocks fold themselves: `block.obstacle(prefix)` says why a block cannot be folded; `block.fold(offset, int8)`
     returns the `FoldedBlock` for x + offset, and the offset of its output.
@@ -308,7 +313,7 @@ class FoldableStage(nn.Module):
 
     @torch.jit.ignore
     def inference_form(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """Returns the stage after its pooling, folded, if it may run on x, the pooled map; else None."""
+        """Returns the stage, folded, if it may run on x; else None."""
         if isinstance(x, torch.fx.Proxy) or ops.is_compiling(x):
             return None
         if self.training or torch.is_grad_enabled():
@@ -359,10 +364,11 @@ def fuse_for_inference(model: nn.Module, int8: bool = False) -> nn.Module:
 
     Args:
         model: A SAN, a SANBackbone, or a module that holds one: a feature extractor, a detector.
-        int8: Compute the 1x1 convolutions in 8 bits on processors with AVX-512 VNNI; elsewhere, and on other devices, a
-            warning says that it has no effect. Each pixel of a map is rounded with a scale of its own when it is read,
-            so that no calibration is needed and no picture changes what another gives; weights are rounded with a scale
-            for each output channel. The attention, the maps between layers and narrow convolutions stay in float32.
+        int8: Compute the 1x1 convolutions, and gamma's where the relation is wide, in 8 bits on processors with AVX-512
+            VNNI; elsewhere, and on other devices, a warning says that it has no effect. Each pixel of a map, and each
+            relation, is rounded with a scale of its own when it is read, so that no calibration is needed and no
+            picture changes what another gives; weights are rounded with a scale for each output channel. Softmax,
+            weighted sum, the maps between layers and narrow convolutions stay in float32.
 
     Returns:
         `model` itself.

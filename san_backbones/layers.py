@@ -13,8 +13,9 @@ from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
 from .activations import BoundedReLU, ReLU
+from .pooling import Pool
 
-__all__ = ['BOUNDED_RELU', 'DROP_PATH', 'POINTWISE', 'RELU', 'SEQUENTIAL', 'Kind', 'has_bias',
+__all__ = ['BOUNDED_RELU', 'DROP_PATH', 'POINTWISE', 'POOL', 'RELU', 'SEQUENTIAL', 'Kind', 'has_bias',
            'has_process_wide_hooks', 'is_plain', 'obstacle']
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
@@ -61,6 +62,7 @@ class Kind(NamedTuple):
 
 
 POINTWISE = Kind('1x1 convolution', _is_pointwise)
+POOL = Kind('2x2 max pool', lambda module: is_plain(module, (Pool.forward,)) and module.is_by_twos())
 RELU = Kind.by_forward('ReLU', nn.ReLU.forward, ReLU.forward)
 BOUNDED_RELU = Kind.by_forward('ReLU', nn.ReLU.forward, ReLU.forward, BoundedReLU.forward)
 DROP_PATH = Kind.by_forward('DropPath', nn.Identity.forward, DropPath.forward)

@@ -35,9 +35,10 @@ from . import fuse, hub, ops
 from .activations import BoundedReLU, ReLU, is_setting, make_act, may_write_over, resolve_bound
 from .attention import PairwiseAttention, PatchwiseAttention
 from .checks import check_dtype, check_image, is_integer, one_of, per_stage
-from .layers import BOUNDED_RELU, DROP_PATH, POINTWISE, RELU, Kind, has_bias, is_plain, obstacle
+from .layers import BOUNDED_RELU, DROP_PATH, POINTWISE, POOL, RELU, has_bias, is_plain, obstacle
 from .norms import BATCH_NORM, as_norm, norm_constructor, norm_relu, norm_relu_beside
-from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS, pointwise
+from .ops import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS, POSITIONS
+from .pooling import Pool
 
 __all__ = ['SAN']
 
@@ -46,33 +47,10 @@ register_notrace_module(PairwiseAttention)
 register_notrace_module(PatchwiseAttention)
 register_notrace_module(BoundedReLU)
 register_notrace_module(ReLU)
+register_notrace_module(Pool)
 
 DEPTHS = {'san10': (2, 1, 2, 4, 1), 'san15': (3, 2, 3, 5, 2), 'san19': (3, 3, 4, 6, 3)}
 RELATIONS: dict[str, tuple[str, ...]] = {'pairwise': PAIRWISE_RELATIONS, 'patchwise': PATCHWISE_RELATIONS}
-
-
-class Pool(nn.MaxPool2d):
-    """2x2 max pooling of stride 2. A side of one pixel stays one pixel, so that images may have any size."""
-
-    def __init__(self):
-        super().__init__(2, 2)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) to (N, C, max(H // 2, 1), max(W // 2, 1))."""
-        if self.is_by_twos():
-            return pointwise.halve(input)
-        return F.max_pool2d(  # type: ignore[call-overload]
-            input, self.kernel_size, self.stride, self.padding, self.dilation, ceil_mode=self.ceil_mode,
-            return_indices=self.return_indices)
-
-    def is_by_twos(self) -> bool:
-        """Whether its attributes are still those of 2x2 pooling."""
-        return not self.ceil_mode and not self.return_indices and self.kernel_size == 2 and self.stride == 2 \
-            and self.padding == 0 and self.dilation == 1
-
-
-register_notrace_module(Pool)
-_POOL = Kind('2x2 max pool', lambda module: is_plain(module, (Pool.forward,)) and module.is_by_twos())
 
 
 class Stem(nn.Module):
@@ -102,7 +80,7 @@ class Stem(nn.Module):
         if isinstance(x, torch.Tensor):
             check_dtype(x, conv)
         if isinstance(x, torch.fx.Proxy) \
-                or obstacle(self, dict(conv=POINTWISE, norm=BATCH_NORM, act=RELU, pool=_POOL)) is not None \
+                or obstacle(self, dict(conv=POINTWISE, norm=BATCH_NORM, act=RELU, pool=POOL)) is not None \
                 or (has_bias(conv) and not isinstance(norm, nn.Identity)) or not ops.serves(x):
             return None
         if 1 in x.shape[2:]:
@@ -258,9 +236,10 @@ class Block(nn.Module):
         out_scale, out_shift = fuse.scale_and_shift(self.norm2, conv.weight[0, :, 0, 0])
         weight, bias = (part.to(conv.weight.dtype) for part in attention.projections(out_scale))
         limit = getattr(self.act1, 'limit', None)  # torch's own ReLU has none
+        project, gamma = ops.Linear(weight, bias, int8), attention.gamma()._replace(cache={})
+        rounded = ops.round_gamma(gamma, attention.spec(), attention.rel_planes) if int8 and project.packed else None
         return fuse.FoldedBlock(
-            ops.ScaleShiftReLU(scale, shift, limit), ops.Linear(weight, bias, int8), attention,
-            attention.gamma()._replace(cache={}), out_shift,
+            ops.ScaleShiftReLU(scale, shift, limit), project, attention, gamma, rounded, out_shift,
             ops.Linear(out_weight.to(conv.weight.dtype), int8=int8), {}), offset + out_bias
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -309,13 +288,12 @@ class Stage(fuse.FoldableStage):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_dim, H, W) to (N, dim, H // 2, W // 2), at least 1 x 1, or without `downsample` to (N, dim, H, W)."""
-        x = self.pool(x)
         if not torch.jit.is_scripting():
             if self._folding:
                 folded = self.inference_form(x)
                 if folded is not None:
                     return folded(x)
-        x = self.conv(x)
+        x = self.conv(self.pool(x))
         if not torch.jit.is_scripting():
             if ops.is_exporting():
                 # the residual and the first norm both read the convolution; without the copy PyTorch 2 Export

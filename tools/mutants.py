@@ -32,6 +32,8 @@ GRADIENT_LAYOUTS = 'tests/ops/test_native.py::test_gradients_in_both_layouts'
 NORM_RELU = 'tests/ops/test_pointwise.py::test_norm_and_relu_in_one_operator'
 LINEAR = 'tests/ops/test_linear.py::test_against_float64'
 INT8 = 'tests/ops/test_linear.py::TestInt8::test_against_float64'
+GAMMA8 = 'tests/ops/test_int8_gamma.py::test_against_float64'
+POOLED = 'tests/ops/test_linear.py::test_pooling_before'
 ANY = 'san_backbones/ops/**/*.py'  # code that may move between these files
 OPS, C = 'san_backbones/ops', 'san_backbones/ops/native'
 GEOMETRY, BACKENDS = 'tests/ops/test_geometry.py', 'tests/ops/test_backends.py'
@@ -290,14 +292,28 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('C linear: the norm after each part', f'{C}/linear.c', 'last = k + inner == t->inner', 'last = 1', (LINEAR,)),
     ('C linear: no limit', f'{C}/linear.c', 't->shift + k, t->limit, inner', 't->shift + k, 1e30f, inner', (LINEAR,)),
     ('C linear: bias left out', f'{C}/linear.c', 'if (first && t->bias) read_some', 'if (0) read_some', (LINEAR,)),
-    ('C int8: no zero of a pixel', f'{C}/linear.c', ' + plus[b] * zero[m]', '', (INT8,)),
-    ('C int8: bias left out', f'{C}/linear.c', '    if (t->bias) {\n', '    if (0) {\n', (INT8,)),
-    ('C int8: nothing is added to', f'{C}/linear.c', '    if (t->add)\n', '    if (0)\n', (INT8,)),
-    ('C int8: one scale for all pixels', f'{C}/linear.c', 'by[b] * scale[m]', 'by[b] * scale[0]', (INT8,)),
-    ('C int8: no limit', f'{C}/linear.c', '(vec){0} + t->limit)', '(vec){0} + 1e30f)',
+    ('C int8: no zero of a pixel', f'{C}/linear.h', ' + plus[b] * zero[m]', '', (INT8,)),
+    ('C int8: bias left out', f'{C}/linear.h', '    if (t->bias) {\n', '    if (0) {\n', (INT8,)),
+    ('C int8: nothing is added to', f'{C}/linear.h', '    if (t->add)\n', '    if (0)\n', (INT8,)),
+    ('C int8: one scale for all pixels', f'{C}/linear.h', 'by[b] * scale[m]', 'by[b] * scale[0]', (INT8,)),
+    ('C int8: no limit', f'{C}/linear.h', '(vec){0} + t->limit)', '(vec){0} + 1e30f)',
      ('tests/ops/test_linear.py::TestInt8::test_error_of_rounding',)),
-    ('C int8: infinity rounded', f'{C}/linear.c', ' + _mm512_reduce_add_ps(check)', '',
+    ('C int8: infinity rounded', f'{C}/linear.h', ' + _mm512_reduce_add_ps(check)', '',
      ('tests/ops/test_linear.py::TestInt8::test_no_value_and_no_number',)),
+    ('C int8: a norm gives infinity', f'{C}/linear.h', '(high + 0 * high)', 'high',
+     ('tests/ops/test_int8_gamma.py::test_not_finite',)),
+    ('C int8: packed in turns', f'{C}/linear.h', '_mm512_permutexvar_epi32(quarters, bytes)', 'bytes', (INT8,)),
+    ('C int8: gamma\'s first taps for all', f'{C}/footprint.c', 't->eight + begin / patchwise_group(t)', 't->eight',
+     (GAMMA8,)),
+    ('C int8: gamma\'s second matrix again', f'{C}/footprint.c', 'multiply8(t->eight + 1,', 'multiply8(t->eight,',
+     (GAMMA8,)),
+    ('int8: groups of taps begin anew', f'{C}/attention.py', 'tensors, add=begin > 0)', 'tensors)', (GAMMA8,)),
+    ('int8: middles of zeros', f'{C}/attention.py', 'out_scale=torch.ones_like', 'out_scale=torch.zeros_like',
+     (GAMMA8,)),
+    ('int8: gamma in float32', f'{C}/attention.py', 'arguments.task.eight = rounded.products', 'pass', (GAMMA8,)),
+    ('C linear: three pixels of four', f'{C}/linear.h', 'n < 4; n++', 'n < 3; n++', (POOLED,)),
+    ('C linear: pooling of even sides alone', f'{C}/linear.h', 'image * t->from_height', 'image * 2 * t->pooled_height',
+     (POOLED,)),
     ('C AMX int8: pixels after the sixteenth left out', f'{C}/linear.c', 'if (some > TILE_ROWS) tile_sums',
      'if (0) tile_sums', (INT8,)),
     ('C AMX int8: second vectors left out', f'{C}/linear.c', 'MULTIPLY(4, 7, 1)', 'MULTIPLY(4, 6, 1)', (INT8,)),

@@ -17,7 +17,7 @@ from .backends import (
 )
 from .checks import check_attention
 from .folding import as_rows
-from .fused import prepare_attention
+from .fused import prepare_attention, round_gamma
 from .gamma import Gamma, Norm, Spec, fold
 from .geometry import coordinates, footprint, padding, reflect_pad, reflection_index
 from .linear import Linear, ScaleShiftReLU
@@ -58,6 +58,7 @@ __all__ = [
     'prepare_attention',
     'reflect_pad',
     'reflection_index',
+    'round_gamma',
     'scale_shift_relu',
     'serves',
     'serves_norm_relu',

@@ -13,7 +13,7 @@ from .folding import Shape, channels_first, channels_last, fold_gamma, in_loop_o
 from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, moments_of_sums, refuse_other_backward
 from .statistics import relation_statistics
 
-__all__ = ['FUSED', 'attend', 'folded', 'prepare_attention']
+__all__ = ['FUSED', 'attend', 'folded', 'prepare_attention', 'round_gamma']
 
 FUSED: tuple[FusedBackend, ...] = (native.BACKEND, triton.BACKEND)
 """The most wanted first. The number of a backend, in arguments of registered operators, is its place here."""
@@ -207,7 +207,8 @@ def folded(
 
 
 def prepare_attention(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None, gamma: Gamma, spec: Spec,
-                      shift: Tensor, output: Tensor) -> native.Call:
+                      shift: Tensor, output: Tensor,
+                      rounded: native.attention.RoundedGamma | None = None) -> native.Call:
     """The call of the compiled loops that writes relu(y + shift) of the attention y to `output`, on maps with channels
     last; nothing is checked.
 
@@ -219,9 +220,18 @@ def prepare_attention(query: Tensor, key: Tensor, value: Tensor, place: Tensor |
         spec: With a relation that the loops have.
         shift: (m,), float32.
         output: (N, H, W, m), contiguous.
+        rounded: What `round_gamma` gave, or None.
     """
     shape, tensors = folded(native.BACKEND.name, gamma, spec)
-    return native.attention.prepare(Shape(*shape), (query, key, value, place), tensors, shift.float(), output)
+    return native.attention.prepare(Shape(*shape), (query, key, value, place), tensors, shift.float(), output, rounded)
+
+
+def round_gamma(gamma: Gamma, spec: Spec, rel: int) -> native.attention.RoundedGamma | None:
+    """gamma in 8 bits for `prepare_attention`, `rel` being the channels of phi; None where there is no such form, or it
+    saves no time.
+    """
+    shape, tensors = folded(native.BACKEND.name, gamma, spec)
+    return native.attention.round_gamma(Shape(*shape), rel, tensors)
 
 
 def _affine(norm: Norm, statistics: Callable[[], tuple[Tensor, Tensor, int]]) -> Affine:

@@ -107,14 +107,14 @@ class Linear:
         return self.packed and x.dtype == self.dtype and serves(x)
 
     def prepare(self, x: Tensor, before: ScaleShiftReLU | None, output: Tensor, add: bool = False,
-                after: ScaleShiftReLU | None = None) -> native.Call:
+                after: ScaleShiftReLU | None = None, halve: bool = False) -> native.Call:
         """The call of the compiled loops that writes `after` of W f(x) + b, or of output + W f(x) + b, to `output`;
-        arguments as above, maps in float32, nothing is checked.
+        arguments as above, maps in float32, nothing is checked. With `halve`, x is max_pool2d(x, 2) of what is given.
         """
         vectors: Any = [None if f is None else (f.scale.float(), f.shift.float()) for f in (before, after)]
         bias = None if self.bias is None else self.bias.float()
         return native.linear(x, self._weight, bias, vectors[0], before and before.limit, output, add, vectors[1],
-                             self._int8)
+                             self._int8, halve)
 
     @staticmethod
     def _run(call: native.Call) -> None:

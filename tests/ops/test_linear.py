@@ -3,6 +3,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from san_backbones import ops
 from san_backbones.ops import native
@@ -72,6 +73,35 @@ def test_nan_and_infinity(backend):
     with torch.no_grad(), ops.use_backend(backend):
         y = ops.Linear(torch.ones(5, 20))(x, before)
     assert y[0, 0, 3].isnan().all() and (y[0, 0, 5] == 25).all() and (y[0, 0, 6] == 20).all()
+
+
+def _pooled(linear, x, before=None):
+    """Of max_pool2d(x, 2)."""
+    output = torch.empty(len(x), x.shape[1] // 2, x.shape[2] // 2, linear.columns)
+    call = linear.prepare(x, before, output, halve=True)
+    native.library.run(call.name, call.task)
+    return output
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=f'no compiled loops: {native.unavailable()}')
+@pytest.mark.parametrize('kind', ['float32', pytest.param('int8', marks=VNNI), pytest.param('bfloat16', marks=AMX)])
+@pytest.mark.parametrize('height, width, inner', [(2, 2, 64), (7, 10, 70), (6, 33, 530), (3, 5, 1030)])
+def test_pooling_before(kind, height, width, inner):
+    """The same bits as of a map that torch pools; NaN wins, as there."""
+    weight, x = torch.randn(80, inner), torch.randn(2, height, width, inner + 6)[..., :inner]
+    linear = ops.Linear(weight.bfloat16() if kind == 'bfloat16' else weight, int8=kind == 'int8')
+    pooled = F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1).contiguous()
+    expected = torch.empty(*pooled.shape[:3], 80)
+    before = _functions(inner, 80)[0]
+    with torch.no_grad():
+        for f in (None, before):
+            call = linear.prepare(pooled, f, expected)
+            native.library.run(call.name, call.task)
+            assert torch.equal(_pooled(linear, x, f), expected)
+        for i in range(4):
+            x[0, i // 2, i % 2, i] = torch.nan
+            assert _pooled(linear, x)[0, 0, 0].isnan().all()
+            x[0, i // 2, i % 2, i] = 0
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=f'no compiled loops: {native.unavailable()}')

@@ -1,7 +1,10 @@
 """Fused footprint attention by the compiled loops of footprint.c and backward.c."""
+import ctypes
 import functools
+import itertools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from torch import Tensor
 from .. import geometry
 from ..folding import Shape, pad, round_up, row
 from . import library
+from .linear import INT8_VNNI, pack_int8
 
 MAX_GRADIENT_ELEMENTS = 1 << 22
 """Bound on the partial sums of parameter gradients that a backward pass keeps (float32 elements)."""
@@ -61,6 +65,8 @@ def _map(x: Tensor | None) -> library.Matrix:
 
 NARROW = {'pairwise': 32, 'patchwise': 16}
 """Channels of phi up to which vectors lie across pixels: measured, with AVX2 and AVX-512."""
+GROUP_INT8 = 512
+"""Channels of a patchwise relation that are rounded and multiplied together in 8 bits, about."""
 NARROW_BACKWARD = {'pairwise': 16, 'patchwise': 8}
 """The same where gradients are computed."""
 
@@ -68,6 +74,48 @@ NARROW_BACKWARD = {'pairwise': 16, 'patchwise': 8}
 def _across_pixels(rel: int, width: int, narrow: int) -> bool:
     """Whether planes.h computes it: narrow relations, on maps that fill a vector."""
     return rel <= narrow and width >= library.width()
+
+
+class RoundedGamma(NamedTuple):
+    """gamma's matrices in 8 bits: what its products are."""
+    products: ctypes.Array[library.Linear]  # with weight1, of a group of taps each, then with weight2
+    tensors: list[Tensor]  # that they point to
+
+
+def _product(weight: Tensor, tensors: list[Tensor], **after: Any) -> library.Linear:
+    """That with a matrix (inner, columns)."""
+    packed, scales = pack_int8(weight.t())
+    kept = {name: x for name, x in after.items() if isinstance(x, Tensor)}
+    tensors += [packed, *scales, *kept.values()]
+    return library.Linear(
+        kind=INT8_VNNI, inner=len(weight), columns=weight.shape[1], weight=packed.data_ptr(),
+        column_scale=_address(scales.scale), column_sum=_address(scales.sum), limit=math.inf,
+        **{**after, **{name: _address(x) for name, x in kept.items()}})
+
+
+def round_gamma(shape: Shape, rel: int, folded: _Tensors) -> RoundedGamma | None:
+    """gamma of the patchwise form in 8 bits, where the loops have that and it is quicker; else None.
+
+    Args:
+        shape: What the attention is.
+        rel: Channels of phi.
+        folded: As `folding.fold_gamma` makes them.
+    """
+    _, _, weight1, shift2, weight2, bias2 = folded
+    relation, area = shape.described, shape.area
+    centre, tap = relation.centre_width(rel), relation.tap_width(rel, area)
+    if rel <= NARROW[relation.form] or tap < rel or not library.has_int8():
+        return None
+    group = max(1, min(area, GROUP_INT8 // tap)) * tap
+    if relation.form == 'pairwise':
+        group = len(weight1)
+    bounds = [0, *range(centre + group, len(weight1), group), len(weight1)]
+    tensors: list[Tensor] = []
+    products = [_product(weight1[begin:end], tensors, add=begin > 0) for begin, end in itertools.pairwise(bounds[:-1])]
+    products.append(_product(weight1[bounds[-2]:], tensors, add=len(bounds) > 2, out_scale=torch.ones_like(shift2),
+                             out_shift=shift2))
+    products.append(_product(weight2.flatten(1), tensors, bias=bias2.flatten()))
+    return RoundedGamma((library.Linear * len(products))(*products), tensors)
 
 
 class _Arguments:
@@ -152,12 +200,18 @@ def output(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None)
     return result
 
 
-def prepare(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None, result: Tensor) -> library.Call:
-    """The call that writes `output` of the same arguments to `result`, (N, H, W, m), float32, contiguous."""
+def prepare(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None, result: Tensor,
+            rounded: RoundedGamma | None = None) -> library.Call:
+    """The call that writes `output` of the same arguments to `result`, (N, H, W, m), float32, contiguous; with
+    `rounded`, gamma's products are in 8 bits.
+    """
     arguments = _Arguments(shape, maps, folded, result.shape[3], NARROW)
     arguments.task.output = _map(result)
     arguments.task.shift = _address(shift)
-    return library.Call('san', arguments.task, (*arguments.tensors, shift, result))
+    if rounded is not None:
+        arguments.task.eight = rounded.products
+    return library.Call('san', arguments.task,
+                        (*arguments.tensors, shift, result, *([] if rounded is None else rounded.tensors)))
 
 
 def gradients(shape: Shape, maps: _Tensors, folded: _Tensors, gradient: Tensor) -> list[Tensor]:

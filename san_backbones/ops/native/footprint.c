@@ -1,5 +1,5 @@
 /* Footprint attention forwards. */
-#include "footprint.h"
+#include "linear.h"
 #include "planes.h"
 
 /* ---- the weighted sum ---- */
@@ -51,6 +51,8 @@ struct scratch { /* of `together` pixels; what is [lines] has a line for each pa
     float *factor;                 /* [lanes] */
     int64_t *neighbours;           /* [together * taps] */
     const float **values;          /* [together * taps] */
+    uint8_t *rounded;              /* in 8 bits, [lines][rounded_row]; and what makes numbers of them, [lines] */
+    float *scale, *zero;
 };
 
 /* The numbers, within the image, of the neighbours of pixel number `here` of the batch, and where their values are. */
@@ -59,6 +61,16 @@ INLINE void find_values(const struct task *t, int64_t here, int64_t taps, int64_
     find_neighbours(t, here - first, there);
     for (int64_t o = 0; o < taps; o++) values[o] = row_of(t->value, first + there[o]);
 }
+
+#if defined(__AVX512F__)
+/* What `product` makes of the lines of a, which a ReLU gave, in 8 bits: to c. */
+static void multiply8(const struct linear *product, int64_t lines, struct matrix a, struct scratch *s, struct matrix c) {
+    const int64_t row = rounded_row(product);
+    for (int64_t m = 0; m < lines; m++)
+        quantise(product, 1, row_of(a, m), NULL, s->rounded + m * row, s->scale + m, s->zero + m);
+    linear8(product, lines, s->rounded, row, s->scale, s->zero, c, 0, product->columns);
+}
+#endif
 
 /* ---- pairwise ---- */
 
@@ -80,8 +92,17 @@ INLINE void pairwise_pixels(const struct task *t, const enum pairwise_relation r
             relate(t, relation, q, row_of(t->key, first + s->neighbours[o]), p_i,
                    p_i ? row_of(t->place, s->neighbours[o]) : NULL, row_of(s->related, m * taps + o));
     }
-    multiply_relu(count * taps, s->related, t->weight1, inputs, one_row(t->shift2), s->middle, t->hidden);
-    multiply(count * taps, s->middle, t->weight2, t->hidden_used, one_row(t->bias2), s->weights, t->lanes);
+    const int64_t pairs = count * taps;
+#if defined(__AVX512F__)
+    if (t->eight) {
+        multiply8(t->eight, pairs, s->related, s, s->middle);
+        multiply8(t->eight + 1, pairs, s->middle, s, s->weights);
+    } else
+#endif
+    {
+        multiply_relu(pairs, s->related, t->weight1, inputs, one_row(t->shift2), s->middle, t->hidden);
+        multiply(pairs, s->middle, t->weight2, t->hidden_used, one_row(t->bias2), s->weights, t->lanes);
+    }
     for (int64_t m = 0; m < count; m++) {
         const struct matrix weights = rows_from(s->weights, m * taps);
         softmax(weights, taps, t->lanes, s->factor);
@@ -93,15 +114,44 @@ INLINE void pairwise_pixels(const struct task *t, const enum pairwise_relation r
 
 /* Neighbours whose channels are multiplied with weight1 together, so that these and their weights stay in cache. */
 INLINE int64_t patchwise_group(const struct task *t) {
+    if (t->eight) return (t->eight->inner - t->centre) / t->tap;
     const int64_t taps = t->kernel * t->kernel, group = 512 / t->tap;
     return group < 1 ? 1 : group < taps ? group : taps;
+}
+
+INLINE int64_t patchwise_groups(const struct task *t) {
+    const int64_t taps = t->kernel * t->kernel, group = patchwise_group(t);
+    return (taps + group - 1) / group;
 }
 
 /* As pairwise_row. */
 INLINE int64_t patchwise_row(const struct task *t) { return t->centre + patchwise_group(t) * t->tap; }
 
+/* The products of a group of taps with weight1, added up in `middle`; and those with weight2. */
+INLINE void patchwise_middle(const struct task *t, int64_t count, int64_t begin, int64_t done, int64_t inputs, int last,
+                             struct scratch *s) {
+#if defined(__AVX512F__)
+    if (t->eight) {
+        multiply8(t->eight + begin / patchwise_group(t), count, s->related, s, s->middle);
+        return;
+    }
+#endif
+    (last ? multiply_relu : multiply)(count, s->related, rows_from(t->weight1, done), inputs,
+                                      begin ? s->middle : one_row(t->shift2), s->middle, t->hidden);
+}
+
+INLINE void patchwise_weights(const struct task *t, int64_t count, struct scratch *s) {
+#if defined(__AVX512F__)
+    if (t->eight) {
+        multiply8(t->eight + patchwise_groups(t), count, s->middle, s, s->weights);
+        return;
+    }
+#endif
+    multiply(count, s->middle, t->weight2, t->hidden_used, one_row(t->bias2), s->weights, t->kernel * t->kernel * t->lanes);
+}
+
 INLINE void patchwise_pixels(const struct task *t, int64_t here, int64_t count, struct scratch *s) {
-    const int64_t taps = t->kernel * t->kernel, columns = taps * t->lanes, group = patchwise_group(t);
+    const int64_t taps = t->kernel * t->kernel, group = patchwise_group(t);
     const int64_t pixels = t->height * t->width;
     const struct finish finish = {s->factor, t->shift};
     for (int64_t m = 0; m < count; m++)
@@ -118,11 +168,10 @@ INLINE void patchwise_pixels(const struct task *t, int64_t here, int64_t count, 
             for (int64_t o = begin; o < end; o++, d += t->tap)
                 relate_tap(t, q, row_of(t->key, first + s->neighbours[m * taps + o]), o, d);
         }
-        (end < taps ? multiply : multiply_relu)(count, s->related, rows_from(t->weight1, done), inputs,
-                                                begin ? s->middle : one_row(t->shift2), s->middle, t->hidden);
+        patchwise_middle(t, count, begin, done, inputs, end == taps, s);
         done += inputs;
     }
-    multiply(count, s->middle, t->weight2, t->hidden_used, one_row(t->bias2), s->weights, columns);
+    patchwise_weights(t, count, s);
     for (int64_t m = 0; m < count; m++)
         weighted_sum(row_of(s->weights, m), s->values + m * taps, taps, t->lanes, t->out, &finish,
                      row_of(t->output, here + m));
@@ -139,7 +188,15 @@ static void work(void *argument) {
     const size_t related = 4 * (lines * row + 2 * WIDTH), middle = 4 * lines * t->hidden, weights = 4 * lines * columns;
     const size_t factor = 4 * t->lanes, neighbours = t->together * taps * sizeof(int64_t);
     const size_t values = t->together * taps * sizeof(float *);
-    char *memory = malloc(related + middle + weights + factor + neighbours + values + 8 * 64), *from = memory;
+    size_t rounded = 0, scales = 0;
+#if defined(__AVX512F__)
+    if (t->eight) {
+        const int64_t first = rounded_row(t->eight), second = rounded_row(t->eight + (pairwise ? 1 : patchwise_groups(t)));
+        rounded = lines * (first > second ? first : second), scales = 4 * lines;
+    }
+#endif
+    char *memory = malloc(related + middle + weights + factor + neighbours + values + rounded + 2 * scales + 11 * 64);
+    char *from = memory;
     if (!memory) {
         t->failed = NO_MEMORY;
         return;
@@ -152,6 +209,7 @@ static void work(void *argument) {
     s.factor = take(&from, factor);
     s.neighbours = take(&from, neighbours);
     s.values = take(&from, values);
+    s.rounded = take(&from, rounded), s.scale = take(&from, scales), s.zero = take(&from, scales);
     for (int64_t l = 0; l < t->lanes; l++) s.factor[l] = 1;
     for (;;) {
         const int64_t here = __atomic_fetch_add(&t->next, t->together, __ATOMIC_RELAXED);

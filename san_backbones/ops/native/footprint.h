@@ -113,6 +113,7 @@ struct task {
     float *shift2, *bias2;            /* [hidden], [columns] */
     struct matrix weight1;            /* [inputs][hidden], norm2 folded in */
     struct matrix weight2;            /* [hidden_used][columns] */
+    const struct linear *eight;       /* NULL; or gamma in 8 bits: weight1 of each group of taps, then weight2 */
     const int64_t *rows, *columns;    /* source index of every row and column of the padded map */
     const float *shift;               /* NULL, or [out]: the output is relu(y + shift) */
     struct matrix output;             /* [pixels][out] */

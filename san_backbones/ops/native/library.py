@@ -69,13 +69,24 @@ def _matrices(names: str) -> list[tuple[str, Any]]:
     return [(name, Matrix) for name in names.split()]
 
 
+class Linear(ctypes.Structure):
+    """struct linear of linear.h."""
+    _fields_ = [
+        *_int64('kind pixels inner columns'), *_matrices('input'),
+        *_int64('pooled_width pooled_height from_width from_height'),
+        *_pointers('scale shift weight column_scale column_sum bias'), *_matrices('output'), *_int64('add'),
+        *_pointers('out_scale out_shift'), ('limit', ctypes.c_float),
+        *_int64('tile chunk next failed'),
+    ]
+
+
 class Task(ctypes.Structure):
     """struct task of footprint.h."""
     _fields_ = [
         *_int64('form relation absolute batch height width kernel dilation'),
         *_int64('rel centre tap hidden hidden_used lanes weight_channels out planes'),
         *_matrices('query key value place'), *_pointers('scale1 shift1 shift2 bias2'),
-        *_matrices('weight1 weight2'),
+        *_matrices('weight1 weight2'), ('eight', ctypes.POINTER(Linear)),
         *_pointers('rows columns shift'), *_matrices('output'), *_int64('together next failed'),
     ]
 
@@ -96,16 +107,6 @@ class Differences(ctypes.Structure):
         *_pointers('row_starts row_pixels column_starts column_pixels'),
         *_pointers('seeing_row_starts seeing_row_pixels seeing_column_starts seeing_column_pixels'),
         *_pointers('sums slope level'), *_matrices('d_query d_key'), *_int64('next failed'),
-    ]
-
-
-class Linear(ctypes.Structure):
-    """struct linear of linear.c."""
-    _fields_ = [
-        *_int64('kind pixels inner columns'), *_matrices('input'),
-        *_pointers('scale shift weight column_scale column_sum bias'), *_matrices('output'), *_int64('add'),
-        *_pointers('out_scale out_shift'), ('limit', ctypes.c_float),
-        *_int64('tile chunk next failed'),
     ]
 
 

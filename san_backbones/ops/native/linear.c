@@ -11,7 +11,7 @@
  *
  * In bfloat16, with AMX: weights come rounded, pixels are rounded when they are read; sums are float32.
  */
-#include "footprint.h"
+#include "linear.h"
 #if defined(__AVX512F__)
 #include <cpuid.h>
 #if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
@@ -20,69 +20,6 @@
 #define HAS_TILES /* the assembler knows them, and the system is asked in the way that we know */
 #endif
 #endif
-
-enum { LINEAR_ROWS = 6, /* with BLOCKS vectors of weights they fill the registers */
-       INNER = 512,     /* channels that are in cache together, as a part of a panel and of the pixels */
-       TILE = 60,       /* pixels that a thread takes at most */
-       LARGEST = 64 };  /* and with AMX, which takes 16 at a time */
-
-enum weights { FLOAT32, INT8_VNNI, INT8_AMX, BFLOAT16_AMX };
-
-struct linear {
-    int64_t kind;                       /* enum weights */
-    int64_t pixels, inner, columns;
-    struct matrix input;                /* [pixels][inner] */
-    const float *scale, *shift;         /* of the norm before: [inner]; or NULL: neither norm nor ReLU */
-    const void *weight;                 /* panels */
-    const float *column_scale;          /* of weights of 8 bits: [columns]; or NULL */
-    const float *column_sum;            /* of the rounded weights times their scale: [columns] */
-    const float *bias;                  /* [columns], or NULL */
-    struct matrix output;               /* [pixels][columns] */
-    int64_t add;                        /* whether to add to what is there */
-    const float *out_scale, *out_shift; /* of the norm after: [columns]; or NULL: neither norm nor ReLU */
-    float limit;                        /* of the ReLU before; infinite where there is none */
-    int64_t tile, chunk;                /* pixels and columns that a thread takes */
-    int64_t next, failed;
-};
-
-/* Vectors of the panel that begins at a column. */
-INLINE int64_t panel_blocks(int64_t columns, int64_t column) {
-    const int64_t left = (columns - column + WIDTH - 1) / WIDTH;
-    return left >= BLOCKS ? BLOCKS : left >= 2 ? 2 : 1;
-}
-
-/* The first `used` elements of a vector, zeros in the others; and written back. */
-INLINE vec read_part(const float *from, int64_t used) {
-#if defined(__AVX512F__)
-    return (vec)_mm512_maskz_loadu_ps((1u << used) - 1, from);
-#else
-    float line[WIDTH] = {0};
-    memcpy(line, from, 4 * used);
-    return at(line);
-#endif
-}
-
-INLINE void write_part(vec x, int64_t used, float *to) {
-#if defined(__AVX512F__)
-    _mm512_mask_storeu_ps(to, (1u << used) - 1, (__m512)x);
-#else
-    memcpy(to, &x, 4 * used);
-#endif
-}
-
-/* `vectors` vectors of which the first `used` elements are there, and back. */
-INLINE void read_some(const float *from, int64_t used, int vectors, vec *to) {
-    for (int b = 0; b < vectors - 1; b++) to[b] = at(from + b * WIDTH);
-    const int last = vectors - 1;
-    to[last] = used == vectors * WIDTH ? at(from + last * WIDTH) : read_part(from + last * WIDTH, used - last * WIDTH);
-}
-
-INLINE void write_some(const vec *from, int64_t used, int vectors, float *to) {
-    for (int b = 0; b < vectors - 1; b++) *(vec *)(to + b * WIDTH) = from[b];
-    const int last = vectors - 1;
-    if (used == vectors * WIDTH) *(vec *)(to + last * WIDTH) = from[last];
-    else write_part(from[last], used - last * WIDTH, to + last * WIDTH);
-}
 
 /* One register block: `rows` pixels of input a, the part of a panel that belongs to its `inner` channels. */
 INLINE void linear_block(const int rows, const int blocks, const struct linear *t, struct matrix a, const float *w,
@@ -152,9 +89,12 @@ static void work_linear(void *argument) {
             const int64_t inner = t->inner - k < INNER ? t->inner - k : INNER;
             const int first = k == 0, last = k + inner == t->inner;
             struct matrix a = columns_from(rows_from(t->input, s.here), k);
-            if (t->scale) {
-                for (int64_t m = 0; m < rows; m++)
-                    scale_shift_relu(row_of(a, m), t->scale + k, t->shift + k, t->limit, inner, scratch + m * inner);
+            if (t->scale || t->pooled_width) {
+                for (int64_t m = 0; m < rows; m++) {
+                    float *line = scratch + m * inner;
+                    const float *x = input_row(t, s.here + m, k, inner, line);
+                    if (t->scale) scale_shift_relu(x, t->scale + k, t->shift + k, t->limit, inner, line);
+                }
                 a = (struct matrix){scratch, inner};
             }
             for (int64_t j = s.begin, blocks; j < s.end; j += blocks * WIDTH) {
@@ -173,108 +113,6 @@ static void work_linear(void *argument) {
 }
 
 #if defined(__AVX512F__)
-enum { GROUP = 4,      /* channels of 8 bits whose products one instruction adds up */
-       LINE = 64,      /* bytes of channels that come together: a row of a tile of AMX */
-       TILE_ROWS = 16 };
-
-/* Channels i and following of a pixel, after the norm and the ReLU before, if there are any. */
-INLINE vec read_input(const struct linear *t, const float *from, int64_t i, int64_t used) {
-    const vec x = read_part(from + i, used);
-    return t->scale ? smaller(positive(x * read_part(t->scale + i, used) + read_part(t->shift + i, used)),
-                              (vec){0} + t->limit) : x;
-}
-
-/* Rounds a row to 8 bits: x = zero + scale q, q in 0..255, zero <= 0. NaN for a scale where the row is not finite. Where
- * there is a norm before, that and its ReLU come first; `line` has room for a row. */
-INLINE void quantise(const struct linear *t, const float *from, float *line, uint8_t *to, float *scale, float *zero) {
-    const int64_t inner = t->inner;
-    __m512 low = _mm512_setzero_ps(), high = low, check = low;
-    for (int64_t i = 0; i < inner; i += WIDTH) {
-        const int64_t used = inner - i < WIDTH ? inner - i : WIDTH;
-        const __m512 x = (__m512)read_input(t, from, i, used);
-        if (t->scale) write_part((vec)x, used, line + i);
-        low = _mm512_min_ps(low, x), high = _mm512_max_ps(high, x);
-        check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);
-    }
-    if (t->scale) from = line;
-    *zero = _mm512_reduce_min_ps(low);
-    *scale = (_mm512_reduce_max_ps(high) - *zero) / 255 + _mm512_reduce_add_ps(check);
-    const __m512 by = _mm512_set1_ps(*scale > 0 ? 1 / *scale : 0), offset = _mm512_set1_ps(*zero);
-    for (int64_t i = 0; i < inner; i += WIDTH) {
-        const int64_t used = inner - i < WIDTH ? inner - i : WIDTH;
-        const __m512 x = _mm512_mul_ps(_mm512_sub_ps((__m512)read_part(from + i, used), offset), by);
-        _mm512_mask_cvtusepi32_storeu_epi8(to + i, (1u << used) - 1, _mm512_cvtps_epi32(x));
-    }
-}
-
-/* Writes what follows from the products y of `rows` pixels and `blocks` vectors of columns. */
-INLINE void finish(const int rows, const int blocks, const struct linear *t, vec (*y)[BLOCKS], struct matrix output,
-                   int64_t column) {
-    const int64_t used = t->columns - column < blocks * WIDTH ? t->columns - column : blocks * WIDTH;
-    vec by[BLOCKS], plus[BLOCKS];
-    if (t->bias) {
-        read_some(t->bias + column, used, blocks, plus);
-        for (int m = 0; m < rows; m++)
-            for (int b = 0; b < blocks; b++) y[m][b] += plus[b];
-    }
-    if (t->add)
-        for (int m = 0; m < rows; m++) {
-            read_some(row_of(output, m), used, blocks, plus);
-            for (int b = 0; b < blocks; b++) y[m][b] += plus[b];
-        }
-    if (t->out_scale) {
-        read_some(t->out_scale + column, used, blocks, by);
-        read_some(t->out_shift + column, used, blocks, plus);
-        for (int m = 0; m < rows; m++)
-            for (int b = 0; b < blocks; b++) y[m][b] = positive(y[m][b] * by[b] + plus[b]);
-    }
-    for (int m = 0; m < rows; m++) write_some(y[m], used, blocks, row_of(output, m));
-}
-
-/* The same of sums in 8 bits. */
-INLINE void finish8(const int rows, const int blocks, const struct linear *t, __m512i (*sum)[BLOCKS],
-                    const float *scale, const float *zero, struct matrix output, int64_t column) {
-    const int64_t used = t->columns - column < blocks * WIDTH ? t->columns - column : blocks * WIDTH;
-    vec y[LINEAR_ROWS][BLOCKS], by[BLOCKS], plus[BLOCKS];
-    read_some(t->column_scale + column, used, blocks, by);
-    read_some(t->column_sum + column, used, blocks, plus);
-    for (int m = 0; m < rows; m++)
-        for (int b = 0; b < blocks; b++)
-            y[m][b] = (vec)_mm512_cvtepi32_ps(sum[m][b]) * (by[b] * scale[m]) + plus[b] * zero[m];
-    finish(rows, blocks, t, y, output, column);
-}
-
-/* One register block, as linear_block: `rows` rounded pixels a, `row` bytes apart, and a whole panel of `inner`. */
-INLINE void linear8_block(const int rows, const int blocks, const struct linear *t, const uint8_t *a, int64_t row,
-                          int64_t inner, const int8_t *w, const float *scale, const float *zero,
-                          struct matrix output, int64_t column) {
-    __m512i sum[LINEAR_ROWS][BLOCKS], line[BLOCKS];
-    for (int m = 0; m < rows; m++)
-        for (int b = 0; b < blocks; b++) sum[m][b] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < inner; i += GROUP) {
-        for (int b = 0; b < blocks; b++) line[b] = _mm512_loadu_si512(w + (i * blocks + GROUP * b) * WIDTH);
-        for (int m = 0; m < rows; m++) {
-            int32_t four;
-            memcpy(&four, a + m * row + i, GROUP);
-            const __m512i x = _mm512_set1_epi32(four);
-            for (int b = 0; b < blocks; b++) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[m][b]) : "v"(x), "v"(line[b]));
-        }
-    }
-    finish8(rows, blocks, t, sum, scale, zero, output, column);
-}
-
-INLINE void linear8_panel(const int blocks, const struct linear *t, int64_t rows, const uint8_t *a, int64_t row,
-                          int64_t inner, const int8_t *w, const float *scale, const float *zero,
-                          struct matrix output, int64_t column) {
-#define CASE(n) case n: linear8_block(n, blocks, t, a, row, inner, w, scale, zero, output, column); break;
-    for (int64_t parts = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS, some; parts > 0; parts--, rows -= some) {
-        some = (rows + parts - 1) / parts;
-        switch (some) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
-        a += some * row, scale += some, zero += some, output = rows_from(output, some);
-    }
-#undef CASE
-}
-
 #if defined(HAS_TILES)
 /* Registers of AMX: 0 to 3 for sums, [rows][columns], 4 and 5 for pixels, 6 and 7 for weights. The compiler uses none. */
 #define LOAD(tile, from, row) \
@@ -376,15 +214,16 @@ static void work_bfloat16(void *argument) {
     struct linear *t = argument;
     const int64_t inner = (2 * t->inner + LINE - 1) / LINE * LINE;
     const int64_t row = inner + LINE; /* so that pixels do not meet in one place of the cache */
-    uint8_t *scratch = calloc(LARGEST * row + LINE, 1), *a = scratch + LINE - (uintptr_t)scratch % LINE;
+    uint8_t *scratch = calloc(LARGEST * row + LINE + 4 * t->inner, 1), *a = scratch + LINE - (uintptr_t)scratch % LINE;
+    uint8_t *pooled = a + LARGEST * row;
     if (!scratch) {
         t->failed = NO_MEMORY;
         return;
     }
     configure_tiles();
     for (struct share s; take_share(t, &s);) {
-        const struct matrix input = rows_from(t->input, s.here);
-        for (int64_t m = 0; m < s.rows; m++) to_bfloat16(t, row_of(input, m), a + m * row);
+        for (int64_t m = 0; m < s.rows; m++)
+            to_bfloat16(t, input_row(t, s.here + m, 0, t->inner, (float *)pooled), a + m * row);
         for (int64_t j = s.begin, blocks; j < s.end; j += blocks * WIDTH) {
             blocks = panel_blocks(t->columns, j);
             tiles(BFLOAT16_AMX, t, s.rows, a, row, inner, (const int8_t *)t->weight + j * inner, blocks, NULL, NULL,
@@ -408,8 +247,7 @@ static int allows_tiles(void) {
 /* As work_linear, in 8 bits. */
 static void work_linear8(void *argument) {
     struct linear *t = argument;
-    const int64_t inner = (t->inner + LINE - 1) / LINE * LINE;
-    const int64_t row = inner + LINE; /* so that pixels do not meet in one place of the cache */
+    const int64_t row = rounded_row(t);
     float *scratch = malloc(4 * (t->inner + 2 * LARGEST) + LARGEST * row + LINE);
     if (!scratch) {
         t->failed = NO_MEMORY;
@@ -422,25 +260,23 @@ static void work_linear8(void *argument) {
     if (t->kind == INT8_AMX) configure_tiles();
 #endif
     for (struct share s; take_share(t, &s);) {
-        const struct matrix input = rows_from(t->input, s.here);
-        for (int64_t m = 0; m < s.rows; m++)
-            quantise(t, row_of(input, m), scratch, a + m * row, scale + m, zero + m);
-        for (int64_t j = s.begin, blocks; j < s.end; j += blocks * WIDTH) {
-            blocks = panel_blocks(t->columns, j);
-            const int8_t *w = (const int8_t *)t->weight + j * inner;
-            const struct matrix output = columns_from(rows_from(t->output, s.here), j);
-#if defined(HAS_TILES)
-            if (t->kind == INT8_AMX) {
-                tiles(INT8_AMX, t, s.rows, a, row, inner, w, blocks, scale, zero, output, j);
-                continue;
-            }
-#endif
-#define PANEL(blocks) linear8_panel(blocks, t, s.rows, a, row, inner, w, scale, zero, output, j)
-            if (blocks == 1) PANEL(1);
-            else if (blocks == 2) PANEL(2);
-            else PANEL(BLOCKS);
-#undef PANEL
+        for (int64_t m = 0; m < s.rows; m++) {
+            const float *x = input_row(t, s.here + m, 0, t->inner, scratch);
+            if (t->scale) quantise(t, 1, x, scratch, a + m * row, scale + m, zero + m);
+            else quantise(t, 0, x, scratch, a + m * row, scale + m, zero + m);
         }
+        const struct matrix output = rows_from(t->output, s.here);
+#if defined(HAS_TILES)
+        if (t->kind == INT8_AMX) {
+            for (int64_t j = s.begin, blocks; j < s.end; j += blocks * WIDTH) {
+                blocks = panel_blocks(t->columns, j);
+                tiles(INT8_AMX, t, s.rows, a, row, filled(t), (const int8_t *)t->weight + j * filled(t), blocks, scale, zero,
+                      columns_from(output, j), j);
+            }
+            continue;
+        }
+#endif
+        linear8(t, s.rows, a, row, scale, zero, output, s.begin, s.end);
     }
 #if defined(HAS_TILES)
     if (t->kind == INT8_AMX) __asm__ volatile("tilerelease");

@@ -101,6 +101,7 @@ def linear(
         add: bool,
         after: tuple[Tensor, Tensor] | None,
         int8: Int8 | None = None,
+        halve: bool = False,
 ) -> library.Call:
     """The call that writes W f(x) + b to `output` (with `add`: adds W f(x) to it), then g of that.
 
@@ -119,10 +120,13 @@ def linear(
         int8: What belongs to W of `pack_int8`: each pixel of f(x) is then rounded to 8 bits, x = zero + scale q with q
             in 0..255, zero and scale from the smallest (at most 0) and the largest of its channels; needs `has_int8`.
             A pixel that is not finite gives NaN.
+        halve: Whether x, which has two pixels a side at least, is max_pool2d'd by 2 first.
     """
     scale, shift = before or (None, None)
     out_scale, out_shift = after or (None, None)
     columns, x = output.shape[3], as_rows(x)
+    sizes = dict(pooled_width=output.shape[2], pooled_height=output.shape[1], from_width=x.shape[2],
+                 from_height=x.shape[1]) if halve else {}
     int8_kind = INT8_AMX if library.has_amx() else INT8_VNNI
     task = library.Linear(
         kind={torch.float32: FLOAT32, torch.int8: int8_kind, torch.bfloat16: BFLOAT16_AMX}[packed.dtype],
@@ -131,6 +135,6 @@ def linear(
         weight=packed.data_ptr(), column_scale=_address(int8 and int8.scale), column_sum=_address(int8 and int8.sum),
         bias=_address(bias), output=library.Matrix(at=output.data_ptr(), row=columns),
         add=add, out_scale=_address(out_scale), out_shift=_address(out_shift),
-        limit=math.inf if limit is None else limit)
+        limit=math.inf if limit is None else limit, **sizes)
     tensors = (x, packed, bias, scale, shift, out_scale, out_shift, output)
     return library.Call('san_linear', task, tensors if int8 is None else (*tensors, *int8))
