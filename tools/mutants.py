@@ -298,7 +298,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('C int8: one scale for all pixels', f'{C}/linear.h', 'by[b] * scale[m]', 'by[b] * scale[0]', (INT8,)),
     ('C int8: no limit', f'{C}/linear.h', '(vec){0} + t->limit)', '(vec){0} + 1e30f)',
      ('tests/ops/test_linear.py::TestInt8::test_error_of_rounding',)),
-    ('C int8: infinity rounded', f'{C}/linear.h', ' + _mm512_reduce_add_ps(check)', '',
+    ('C int8: infinity rounded', f'{C}/linear.h', ' + _mm512_reduce_add_ps(r[0].check)', '',
      ('tests/ops/test_linear.py::TestInt8::test_no_value_and_no_number',)),
     ('C int8: a norm gives infinity', f'{C}/linear.h', '(high + 0 * high)', 'high',
      ('tests/ops/test_int8_gamma.py::test_not_finite',)),
