@@ -67,7 +67,10 @@ def sizes(name, task):
         item = (4, 1, 1, 2)[task.kind]  # enum weights of linear.c
         filled = 1 if item == FLOAT else 64 // item  # channels come in whole lines of 64 bytes
         weight = panels * -(-task.inner // filled) * filled * item
-        return dict(input=((task.pixels - 1) * task.input.row + task.inner) * FLOAT, scale=task.inner * FLOAT,
+        pixels = task.pixels
+        if task.pooled_width:
+            pixels = pixels // (task.pooled_width * task.pooled_height) * task.from_width * task.from_height
+        return dict(input=((pixels - 1) * task.input.row + task.inner) * FLOAT, scale=task.inner * FLOAT,
                     shift=task.inner * FLOAT, weight=weight, bias=task.columns * FLOAT,
                     column_scale=task.columns * FLOAT, column_sum=task.columns * FLOAT,
                     output=task.pixels * task.columns * FLOAT, out_scale=task.columns * FLOAT,
@@ -159,20 +162,32 @@ class Short(Exception):
     """An array has less memory than the loops use."""
 
 
+def owners(name, task):
+    """The structures of a call that point to arrays, each with the name that `sizes` knows it by."""
+    yield name, task
+    if hasattr(task, 'task'):
+        yield name, task.task
+    if name == 'san' and task.eight:  # gamma in 8 bits: products with weight1, as many as the inputs fill, then weight2
+        inputs, number = task.centre + (task.kernel ** 2 if task.form else 1) * task.tap + 2 * bool(task.place.at), 0
+        while inputs > 0:
+            inputs, number = inputs - task.eight[number].inner, number + 1
+        yield from (('san_linear', task.eight[i]) for i in range(number + 1))
+
+
 def guarded(at_end, calls, known):
     """`library.run` with every array in guarded memory."""
     plain = library.run
 
     def run(name, task):
         arrays = []
-        for owner in {id(owner): owner for owner in (task, getattr(task, 'task', task))}.values():
+        for part, owner in owners(name, task):
             for field, kind in owner._fields_:
                 matrix = getattr(owner, field) if kind is library.Matrix else None
                 address = matrix.at if matrix else getattr(owner, field) if kind is ctypes.c_void_p else None
                 if address is None:
                     continue
-                size = sizes(name, task)[field]
-                whole = name in ('san', 'san_backward') and field in WHOLE_VECTORS
+                size = sizes(part, task if part == name else owner)[field]
+                whole = part in ('san', 'san_backward') and field in WHOLE_VECTORS
                 filled = field in ('query', 'key') and whole and owner.rel % library.width() == 0  # by the channels
                 more = (library.width() - 1) * FLOAT if whole and not filled else 0
                 if known[address] < size + more:
@@ -223,8 +238,24 @@ def results():
         first, last = (ops.ScaleShiftReLU(torch.randn(n), torch.randn(n), 2.) for n in (inner, columns))
         with torch.no_grad():
             found += [project(x, first), project(x[..., :inner]), project.add_to(torch.ones(2, 5, 7, columns), x, last)]
-            rounded, output = ops.Linear(project.weight.bfloat16()), torch.empty(2, 5, 7, columns)
-            call = rounded.prepare(x, first, output)
+            rounded = ops.Linear(project.weight.bfloat16())
+            for linear, halve, size in ((rounded, False, (5, 7)), (rounded, True, (2, 3)), (project, True, (2, 3))):
+                output = torch.empty(2, *size, columns)
+                call = linear.prepare(x, first, output, halve=halve)
+                library.run(call.name, call.task)
+                found.append(output)
+    for cls, rel in ((PatchwiseAttention, 21), (PatchwiseAttention, 70), (PairwiseAttention, 35)):
+        if not library.has_int8():
+            break
+        layer = cls(32, rel_planes=rel, out_planes=20, share_planes=4, kernel_size=5).eval()
+        x = torch.randn(2, 32, 6, 9)
+        with torch.no_grad():
+            gamma, spec = layer.gamma()._replace(cache={}), layer.spec()
+            maps = [y if y is None else y.permute(0, 2, 3, 1).contiguous()
+                    for y in (layer.query(x), layer.key(x), layer.value(x), layer.place(x))]
+            output = torch.empty_like(maps[2])
+            rounded = ops.round_gamma(gamma, spec, rel)
+            call = ops.prepare_attention(*maps, gamma, spec, torch.randn(20), output, rounded)
             library.run(call.name, call.task)
             found.append(output)
     return [x.detach() for x in found]
