@@ -22,8 +22,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / '.cache' / 'sanitized'
 FLAGS = ['-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-fno-omit-frame-pointer', '-g1', '-O1']
 TESTS = ('tests/ops/test_linear.py', 'tests/ops/test_int8_gamma.py', 'tests/ops/test_conformance.py',
-         'tests/ops/test_native.py', 'tests/ops/test_pointwise.py', 'tests/ops/test_statistics.py', 'tests/trust/test_bad_input.py',
-         'tests/trust/test_refusals.py')
+         'tests/ops/test_native.py', 'tests/ops/test_pointwise.py', 'tests/ops/test_statistics.py',
+         'tests/trust/test_bad_input.py', 'tests/trust/test_refusals.py')
 # tests that need other builds, or a compiler of graphs
 LEFT_OUT = ('other_instruction_sets', 'libraries_of_other_sources', 'operator_contract', 'registered_as',
             'compiled_graphs')
