@@ -47,16 +47,20 @@ def bound(model, layers, limit):
                 setattr(block.get_submodule(owner), last, nn.Hardtanh(0., limit))
 
 
+def attentions(model):
+    return [layer for layer in model.modules()
+            if isinstance(layer, (san_backbones.PairwiseAttention, san_backbones.PatchwiseAttention))]
+
+
 def last_linear(model, scale, kernel):
     """Initialises gamma's last layer: weights `scale` times torch's, and in patchwise form a kernel as each bias."""
-    for attention in model.modules():
-        if isinstance(attention, (san_backbones.PairwiseAttention, san_backbones.PatchwiseAttention)):
-            size, fc2 = attention.kernel_size, attention.weight_mlp.fc2
-            fc2.reset_parameters()
-            with torch.no_grad():
-                fc2.weight.mul_(scale)
-                if kernel:
-                    kernel(fc2.bias.view(-1, size * size), size)
+    for attention in attentions(model):
+        size, fc2 = attention.kernel_size, attention.weight_mlp.fc2
+        fc2.reset_parameters()
+        with torch.no_grad():
+            fc2.weight.mul_(scale)
+            if kernel:
+                kernel(fc2.bias.view(-1, size * size), size)
 
 
 def noise(bias, size):
@@ -79,8 +83,20 @@ def variant(change, bounded=('act1',), limit=6.):
     return apply
 
 
+def scaled(*names):
+    """Four times the package's projections of these names to begin with."""
+    def change(model):
+        with torch.no_grad():
+            for layer in attentions(model):
+                for parameter in (x for name in names for x in getattr(layer, name).parameters()):
+                    parameter.mul_(4)
+    return change
+
+
+SCALED = {'phi-psi-4': scaled('query', 'key'), 'phi-4': scaled('query'), 'beta-4': scaled('value')}
 VARIANTS = {
     'package': lambda model: None,
+    **SCALED,
     'random-last': lambda model: None,
     'torch': variant(lambda model: last_linear(model, 1., None), ()),
     'bound': variant(lambda model: last_linear(model, 1., None)),
@@ -97,7 +113,7 @@ KERNELS = ('kernel', 'impulse', 'flat-noise')  # a bias of gamma that is a kerne
 def make(name, variant, classes, **options):
     if variant in KERNELS and 'patchwise' not in name:
         raise SystemExit(f'--variants {variant} is of the patchwise form, whose gamma makes kernels; got {name}')
-    if variant != 'package':
+    if variant != 'package' and variant not in SCALED:
         options['zero_init_last'] = False
     model = timm.create_model(name, num_classes=classes, **options)
     VARIANTS[variant](model)
