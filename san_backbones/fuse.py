@@ -193,6 +193,12 @@ SIZES_PREPARED = 4
 """Sizes of maps whose calls a stage keeps."""
 
 
+def _size(x: Tensor, halve: bool) -> tuple[int, int, int]:
+    """Images, height and width of x (N, H, W, C), pooled if `halve`."""
+    batch, height, width, _ = x.shape
+    return (batch, height // 2, width // 2) if halve else (batch, height, width)
+
+
 class _FoldedStage:
     """The pooling, folded convolution, blocks and last norm of a stage, and a watch on what they were folded from."""
 
@@ -217,11 +223,11 @@ class _FoldedStage:
         halve = self.in_loops and POOL.fits(self.pool) and x.dtype == torch.float32 and min(x.shape[2:]) > 1 \
             and self.conv.runs_packed(x)
         x = (x if halve else self.pool(x)).permute(0, 2, 3, 1)
-        batch, height, width = (x.shape[0], x.shape[1] // 2, x.shape[2] // 2) if halve else x.shape[:3]
+        batch, height, width = size = _size(x, halve)
         together = max(1, CACHED_BYTES // (4 * height * width * self.conv.columns))
         if batch <= together or not self.conv.runs_packed(x):
             return self._run(x, None, halve).permute(0, 3, 1, 2)
-        output = self.memory.empty((batch, height, width, self.conv.columns), x)
+        output = self.memory.empty((*size, self.conv.columns), x)
         for begin in range(0, batch, together):
             self._run(x[begin:begin + together], output[begin:begin + together], halve)
         return output.permute(0, 3, 1, 2)
@@ -241,17 +247,16 @@ class _FoldedStage:
 
     def _run_in_loops(self, x: Tensor, output: Tensor | None, halve: bool) -> Tensor:
         """In float32: of a model in half precision, the maps between stages are that. `halve`: pools x first."""
-        batch, height, width = (x.shape[0], x.shape[1] // 2, x.shape[2] // 2) if halve else x.shape[:3]
-        self.conv.check(x, None)
+        self.conv.check(x, None if halve else output)
         if output is None:
-            output = self.memory.empty((batch, height, width, self.conv.columns), x)
+            output = self.memory.empty((*_size(x, halve), self.conv.columns), x)
         if x.dtype != torch.float32:
             return output.copy_(self._run_in_loops(x.float(), None, halve))
         x = ops.as_rows(x)
         room = max(block.room() for block in self.blocks)
         # the loops read whole vectors beyond a map's end
         work = self.memory.empty((output[..., 0].numel() * room + native.width(),), x)
-        maps, key = (x, output, work), (x.shape, x.stride())
+        maps, key = (x, output, work), (x.shape, x.stride(), halve)
         free = self.programs.setdefault(key, [])
         try:
             program = free.pop()  # nobody else has it now

@@ -237,7 +237,8 @@ class Block(nn.Module):
         weight, bias = (part.to(conv.weight.dtype) for part in attention.projections(out_scale))
         limit = getattr(self.act1, 'limit', None)  # torch's own ReLU has none
         project, gamma = ops.Linear(weight, bias, int8), attention.gamma()._replace(cache={})
-        rounded = ops.round_gamma(gamma, attention.spec(), attention.rel_planes) if int8 and project.packed else None
+        rounded = ops.round_gamma(gamma, attention.spec(), attention.rel_planes) \
+            if int8 and project.packed and weight.dtype == torch.float32 else None
         return fuse.FoldedBlock(
             ops.ScaleShiftReLU(scale, shift, limit), project, attention, gamma, rounded, out_shift,
             ops.Linear(out_weight.to(conv.weight.dtype), int8=int8), {}), offset + out_bias

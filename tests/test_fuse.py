@@ -132,6 +132,30 @@ def test_int8_is_not_everywhere(monkeypatch):
 
 
 @pytest.mark.filterwarnings('ignore:int8=True has no effect')
+def test_int8_has_no_effect_on_half_precision():
+    """On gamma neither, whose relations are wide here."""
+    torch.manual_seed(0)
+    model = SAN('patchwise', depths=(1,), widths=(256,), kernel_sizes=(7,), zero_init_last=False, num_classes=0).eval().bfloat16()
+    image = _image(2, 3, 36, 44).bfloat16()
+    with torch.no_grad():
+        expected = model.fuse_for_inference().forward_features(image)
+        assert torch.equal(model.fuse_for_inference(int8=True).forward_features(image), expected)
+
+
+def test_pooling_that_is_changed_later():
+    """Calls that are kept for a map which they pool do not serve a map of the same size that is pooled already."""
+    stage = _model().fuse_for_inference().stages[1]
+    small, large = (torch.randn(2, stage.conv.in_channels, side, side).to(memory_format=torch.channels_last)
+                    for side in (10, 19))
+    with torch.no_grad():
+        stage(small)
+        stage.pool.ceil_mode = True
+        found = stage(large)
+        stage.set_folding(False)
+        torch.testing.assert_close(found, stage(large), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings('ignore:int8=True has no effect')
 @pytest.mark.parametrize('int8', [False, True])
 def test_refold_keeps_the_form(int8):
     assert {stage.folds_to_int8 for stage in refold(_model().fuse_for_inference(int8=int8)).stages} == {int8}

@@ -230,6 +230,8 @@ def round_gamma(gamma: Gamma, spec: Spec, rel: int) -> native.attention.RoundedG
     """gamma in 8 bits for `prepare_attention`, `rel` being the channels of phi; None where there is no such form, or it
     saves no time.
     """
+    if native.BACKEND.name not in spec.described.backends:
+        return None
     shape, tensors = folded(native.BACKEND.name, gamma, spec)
     return native.attention.round_gamma(Shape(*shape), rel, tensors)
 

@@ -111,6 +111,8 @@ def test_not_everywhere(monkeypatch):
             (True, 'dot', 64, 1)):
         gamma = _gamma(inputs, 8, 8 if pairwise else 72)
         assert ops.round_gamma(gamma, ops.Spec(pairwise, relation, 'none', 3, 1), rel) is None
+    clique = ops.Spec(False, 'clique', 'none', 5, 1)
+    assert ops.round_gamma(_gamma(625, 8, 200), clique, 20) is None
     gamma, spec = _gamma(170, 8, 72), ops.Spec(False, 'concatenation', 'none', 3, 1)
     assert ops.round_gamma(gamma, spec, 17) is not None
     monkeypatch.setattr(native.library, 'has_int8', lambda: False)

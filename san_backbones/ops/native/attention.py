@@ -94,7 +94,7 @@ def _product(weight: Tensor, tensors: list[Tensor], **after: Any) -> library.Lin
 
 
 def round_gamma(shape: Shape, rel: int, folded: _Tensors) -> RoundedGamma | None:
-    """gamma of the patchwise form in 8 bits, where the loops have that and it is quicker; else None.
+    """gamma in 8 bits, where the loops have the relation and that is quicker; else None.
 
     Args:
         shape: What the attention is.
