@@ -135,8 +135,8 @@ def test_int8_is_not_everywhere(monkeypatch):
 def test_int8_has_no_effect_on_half_precision():
     """On gamma neither, whose relations are wide here."""
     torch.manual_seed(0)
-    model = SAN('patchwise', depths=(1,), widths=(256,), kernel_sizes=(7,), zero_init_last=False, num_classes=0).eval().bfloat16()
-    image = _image(2, 3, 36, 44).bfloat16()
+    model = SAN('patchwise', depths=(1,), widths=(512,), kernel_sizes=(7,), zero_init_last=False, num_classes=0)
+    model, image = model.eval().bfloat16(), _image(2, 3, 36, 44).bfloat16()
     with torch.no_grad():
         expected = model.fuse_for_inference().forward_features(image)
         assert torch.equal(model.fuse_for_inference(int8=True).forward_features(image), expected)
