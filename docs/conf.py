@@ -36,7 +36,7 @@ napoleon_use_rtype = False
 nitpick_ignore_regex = [
     ('py:.*', r'(torch|timm|mmengine|mmcv|numpy|typing|collections|pathlib|os|nn|matplotlib|PIL|typer|click)\b.*'),
     ('py:class', r'(Tensor|Runner|Figure|Picture|Pixels|BlockId|optional'
-                 r'|san_backbones\.attention\.FootprintAttention)'),
+                 r'|san_backbones\.(attention\.FootprintAttention|ops\.native\.attention\.RoundedGamma))'),
 ]
 
 SECTION = re.compile(r'(Args|Arguments|Attributes|Example|Examples|Note|Raises|Returns|Yields):$')
