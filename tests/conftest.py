@@ -36,6 +36,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def numbers_of_module():
+    torch.manual_seed(1)
+
+
+@pytest.fixture(autouse=True)
+def numbers_of_test(numbers_of_module):
+    """A test draws the same numbers alone, behind others and in any process."""
+    torch.manual_seed(0)
+
+
 @contextlib.contextmanager
 def default_scope_kept():
     """The default scope of MMEngine belongs to the process: a model of MMDetection that one test builds would have the

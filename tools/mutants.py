@@ -18,6 +18,10 @@ class Mutant(NamedTuple):
         return any('int8' in test.lower() or 'bfloat16' in test for test in self.tests)
 
     @property
+    def with_amx(self) -> bool:
+        return 'AMX' in self.name
+
+    @property
     def compiled(self) -> bool:
         return self.where.endswith(('.c', '.h'))
 
@@ -301,7 +305,7 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     ('C int8: infinity rounded', f'{C}/linear.h', ' + _mm512_reduce_add_ps(r[0].check)', '',
      ('tests/ops/test_linear.py::TestInt8::test_no_value_and_no_number',)),
     ('C int8: a norm gives infinity', f'{C}/linear.h', '(high + 0 * high)', 'high',
-     ('tests/ops/test_int8_gamma.py::test_not_finite',)),
+     ('tests/ops/test_linear.py::TestInt8::test_a_norm_that_is_not_finite',)),
     ('C int8: packed in turns', f'{C}/linear.h', '_mm512_permutexvar_epi32(quarters, bytes)', 'bytes', (INT8,)),
     ('C int8: gamma\'s first taps for all', f'{C}/footprint.c', 't->eight + begin / patchwise_group(t)', 't->eight',
      (GAMMA8,)),
@@ -338,8 +342,10 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      ('tests/ops/test_linear.py::test_a_program_runs_on_other_maps',)),
     ('program: slices begin with their map', f'{OPS}/native/library.py', 'begins[which] + behind', 'begins[which]',
      ('tests/ops/test_linear.py::test_a_program_runs_on_other_maps',)),
-    ('fuse: calls of another size', 'san_backbones/fuse.py', 'key = (x, output, work), (x.shape, x.stride())',
-     'key = (x, output, work), x.stride()', ('tests/test_fuse.py::test_calls_are_kept_for_few_sizes',)),
+    ('fuse: calls of another size', 'san_backbones/fuse.py', '(x.shape, x.stride(), halve)', '(x.stride(), halve)',
+     ('tests/test_fuse.py::test_calls_are_kept_for_few_sizes',)),
+    ('fuse: calls that pool for a map that is pooled', 'san_backbones/fuse.py', '(x.shape, x.stride(), halve)',
+     '(x.shape, x.stride())', ('tests/test_fuse.py',)),
     ('fuse: calls of all sizes kept', 'san_backbones/fuse.py', 'self.programs.pop(old, None)', 'pass',
      ('tests/test_fuse.py::test_calls_are_kept_for_few_sizes',)),
     ('fuse: a program for two threads', 'san_backbones/fuse.py', 'program = free.pop()', 'program = free[-1]',

@@ -187,6 +187,16 @@ class TestInt8:
         assert y[0, 0, [3, 5, 6]].isnan().all()
         assert torch.equal(y[0, 0, [0, 1, 2, 4, 7, 8]], expected[0, 0, [0, 1, 2, 4, 7, 8]])
 
+    @pytest.mark.parametrize('channel', [3, 66])
+    @pytest.mark.parametrize('value, number', [(torch.nan, torch.nan), (torch.inf, torch.nan), (-torch.inf, 0)])
+    def test_a_norm_that_is_not_finite(self, channel, value, number):
+        """In vectors that fill a line and in those behind them; ReLU makes zero of a number below."""
+        x = torch.zeros(1, 1, 1, 70)
+        x[..., channel] = value
+        with torch.no_grad():
+            y = ops.Linear(torch.ones(64, 70), int8=True)(x, ops.ScaleShiftReLU(torch.ones(70), torch.zeros(70)))
+        torch.testing.assert_close(y, torch.full_like(y, number), equal_nan=True)
+
     def test_a_column_of_zeros(self):
         weight = torch.randn(64, 64)
         weight[5] = 0
