@@ -120,6 +120,12 @@ def find_block(net: Network, block: BlockId | None) -> AttentionBlock:
     return net.blocks[name]
 
 
+def fine_block(net: Network) -> AttentionBlock:
+    """What a figure of weights shows unless told otherwise: the last block up to stride 4, else the last of all."""
+    blocks = list(net.blocks.values())
+    return ([block for block in blocks if block.stride <= 4] or blocks)[-1]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts the model into eval mode, and restores the modes of its modules afterwards."""

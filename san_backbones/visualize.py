@@ -26,6 +26,7 @@ from .attention_maps import (
     evaluating,
     find_network,
     find_block,
+    fine_block,
     neighbours,
     Network,
     roll_back,
@@ -427,9 +428,8 @@ def footprint_figure(
     """
     new_figure(1, 1)  # fails early if matplotlib is missing
     net = find_network(model)
-    if block is None:
-        block = ([name for name, found in net.blocks.items() if found.stride <= 4] or list(net.blocks))[-1]
-    at_block, shown = find_block(net, block), prepare_picture(model, net, image, size)
+    at_block = fine_block(net) if block is None else find_block(net, block)
+    shown = prepare_picture(model, net, image, size)
     points = list_points(shown, pixels, grid)
     cells = [shown.on_map(point, at_block.stride) for point in points]
     seen = _compute_seen(model, shown, at_block, departures)

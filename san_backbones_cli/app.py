@@ -490,15 +490,16 @@ def classify(
     failed: dict[pathlib.Path, str] = {}
     results: list[dict[str, Any]] = []
     for start in range(0, len(files), batch_size):
-        tensors = {}
+        shown, tensors = [], []
         for path in files[start:start + batch_size]:
             with _report_failures(path, failed):
-                tensors[path] = prepare(pictures.read(path, channels))
-        if not tensors:
+                tensors.append(prepare(pictures.read(path, channels)))
+                shown.append(path)
+        if not shown:
             continue
         with torch.inference_mode():
-            probabilities = network(torch.stack(list(tensors.values())).to(where)).softmax(1).cpu()
-        for path, row in zip(tensors, probabilities, strict=True):
+            probabilities = network(torch.stack(tensors).to(where)).softmax(1).cpu()
+        for path, row in zip(shown, probabilities, strict=True):
             values, indices = row.topk(min(top, len(row)))
             best = [dict(index=i, name=classes[i], probability=p)
                     for p, i in zip(values.tolist(), indices.tolist(), strict=True)]
@@ -662,14 +663,15 @@ def predict(
     _fail_if_any({pathlib.Path(path): said for path, said in done.failed.items()}, done.pictures + len(done.failed))
 
 
-def _check_block(network: Any, block: str | None, channel: int | None) -> None:
-    from san_backbones.attention_maps import find_block, find_network
+def _check_block(network: Any, block: str | None, channel: int | None, whole: bool) -> None:
+    """Of all blocks (`whole`), or of the one that is drawn, if none is named."""
+    from san_backbones.attention_maps import find_block, find_network, fine_block
     net = find_network(network)
     try:
-        found = None if block is None else find_block(net, block)
+        found = fine_block(net) if block is None else find_block(net, block)
     except ValueError as error:
         raise typer.BadParameter(f'--block: {error}') from error
-    layers = [one.attn for one in ([found] if found else net.blocks.values())]
+    layers = [one.attn for one in (net.blocks.values() if whole and block is None else [found])]
     groups = max(layer.out_planes // layer.share_planes for layer in layers)
     if channel is not None and channel >= groups:
         raise typer.BadParameter(f'--channel {channel}: expected a weight channel, 0 to {groups - 1}')
@@ -738,7 +740,7 @@ def attention(
     if random:
         to_stderr(RANDOM)
     if kind == 'footprint':
-        _check_block(network, block, channel)
+        _check_block(network, block, channel, whole=html is not None)
     if html:
         from san_backbones._files import atomic_write
         from san_backbones.viewer import attention_page

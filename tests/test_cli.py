@@ -207,6 +207,8 @@ class TestClassify:
         one = run('classify', drawn / 'star', '-m', 'test_san_patchwise', '--batch-size', 1, '--top', 1).stdout
         assert one == run('classify', drawn / 'star', '-m', 'test_san_patchwise', '--batch-size', 3, '--top', 1).stdout
         assert re.search(r'\d\.png\n +\d+\.\d %  star\n', one)
+        path = min((drawn / 'star').iterdir())  # a picture that is given twice is answered twice
+        assert run('classify', path, path, '-m', 'test_san_patchwise').stdout.count('star\n') == 2
 
     def test_what_cannot_be_read(self, tmp_path):
         noise(tmp_path / 'in/good.png')
@@ -398,6 +400,8 @@ class TestAttention:
         assert "--block: there is no block 'foo'" in run(*model, '--block', 'foo', code=2).stderr
         assert '--channel 4: expected a weight channel, 0 to 0' in run(
             *model, '--block', '0.0', '--channel', 4, code=2).stderr
+        said = run('attention', 'a.png', '-m', 'san10_patchwise', '--random', '--channel', 8, code=2).stderr
+        assert '--channel 8: expected a weight channel, 0 to 7' in said  # of the block at stride 4, not of the last
 
     @pytest.mark.parametrize('kind', ['footprint', 'features', 'rollout'])
     def test_draws(self, kind, tmp_path):
