@@ -421,14 +421,14 @@ def weights(context: typer.Context) -> None:
 # models on pictures
 
 @contextlib.contextmanager
-def _report_failures(path: pathlib.Path, failed: dict[pathlib.Path, str]) -> Iterator[None]:
+def _report_failures(path: pathlib.Path, failed: list[tuple[pathlib.Path, str]]) -> Iterator[None]:
     """Reports a file that cannot be read instead of ending the command."""
     from san_backbones.cli import pictures
     try:
         yield
     except Exception as error:  # decoders raise many kinds of errors for broken files
-        failed[path] = pictures.reason(error)
-        to_stderr(f'{path}: {failed[path]}')
+        failed.append((path, pictures.reason(error)))
+        to_stderr(f'{path}: {failed[-1][1]}')
 
 
 def _files(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
@@ -445,9 +445,9 @@ def _refuse_both(weights: pathlib.Path | None, random: bool) -> None:
         raise typer.BadParameter('--weights and --random exclude each other')
 
 
-def _fail_if_any(failed: dict[pathlib.Path, str], count: int) -> None:
+def _fail_if_any(failed: int, count: int) -> None:
     if failed:
-        raise ValueError(f'{len(failed)} of {count} pictures could not be read')
+        raise ValueError(f'{failed} of {count} pictures could not be read')
 
 
 @app.command()
@@ -487,7 +487,7 @@ def classify(
     if len(classes) != network.num_classes:
         raise typer.BadParameter(f'--names has {len(classes)} lines, and the model tells {network.num_classes} '
                                  'classes apart')
-    failed: dict[pathlib.Path, str] = {}
+    failed: list[tuple[pathlib.Path, str]] = []
     results: list[dict[str, Any]] = []
     for start in range(0, len(files), batch_size):
         shown, tensors = [], []
@@ -508,8 +508,8 @@ def classify(
                 typer.echo(str(path))
                 typer.echo('\n'.join(f'  {100 * b["probability"]:5.1f} %  {b["name"]}' for b in best))
     if as_json:
-        show_json(results + [dict(file=str(path), error=error) for path, error in failed.items()])
-    _fail_if_any(failed, len(files))
+        show_json(results + [dict(file=str(path), error=error) for path, error in failed])
+    _fail_if_any(len(failed), len(files))
 
 
 @app.command()
@@ -660,7 +660,7 @@ def predict(
         show_json(done._asdict())
     else:
         typer.echo(f'{done.pictures} pictures, {done.objects} objects: {out / "predictions.json"}')
-    _fail_if_any({pathlib.Path(path): said for path, said in done.failed.items()}, done.pictures + len(done.failed))
+    _fail_if_any(len(done.failed), done.pictures + len(done.failed))
 
 
 def _check_block(network: Any, block: str | None, channel: int | None, whole: bool) -> None:
@@ -727,10 +727,10 @@ def attention(
     from san_backbones import visualize
     from san_backbones.cli import pictures
     from san_backbones.cli.weights import load
-    failed: dict[pathlib.Path, str] = {}
+    failed: list[tuple[pathlib.Path, str]] = []
     with _report_failures(picture, failed):
         image = pictures.read(picture)
-    _fail_if_any(failed, 1)
+    _fail_if_any(len(failed), 1)
     width, height = image.size
     for x, y in pixel or ():
         if not (-.5 <= x < width - .5 and -.5 <= y < height - .5):  # edges of the first and the last

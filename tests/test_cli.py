@@ -209,6 +209,9 @@ class TestClassify:
         assert re.search(r'\d\.png\n +\d+\.\d %  star\n', one)
         path = min((drawn / 'star').iterdir())  # a picture that is given twice is answered twice
         assert run('classify', path, path, '-m', 'test_san_patchwise').stdout.count('star\n') == 2
+        said = run('classify', 'no.png', 'no.png', path, '-m', 'test_san_patchwise', '--json', code=1)
+        assert [entry['file'] for entry in json.loads(said.stdout)] == [str(path), 'no.png', 'no.png']
+        assert '2 of 3 pictures could not be read' in said.stderr
 
     def test_what_cannot_be_read(self, tmp_path):
         noise(tmp_path / 'in/good.png')
@@ -400,8 +403,8 @@ class TestAttention:
         assert "--block: there is no block 'foo'" in run(*model, '--block', 'foo', code=2).stderr
         assert '--channel 4: expected a weight channel, 0 to 0' in run(
             *model, '--block', '0.0', '--channel', 4, code=2).stderr
-        said = run('attention', 'a.png', '-m', 'san10_patchwise', '--random', '--channel', 8, code=2).stderr
-        assert '--channel 8: expected a weight channel, 0 to 7' in said  # of the block at stride 4, not of the last
+        said = run(*model, '--channel', 2, code=2).stderr
+        assert '--channel 2: expected a weight channel, 0 to 1' in said  # of the block at stride 4: the last one has 4
 
     @pytest.mark.parametrize('kind', ['footprint', 'features', 'rollout'])
     def test_draws(self, kind, tmp_path):
@@ -430,6 +433,7 @@ class TestAttention:
         assert (block['name'], block['height'], network['untrained']) == ('stages.1.blocks.0', 12, True)
         assert (page()['pixel'], page()['channel']) == ([90, 10], 1)
         assert '--channel 99: expected a weight channel' in run(*command, '--channel', 99, code=2).stderr
+        assert data(*command, '--channel', 3)['page'] == 'a.html'  # which the last block alone has
 
 
 class TestExport:

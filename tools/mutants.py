@@ -19,6 +19,7 @@ class Mutant(NamedTuple):
 
     @property
     def with_amx(self) -> bool:
+        """Whether its tests need AMX, and are skipped elsewhere."""
         return 'AMX' in self.name
 
     @property

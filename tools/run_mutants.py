@@ -222,7 +222,8 @@ def main() -> int:
                     print(f'{"caught  " if result.caught else "SURVIVED"} {result.seconds:4.0f} s  {mutant.name}: '
                           f'{result.by}', flush=True)
             results += confirmed(folder, found)
-    write_table(results)
+    if results:
+        write_table(results)
     survived = [mutant.name for mutant, result in results if not result.caught]
     print(f'{len(results) - len(survived)} of {len(results)} faults were detected')
     if survived:
