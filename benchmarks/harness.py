@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: options, the machine's peak rates, and the CSV; `san_backbones.measure` measures.
+"""Shared by the benchmarks: options, the floors, and the CSV; `san_backbones.measure` measures.
 
 Everything runs on CUDA if available, else on the CPU.
 """
@@ -79,19 +79,30 @@ def ratio(value, other, digits=2):
     return '' if value is None or other is None else figure(value / other, digits)
 
 
-def rates(dtype=torch.float32):
-    """Measures this machine's operations per second (matrix product in dtype: torch's, or ours where that is quicker)
-    and bytes per second (copy, read plus write).
+class Floor:
+    """The least time for a number of operations and of bytes, by what this machine does in the same turns: neighbours
+    make it slower and quicker within minutes.
+
+    `cases` are to be timed with the rest: a large matrix product in dtype, torch's or ours, whichever is quicker at the
+    beginning, and a large copy.
     """
-    size = 2048 if DEVICE.type == 'cpu' else 8192
-    a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
-    source = torch.randn(2 ** 26 if DEVICE.type == 'cpu' else 2 ** 28, device=DEVICE)
-    target = torch.empty_like(source)
-    ours, rows = ops.Linear(b), a.view(1, 1, size, size)
-    products = [lambda: torch.mm(a, b)] + ([lambda: ours(rows)] if ours.runs_packed(rows) else [])
-    multiply = min(seconds(product) for product in products for _ in range(7))
-    copy = min(seconds(lambda: target.copy_(source)) for _ in range(7))
-    return 2 * size ** 3 / multiply, 2 * source.numel() * source.element_size() / copy
+
+    def __init__(self, dtype=torch.float32):
+        size = 2048 if DEVICE.type == 'cpu' else 8192
+        a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
+        source = torch.randn(2 ** 26 if DEVICE.type == 'cpu' else 2 ** 28, device=DEVICE)
+        target = torch.empty_like(source)
+        ours, rows = ops.Linear(b), a.view(1, 1, size, size)
+        products = [lambda: torch.mm(a, b)] + ([lambda: ours(rows)] if ours.runs_packed(rows) else [])
+        quickest = min(products, key=lambda product: min(seconds(product) for _ in range(5)))
+        self.cases = {'product': quickest, 'copy': lambda: target.copy_(source)}
+        self.operations, self.bytes = 2 * size ** 3, 2 * source.numel() * source.element_size()  # read plus written
+
+    def seconds(self, times, operations, moved=0):
+        """The larger of operations over the rate of the product and bytes over that of the copy, by the seconds that
+        `cases` took.
+        """
+        return max(operations * times['product'] / self.operations, moved * times['copy'] / self.bytes)
 
 
 def measure_peak(make, calls=2):

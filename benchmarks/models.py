@@ -5,7 +5,8 @@
 Inference at 224 x 224 runs the classifier. At 800 x 1344, and in training, models return the four feature maps of a
 detection backbone; at 800 x 1344 norms are frozen (running statistics), as in detectors. Inputs and peers are in
 channels_last. `reference` is SAN by its plain definition, `compiled` the same under torch.compile, `fused` ours after
-`fuse_for_inference()`. The floor is the model's multiply-adds over the measured matrix rate, three times for training.
+`fuse_for_inference()`. The floor is the model's multiply-adds, three times for training, over the rate of a large
+matrix product that takes its turns with them.
 """
 
 import harness
@@ -110,16 +111,16 @@ def main():
         if not title.startswith(options.only):
             continue
         print(f'\n{title}', flush=True)
-        matrix_rate, _ = harness.rates(dtype)
+        floors = harness.Floor(dtype)
         cases = [case for case in names(setting[3], not options.no_compile and not is_large(setting) and setting[0] > 1)
                  if not any(word in case for word in options.without)]
         # on the CPU the compiler's memory would count too
         peaks = {case: None if case.endswith(' compiled') and harness.DEVICE.type == 'cpu' else
                  harness.peak_memory((case, setting, options.precision)) for case in cases}
         functions = {case: make(case, setting, dtype) for case in cases}
-        medians = harness.alternate(functions, options.rounds)
+        medians = harness.alternate({**functions, **floors.cases}, options.rounds)
         for case in cases:
-            floor = operations(case, setting) / matrix_rate
+            floor = floors.seconds(medians, operations(case, setting))
             milliseconds, peak = medians[case] * 1e3, peaks[case]
             row = dict(
                 setting=title, model=case, milliseconds=harness.figure(milliseconds, 1),

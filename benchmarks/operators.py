@@ -4,8 +4,8 @@
 
 At 224 x 224, batch 8 (--size, one number or height and width; --batch). Forward, and forward plus backward in all maps
 and parameters, with norms in eval mode; each timed call follows one of the same layer, as in a network. A row's floor
-is the larger of its operations over the measured matrix rate and its bytes (each map read or written once) over the
-measured copy rate. The last rows add up all fifteen layers of the network.
+is the larger of its operations over the rate of a large matrix product and its bytes (each map read or written once)
+over that of a large copy, which take their turns with it. The last rows add up all fifteen layers of the network.
 """
 import math
 
@@ -58,9 +58,8 @@ def main():
     options.add_argument('--batch', type=int, default=8)
     options = options.parse_args()
     dtype = harness.set_precision(options.precision)
-    matrix_rate, copy_rate = harness.rates(dtype)
-    machine = harness.machine()
-    print(f'{machine}; {matrix_rate / 1e9:.0f} GFLOP/s, {copy_rate / 1e9:.1f} GB/s')
+    floor, machine = harness.Floor(dtype), harness.machine()
+    print(machine)
     paths = ['ours', 'reference'] + ([] if options.no_compile else ['compiled'])
     rows = []
     for cls in (PairwiseAttention, PatchwiseAttention):
@@ -73,12 +72,11 @@ def main():
                 layer = cls(dim, kernel_size=kernel_size, device=harness.DEVICE).eval()
                 size = [length // stride for length in (options.size * 2)[:2]]
                 medians = harness.alternate(
-                    {path: make(layer, options.batch, size, training, path, dtype) for path in paths}, options.rounds,
-                    warm=True)
-                operations, moved = work(layer, options.batch, size, training, dtype)
-                medians['floor'] = max(operations / matrix_rate, moved / copy_rate)
-                for name, value in medians.items():
-                    total[name] += depth * value
+                    {**{path: make(layer, options.batch, size, training, path, dtype) for path in paths}, **floor.cases},
+                    options.rounds, warm=True)
+                medians['floor'] = floor.seconds(medians, *work(layer, options.batch, size, training, dtype))
+                for path in total:
+                    total[path] += depth * medians[path]
                 name = f'{dim} channels, {size[0]} x {size[1]}, k = {kernel_size}'
                 rows.append(row(form, what, name, medians, machine))
                 torch.compiler.reset()
