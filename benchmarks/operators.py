@@ -71,9 +71,8 @@ def main():
                 torch.manual_seed(0)
                 layer = cls(dim, kernel_size=kernel_size, device=harness.DEVICE).eval()
                 size = [length // stride for length in (options.size * 2)[:2]]
-                medians = harness.alternate(
-                    {**{path: make(layer, options.batch, size, training, path, dtype) for path in paths}, **floor.cases},
-                    options.rounds, warm=True)
+                cases = {path: make(layer, options.batch, size, training, path, dtype) for path in paths}
+                medians = harness.alternate({**cases, **floor.cases}, options.rounds, warm=True)
                 medians['floor'] = floor.seconds(medians, *work(layer, options.batch, size, training, dtype))
                 for path in total:
                     total[path] += depth * medians[path]

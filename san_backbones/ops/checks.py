@@ -9,8 +9,8 @@ from .folding import Shape, round_up
 from .gamma import Gamma, Spec
 from .relations import POSITIONS, constant
 
-__all__ = ['check_attention', 'check_channels', 'check_gamma', 'check_maps', 'check_operator', 'check_shape',
-           'check_spec', 'need']
+__all__ = ['check_attention', 'check_channels', 'check_gamma', 'check_maps', 'check_operator', 'check_part',
+           'check_shape', 'check_spec', 'need']
 
 
 def _described(**tensors: Tensor | None) -> str:
@@ -115,41 +115,94 @@ def check_operator(shape: Shape, backend: FusedBackend, maps: Sequence[Tensor | 
         folded: scale1, shift1, weight1; except for those statistics also shift2, weight2, bias2 and the output's shift.
         gradient: Of the output, or of the statistics.
     """
-    relation, width = shape.described, backend.width()
-    _check_integers(shape, width)
-    if backend.name not in relation.backends:
-        raise ValueError(f'the {backend.name} backend has no {relation.name} relation of the {relation.form} form')
+    relation = shape.described
+    _check_described(shape, backend)
+    if backend.parts and not relation.is_pairwise and (gradient is not None or 'weight2' not in folded):
+        raise ValueError(f'the {backend.name} backend has gradients and statistics of the {relation.form} form by its '
+                         'parts: call the operators hidden and attend_hidden')
     query, key, value, place = maps
     needed = {name: x for name, x in folded.items() if name != 'shift'}
     need(query=query, key=key, **({'value': value} if 'weight2' in folded else {}), **needed)
     assert query is not None and key is not None
     check_maps(query, key, key if value is None else value, place)
-    if query.dtype not in backend.dtypes:
-        raise ValueError(f'maps must be of one of {", ".join(str(dtype)[6:] for dtype in backend.dtypes)}, '
-                         f'got {query.dtype}')
-    reason = backend.unavailable(query.device)
-    if reason is not None:
-        raise ValueError(f'the {backend.name} backend does not serve these maps: {reason}')
-    area = shape.area
+    _check_served(backend, query)
     if place is not None and not relation.has_positions:
         raise ValueError(f'place must be None for the {relation.form} form')
-    inputs = relation.width(query.shape[1], area, place is not None)
-    padded = round_up(shape.hidden, width)
-    taps = () if relation.is_pairwise else (area,)
+    output: tuple[int, ...] = (2, shape.hidden)
+    if value is not None:
+        _check_value(shape, value)
+        output = tuple(value.shape)
+    _check_folded(shape, backend, folded, relation.width(query.shape[1], shape.area, place is not None), value, query)
+    if gradient is not None:
+        check_shape('gradient', gradient, output, query)
+
+
+def check_part(shape: Shape, backend: FusedBackend, maps: Mapping[str, Tensor | None],
+               folded: Mapping[str, Tensor | None], gradient: Tensor | None = None) -> None:
+    """As `check_operator`, for the operators that do a part of the patchwise form.
+
+    Args:
+        shape: What the attention is said to be.
+        backend: What is to run it.
+        maps: query and key, or middle and value.
+        folded: scale1, shift1 and weight1, or weight2 and bias2.
+        gradient: Of the hidden vectors, or of the output.
+    """
+    relation = shape.described
+    _check_described(shape, backend)
+    if relation.is_pairwise or not backend.parts:
+        raise ValueError(f'the {backend.name} backend does not do the {relation.form} form in parts')
+    need(**maps, **folded)
+    first, second = (x for x in maps.values() if x is not None)
+    if 'value' in maps:
+        check_maps(second, second, second, None)
+        _check_value(shape, second)
+        check_shape('middle', first, (len(second), shape.hidden, *second.shape[2:]), second, torch.float32)
+        inputs, output = 0, tuple(second.shape)
+    else:
+        check_maps(first, second, first, None)
+        inputs, output = relation.width(first.shape[1], shape.area, False), \
+            (len(first), shape.hidden, *first.shape[2:])
+    _check_served(backend, second)
+    _check_folded(shape, backend, folded, inputs, None, second)
+    if gradient is not None:
+        check_shape('gradient', gradient, output, second)
+
+
+def _check_described(shape: Shape, backend: FusedBackend) -> None:
+    _check_integers(shape, backend.width())
+    relation = shape.described
+    if backend.name not in relation.backends:
+        raise ValueError(f'the {backend.name} backend has no {relation.name} relation of the {relation.form} form')
+
+
+def _check_served(backend: FusedBackend, x: Tensor) -> None:
+    if x.dtype not in backend.dtypes:
+        raise ValueError(f'maps must be of one of {", ".join(str(dtype)[6:] for dtype in backend.dtypes)}, '
+                         f'got {x.dtype}')
+    reason = backend.unavailable(x.device)
+    if reason is not None:
+        raise ValueError(f'the {backend.name} backend does not serve these maps: {reason}')
+
+
+def _check_value(shape: Shape, value: Tensor) -> None:
+    if value.shape[1] % shape.channels:
+        raise ValueError(f'the channels of value must be a multiple of the {shape.channels} weight channels, '
+                         f'got {value.shape[1]}')
+
+
+def _check_folded(shape: Shape, backend: FusedBackend, folded: Mapping[str, Tensor | None], inputs: int,
+                  value: Tensor | None, like: Tensor) -> None:
+    padded = round_up(shape.hidden, backend.width())
+    taps = () if shape.described.is_pairwise else (shape.area,)
     expected: dict[str, tuple[int, ...]] = dict(
         scale1=(inputs,), shift1=(inputs,), weight1=(inputs, padded), shift2=(padded,),
         weight2=(shape.hidden, *taps, shape.lanes), bias2=(*taps, shape.lanes))
-    output: tuple[int, ...] = (2, shape.hidden)
     if value is not None:
-        if value.shape[1] % shape.channels:
-            raise ValueError(f'the channels of value must be a multiple of the {shape.channels} weight channels, '
-                             f'got {value.shape[1]}')
-        expected['shift'], output = (value.shape[1],), tuple(value.shape)
+        expected['shift'] = (value.shape[1],)
     for name, x in folded.items():
         if x is not None:
-            check_shape(name, x, expected[name], query, torch.float32)
-    if gradient is not None:
-        check_shape('gradient', gradient, output, query)
+            check_shape(name, x, expected[name], like, torch.float32)
 
 
 def _check_integers(shape: Shape, width: int) -> None:

@@ -40,7 +40,8 @@ class FusedBackend(NamedTuple):
     """A backend whose attention, gradients and batch statistics are one loop each, nothing of size k x k being kept.
 
     `loops` returns a module with the functions `output`, `gradients`, `sums` and `sums_gradients` on maps with channels
-    last and folded gamma; `native.attention` describes them. `fused.FUSED` lists these backends, and registers torch's
+    last and folded gamma; `native.attention` describes them. One with `parts` has also `hidden`, `from_hidden` and the
+    gradients of both. `fused.FUSED` lists these backends, and registers torch's
     operators for them.
     """
     name: str  # also of the table `relations.RELATIONS`, which says what it can compute
@@ -52,6 +53,7 @@ class FusedBackend(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = FUSED_DTYPES  # of maps
     limit: Callable[[Request], str | None] = lambda request: None  # what else keeps it from a request
     say_unavailable: Callable[[], None] = lambda: None  # called where it would have run
+    parts: bool = False  # whether it does the patchwise form in two parts, with a map of hidden vectors between
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it does not run on the device, or None."""

@@ -19,11 +19,15 @@ _operators = torch.ops.san_backbones
 
 def _hidden(query: Any, weight1: Any, shape: Shape) -> int:
     """Of the relations and of the hidden vectors made of them."""
-    batch, rel, height, width = query
-    relation, pixels = shape.described, batch * height * width
-    products = relation.operations(rel, shape.area) if relation.operation == 'multiply' else 0
-    vectors = shape.area if relation.is_pairwise else 1
-    return 2 * pixels * (products + vectors * weight1[0] * shape.hidden)
+    vectors = shape.area if shape.described.is_pairwise else 1
+    return _products(query, shape) + 2 * query[0] * prod(query[2:]) * vectors * weight1[0] * shape.hidden
+
+
+def _products(query: Any, shape: Shape) -> int:
+    """Of the relations."""
+    relation = shape.described
+    products = relation.operations(query[1], shape.area) if relation.operation == 'multiply' else 0
+    return 2 * query[0] * prod(query[2:]) * products
 
 
 def _weights(query: Any, shape: Shape) -> int:
@@ -56,6 +60,27 @@ def _hidden_sums(query, key, place, scale1, shift1, weight1, shape, **_) -> int:
 @register_flop_formula(_operators.hidden_sums_backward)
 def _hidden_sums_backward(gradient, query, key, place, scale1, shift1, weight1, shape, **_) -> int:
     return 3 * _hidden(query, weight1, Shape(*shape))
+
+
+@register_flop_formula(_operators.hidden)
+def _hidden_vectors(query, key, scale1, shift1, weight1, shape, **_) -> int:
+    return _hidden(query, weight1, Shape(*shape))
+
+
+@register_flop_formula(_operators.hidden_backward)
+def _hidden_vectors_backward(gradient, query, key, scale1, shift1, weight1, shape, **_) -> int:
+    described = Shape(*shape)
+    return 2 * _hidden(query, weight1, described) + _products(query, described)  # of what is computed, only those again
+
+
+@register_flop_formula(_operators.attend_hidden)
+def _attend_hidden(middle, value, weight2, bias2, shape, **_) -> int:
+    return _weights(value, Shape(*shape)) + _weighted_sum(value, Shape(*shape))
+
+
+@register_flop_formula(_operators.attend_hidden_backward)
+def _attend_hidden_backward(gradient, middle, value, weight2, bias2, shape, **_) -> int:
+    return 3 * _weights(value, Shape(*shape)) + 2 * _weighted_sum(value, Shape(*shape))
 
 
 @register_flop_formula(_operators.stem)

@@ -8,8 +8,8 @@ from torch import Tensor
 from . import relations
 from .gamma import Affine, Gamma, Spec
 
-__all__ = ['Shape', 'as_rows', 'channels_first', 'channels_last', 'fold_gamma', 'in_loop_order', 'memory_format',
-           'pad', 'power_of_2', 'round_up', 'row']
+__all__ = ['Shape', 'as_rows', 'channels_first', 'channels_last', 'fold_gamma', 'fold_weights', 'in_loop_order',
+           'memory_format', 'pad', 'power_of_2', 'round_up', 'row']
 
 
 class Shape(NamedTuple):
@@ -72,22 +72,26 @@ def fold_gamma(norm1: Affine, norm2: Affine, gamma: Gamma, spec: Spec, width: in
 
     Columns are padded (hidden) or repeated (weight channels) to a multiple of `width`, the backend's vectors.
     """
-    area = spec.kernel_size ** 2
-    scale1, shift1 = norm1
     scale2, shift2 = norm2
     weight1 = (gamma.weight1.flatten(1).float() * scale2[:, None]).t()  # (inputs, hidden)
-    weight2, bias2 = gamma.weight2.flatten(1).float().t(), gamma.bias2.float()
     hidden = weight1.shape[1]
-    weight_channels = weight2.shape[1] // (1 if spec.pairwise else area)
-    lanes = math.lcm(weight_channels, width)
-    scale1, shift1, weight1 = (in_loop_order(x, spec) for x in (scale1, shift1, weight1))
-    if not spec.pairwise:
-        weight2 = weight2.view(hidden, weight_channels, area).transpose(1, 2)
-        bias2 = bias2.view(weight_channels, area).t()
-    folded = [scale1, shift1, pad(weight1, round_up(hidden, width)), pad(shift2, round_up(hidden, width)),
-              _repeat(weight2, lanes), _repeat(bias2, lanes)]
+    scale1, shift1, weight1 = (in_loop_order(x, spec) for x in (*norm1, weight1))
+    folded = [scale1, shift1, pad(weight1, round_up(hidden, width)), pad(shift2, round_up(hidden, width))]
     folded = [x.float().contiguous() for x in folded]  # norms may be float64
-    return Shape.of(spec, hidden, weight_channels, lanes, backend), folded
+    weight2, bias2, channels = fold_weights(gamma, spec, width)
+    return Shape.of(spec, hidden, channels, bias2.shape[-1], backend), [*folded, weight2, bias2]
+
+
+def fold_weights(gamma: Gamma, spec: Spec, width: int) -> tuple[Tensor, Tensor, int]:
+    """weight2 and bias2 of `fold_gamma`, and the number of weight channels."""
+    area = spec.kernel_size ** 2
+    weight2, bias2 = gamma.weight2.flatten(1).float().t(), gamma.bias2.float()
+    channels = weight2.shape[1] // (1 if spec.pairwise else area)
+    lanes = math.lcm(channels, width)
+    if not spec.pairwise:
+        weight2 = weight2.view(len(weight2), channels, area).transpose(1, 2)
+        bias2 = bias2.view(channels, area).t()
+    return _repeat(weight2, lanes).contiguous(), _repeat(bias2, lanes).contiguous(), channels
 
 
 def in_loop_order(x: Tensor, spec: Spec) -> Tensor:

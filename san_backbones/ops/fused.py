@@ -7,10 +7,20 @@ import torch
 from torch import Tensor
 
 from . import native, triton
-from .checks import check_operator, need
+from .checks import check_operator, check_part, need
 from .contract import FusedBackend
-from .folding import Shape, channels_first, channels_last, fold_gamma, in_loop_order, memory_format, pad, round_up
-from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, moments_of_sums, refuse_other_backward
+from .folding import (
+    Shape,
+    channels_first,
+    channels_last,
+    fold_gamma,
+    fold_weights,
+    in_loop_order,
+    memory_format,
+    pad,
+    round_up,
+)
+from .gamma import Affine, Gamma, Norm, Spec, fold, fold_batch, moments, moments_of_sums, refuse_other_backward
 from .statistics import relation_statistics
 
 __all__ = ['FUSED', 'attend', 'folded', 'prepare_attention', 'round_gamma']
@@ -29,18 +39,34 @@ _Tensors = Sequence[Any]  # tensors, and None for one that is absent
 def _checked(integers: list[int], maps: _Tensors, folded: _Tensors,
              gradient: Tensor | None = None) -> tuple[Shape, Any]:
     """The `Shape` of these integers and the loops for it, where they fit maps and tensors: loops follow addresses."""
+    shape, backend = _described(integers)
+    check_operator(shape, backend, maps, dict(zip(_FOLDED, folded)), gradient)
+    return shape, backend.loops()
+
+
+def _checked_part(integers: list[int], maps: dict[str, Tensor], folded: dict[str, Tensor],
+                  gradient: Tensor | None = None) -> tuple[Shape, Any]:
+    """As `_checked`, for a part of the patchwise form."""
+    shape, backend = _described(integers)
+    check_part(shape, backend, maps, folded, gradient)
+    return shape, backend.loops()
+
+
+def _described(integers: list[int]) -> tuple[Shape, FusedBackend]:
     shape = Shape.read(integers)
     if not 0 <= shape.backend < len(FUSED):
         known = ', '.join(f'{number} ({backend.name})' for number, backend in enumerate(FUSED))
         raise ValueError(f'backend must be one of {known}, got {shape.backend}')
-    backend = FUSED[shape.backend]
-    check_operator(shape, backend, maps, dict(zip(_FOLDED, folded)), gradient)
-    return shape, backend.loops()
+    return shape, FUSED[shape.backend]
 
 
 def _maps(*maps: Tensor | None) -> list[Tensor | None]:
     query, key, value, place = (None if x is None else channels_last(x) for x in maps)
     return [query, key, value, None if place is None else place.float().contiguous()]
+
+
+def _last(maps: dict[str, Tensor]) -> list[Tensor]:
+    return [channels_last(x) for x in maps.values()]
 
 
 def _packed(*folded: Tensor | None) -> list[Tensor | None]:
@@ -155,6 +181,84 @@ def _differentiate_hidden_sums(ctx, gradient):
 _hidden_sums.register_autograd(_differentiate_hidden_sums, setup_context=_keep)
 
 
+@torch.library.custom_op('san_backbones::hidden', mutates_args=(), device_types=_DEVICES)
+def _hidden(query: Tensor, key: Tensor, scale1: Tensor, shift1: Tensor, weight1: Tensor, shape: _Ints) -> Tensor:
+    """Hidden vectors of the patchwise form, u = weight1 relu(norm1(delta)), (N, hidden, H, W) in float32."""
+    maps, folded = dict(query=query, key=key), dict(scale1=scale1, shift1=shift1, weight1=weight1)
+    described, loops = _checked_part(shape, maps, folded)
+    return loops.hidden(described, _last(maps), _packed(*folded.values())).permute(0, 3, 1, 2)
+
+
+@_hidden.register_fake
+def _(query, key, scale1, shift1, weight1, shape):
+    batch, _, height, width = query.shape
+    return query.new_empty((batch, height, width, Shape(*shape).hidden), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op('san_backbones::hidden_backward', mutates_args=(), device_types=_DEVICES)
+def _hidden_backward(gradient: Tensor, query: Tensor, key: Tensor, scale1: Tensor, shift1: Tensor, weight1: Tensor,
+                     shape: _Ints) -> _Outputs:
+    need(gradient=gradient)
+    maps, folded = dict(query=query, key=key), dict(scale1=scale1, shift1=shift1, weight1=weight1)
+    described, loops = _checked_part(shape, maps, folded, gradient)
+    gradients = loops.hidden_gradients(described, _last(maps), _packed(*folded.values()),
+                                       channels_last(gradient).contiguous())
+    return [*(channels_first(g, x) for g, x in zip(gradients, (query, key))), *gradients[2:]]
+
+
+@_hidden_backward.register_fake
+def _(gradient, query, key, scale1, shift1, weight1, shape):
+    maps = [torch.empty_like(x, memory_format=memory_format(x)) for x in (query, key)]
+    return [*maps, *(x.new_empty(x.shape) for x in (scale1, shift1, weight1))]
+
+
+def _differentiate_hidden(ctx, gradient):
+    refuse_other_backward(gradient)
+    return *_hidden_backward(gradient, *ctx.saved_tensors, ctx.shape), None
+
+
+_hidden.register_autograd(_differentiate_hidden, setup_context=_keep)
+
+
+@torch.library.custom_op('san_backbones::attend_hidden', mutates_args=(), device_types=_DEVICES)
+def _attend_hidden(middle: Tensor, value: Tensor, weight2: Tensor, bias2: Tensor, shape: _Ints) -> Tensor:
+    """The attention of the patchwise form, given relu(norm2(u)), (N, hidden, H, W), of its hidden vectors u."""
+    maps, folded = dict(middle=middle, value=value), dict(weight2=weight2, bias2=bias2)
+    described, loops = _checked_part(shape, maps, folded)
+    output = loops.from_hidden(described, *_last(maps), _packed(*folded.values()))
+    return channels_first(output, value)
+
+
+@_attend_hidden.register_fake
+def _(middle, value, *rest):
+    return torch.empty_like(value, memory_format=memory_format(value))
+
+
+@torch.library.custom_op('san_backbones::attend_hidden_backward', mutates_args=(), device_types=_DEVICES)
+def _attend_hidden_backward(gradient: Tensor, middle: Tensor, value: Tensor, weight2: Tensor, bias2: Tensor,
+                            shape: _Ints) -> _Outputs:
+    need(gradient=gradient)
+    maps, folded = dict(middle=middle, value=value), dict(weight2=weight2, bias2=bias2)
+    described, loops = _checked_part(shape, maps, folded, gradient)
+    gradients = loops.from_hidden_gradients(described, *_last(maps), _packed(*folded.values()),
+                                            channels_last(gradient).contiguous())
+    return [*(channels_first(g, x) for g, x in zip(gradients, (middle, value))), *gradients[2:]]
+
+
+@_attend_hidden_backward.register_fake
+def _(gradient, middle, value, weight2, bias2, shape):
+    maps = [torch.empty_like(x, memory_format=memory_format(x)) for x in (middle, value)]
+    return [*maps, *(x.new_empty(x.shape) for x in (weight2, bias2))]
+
+
+def _differentiate_attend_hidden(ctx, gradient):
+    refuse_other_backward(gradient)
+    return *_attend_hidden_backward(gradient, *ctx.saved_tensors, ctx.shape), None
+
+
+_attend_hidden.register_autograd(_differentiate_attend_hidden, setup_context=_keep)
+
+
 @torch.compiler.assume_constant_result
 def _number(name: str) -> int:
     """The place of a backend in `FUSED`."""
@@ -180,6 +284,8 @@ def attend(
     gradients. The result has the memory format of `value`.
     """
     with torch.autocast(value.device.type, enabled=False):
+        if _in_parts(name, gamma, spec):
+            return _attend_in_parts(name, query, key, value, gamma, spec)
         shape, tensors = folded(name, gamma, spec, query, key, place)
         return _attend(query, key, value, place, *tensors, shift, shape)
 
@@ -242,13 +348,38 @@ def _affine(norm: Norm, statistics: Callable[[], tuple[Tensor, Tensor, int]]) ->
     return fold_batch(norm, *statistics())
 
 
+def _inputs_folded(norm1: Affine, gamma: Gamma, spec: Spec, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """scale1, shift1 and weight1 for what ends with the hidden vectors."""
+    weight1 = gamma.weight1.flatten(1).float().t()
+    scale1, shift1, weight1 = (in_loop_order(x.float(), spec).contiguous() for x in (*norm1, weight1))
+    return scale1, shift1, pad(weight1, round_up(weight1.shape[1], width)).contiguous()
+
+
 def _hidden_statistics(query: Any, key: Any, place: Tensor | None, norm1: Affine, gamma: Gamma,
                        spec: Spec, width: int, backend: int) -> tuple[Tensor, Tensor, int]:
-    weight1 = gamma.weight1.flatten(1).float().t()
-    hidden = weight1.shape[1]
-    scale1, shift1, weight1 = (in_loop_order(x.float(), spec).contiguous() for x in (*norm1, weight1))
-    sums = _hidden_sums(query, key, place, scale1, shift1, pad(weight1, round_up(hidden, width)).contiguous(),
-                        Shape.of(spec, hidden, 1, width, backend))
+    shape = Shape.of(spec, len(gamma.weight1), 1, width, backend)
+    sums = _hidden_sums(query, key, place, *_inputs_folded(norm1, gamma, spec, width), shape)
     vectors = query.shape[0] * query.shape[2] * query.shape[3] * (spec.kernel_size ** 2 if spec.pairwise else 1)
     mean, var = moments_of_sums(sums, vectors)
     return mean.float(), var.float(), vectors
+
+
+def _in_parts(name: str, gamma: Gamma, spec: Spec) -> bool:
+    """Whether a map of the hidden vectors is kept, of which the patchwise form has one for a pixel: where they would be
+    computed several times, for their statistics and for gradients.
+    """
+    return not spec.pairwise and FUSED[_number(name)].parts \
+        and (torch.is_grad_enabled() or gamma.norm2.batch_statistics)
+
+
+def _attend_in_parts(name: str, query: Tensor, key: Tensor, value: Tensor, gamma: Gamma, spec: Spec) -> Tensor:
+    """As `attend` of the patchwise form, without a finish."""
+    number, width = _number(name), _width(name)
+    norm1 = _affine(gamma.norm1, lambda: relation_statistics(query, key, None, spec))
+    scale1, shift1, weight1 = _inputs_folded(norm1, gamma, spec, width)
+    u = _hidden(query, key, scale1, shift1, weight1, Shape.of(spec, len(gamma.weight1), 1, width, number))
+    norm2 = _affine(gamma.norm2, lambda: (*moments(u.double(), (0, 2, 3)), u.numel() // u.shape[1]))
+    scale2, shift2 = (x.float()[:, None, None] for x in norm2)
+    weight2, bias2, channels = fold_weights(gamma, spec, width)
+    shape = Shape.of(spec, len(gamma.weight1), channels, bias2.shape[-1], number)
+    return _attend_hidden(torch.relu(torch.addcmul(shift2, u, scale2)), value, weight2, bias2, shape)

@@ -176,6 +176,13 @@ def test_the_output_has_the_memory_format_of_the_value(subject):
         assert ops.footprint_attention(query, key, value, place, layer.gamma(), layer.spec()).is_contiguous()
 
 
+def _strided(tensors):
+    """Equal ones, none of which is contiguous."""
+    others = [torch.stack([x, x.flip(0)], -1)[..., 0] for x in tensors]
+    assert not any(x.is_contiguous() for x in others)
+    return others
+
+
 @every_fused
 @both
 def test_operators_read_folded_gamma_in_any_layout(subject, cls, monkeypatch):
@@ -186,19 +193,93 @@ def test_operators_read_folded_gamma_in_any_layout(subject, cls, monkeypatch):
     with torch.no_grad(), subject.use():
         layer(x)
         (query, key, value, place, *folded, _, shape), = calls
-        strided = [torch.stack([t, t.flip(0)], -1)[..., 0] for t in folded]
-        assert not any(t.is_contiguous() for t in strided)
+        strided = _strided(folded)
         shift = subject.random(2 * layer.out_planes)[::2]
         results = []
         for tensors, s in ((folded, shift.contiguous()), (strided, shift)):
             maps = query, key, value, place
             sums = query, key, place, *tensors[:3]
-            output = plain(*maps, *tensors, s, shape)
+            results.append([plain(*maps, *tensors, s, shape)])
+            if not cls.pairwise and subject.fused.parts:
+                continue
             gradients = fused._attend_backward(value, *maps, *tensors, shape)
             moments = fused._hidden_sums(*sums, shape)
-            results.append([output, *gradients, moments, *fused._hidden_sums_backward(moments, *sums, shape)])
+            results[-1] += [*gradients, moments, *fused._hidden_sums_backward(moments, *sums, shape)]
     for expected, actual in zip(*results):
         assert torch.equal(expected, actual)
+
+
+in_parts = pytest.mark.parametrize('subject', [subject for subject in FUSED if subject.fused.parts], ids=str)
+
+
+def _parts(subject):
+    """Of the operators that do the patchwise form in parts, the arguments: maps, folded gamma, `shape`."""
+    layer = subject.layer(PatchwiseAttention, 128, kernel_size=3)
+    gamma, spec, width = layer.gamma(), layer.spec(), subject.fused.width()
+    query, key, value = (subject.random(2, c, 4, 3) for c in (layer.rel_planes, layer.rel_planes, layer.out_planes))
+    norm1 = ops.fold(gamma.norm1, gamma.norm1.running_mean, gamma.norm1.running_var)
+    weight2, bias2, channels = ops.folding.fold_weights(gamma, spec, width)
+    hidden, number = len(gamma.weight1), fused.FUSED.index(subject.fused)
+    shape = ops.folding.Shape.of(spec, hidden, channels, bias2.shape[-1], number)
+    first = [query, key, *fused._inputs_folded(norm1, gamma, spec, width)]
+    second = [subject.random(2, hidden, 4, 3).relu(), value, weight2, bias2]
+    return [[*(x.detach() for x in tensors), shape] for tensors in (first, second)]
+
+
+@in_parts
+def test_parts_read_maps_and_gamma_in_any_layout(subject):
+    for operator, backward, arguments in zip((fused._hidden, fused._attend_hidden),
+                                             (fused._hidden_backward, fused._attend_hidden_backward), _parts(subject)):
+        *tensors, shape = arguments
+        results = [[y, *backward(y, *given, shape)] for given in (tensors, _strided(tensors))
+                   for y in [operator(*given, shape)]]
+        for expected, actual in zip(*results):
+            assert torch.equal(expected, actual)
+
+
+@in_parts
+def test_parts_are_registered_as_torch_expects(subject):
+    for operator, arguments in zip((fused._hidden, fused._attend_hidden), _parts(subject)):
+        arguments = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
+        torch.library.opcheck(operator, tuple(arguments))
+
+
+@in_parts
+def test_parts_refuse_what_does_not_fit(subject):
+    (query, key, scale1, *first), (middle, value, *second) = _parts(subject)
+    with pytest.raises(ValueError, match='key must be a tensor, got None'):
+        fused._hidden(query, None, scale1, *first)
+    with pytest.raises(ValueError, match='scale1 must be a float32 tensor'):
+        fused._hidden(query, key, scale1[1:], *first)
+    with pytest.raises(ValueError, match=r'middle must be a float32 tensor \[2, 4, 4, 3\].*got middle \[2, 3, 4, 3\]'):
+        fused._attend_hidden(middle[:, 1:], value, *second)
+    with pytest.raises(ValueError, match='middle must be a float32 tensor.*float64'):
+        fused._attend_hidden(middle.double(), value, *second)
+    with pytest.raises(ValueError, match='channels of value must be a multiple'):
+        fused._attend_hidden(middle, value[:, 1:], *second)
+    with pytest.raises(ValueError, match='gradient must be'):
+        fused._attend_hidden_backward(value[:, 1:], middle, value, *second)
+    with pytest.raises(ValueError, match='gradient must be'):
+        fused._hidden_backward(middle[:, 1:], query, key, scale1, *first)
+    pairwise = [ops.relations.number(True, 'subtraction'), *first[-1][1:]]
+    with pytest.raises(ValueError, match='does not do the pairwise form in parts'):
+        fused._hidden(query, key, scale1, *first[:-1], pairwise)
+    layer = subject.layer(PatchwiseAttention, 32, kernel_size=3)
+    arguments = _operator_arguments(subject, layer)
+    with pytest.raises(ValueError, match='call the operators hidden and attend_hidden'):
+        torch.ops.san_backbones.attend(**arguments).sum().backward()
+
+
+@in_parts
+def test_hidden_vectors_are_kept_only_where_they_are_computed_again(subject, monkeypatch):
+    calls, plain = [], fused._hidden
+    monkeypatch.setattr(fused, '_hidden', lambda *arguments: calls.append(arguments) or plain(*arguments))
+    layer, x = subject.layer(PatchwiseAttention, 32, kernel_size=3), subject.random(2, 32, 4, 3)
+    for training, gradients, expected in ((False, False, 0), (False, True, 1), (True, False, 1), (True, True, 1)):
+        calls.clear()
+        with subject.use(), torch.set_grad_enabled(gradients):
+            layer.train(training)(x)
+        assert len(calls) == expected
 
 
 @every
@@ -494,7 +575,7 @@ def _operator_arguments(subject, layer):
     affine = [ops.fold(norm, norm.running_mean, norm.running_var) for norm in (gamma.norm1, gamma.norm2)]
     shape, folded = ops.folding.fold_gamma(
         *affine, gamma, layer.spec(), subject.fused.width(), fused.FUSED.index(subject.fused))
-    tensors = [x.detach().requires_grad_() for x in (*maps, place, *folded)]
+    tensors = [x if x is None else x.detach().requires_grad_() for x in (*maps, place, *folded)]
     return dict(zip(('query', 'key', 'value', 'place', 'scale1', 'shift1', 'weight1', 'shift2', 'weight2', 'bias2'),
                     tensors), shift=None, shape=shape)
 

@@ -370,7 +370,7 @@ def test_both_layouts_of_vectors(cls, relation, size, kernel_size, dilation, mon
     run = native.library.run
     monkeypatch.setattr(native.library, 'run', lambda name, task: taken.append(task.planes) or run(name, task))
     for narrow in (0, 64):
-        monkeypatch.setattr(native.attention, 'NARROW', dict(pairwise=narrow, patchwise=narrow))
+        monkeypatch.setattr(native.attention, 'NARROW', dict.fromkeys(native.attention.NARROW, narrow))
         found = attend(torch.float32, 'native')
         assert (found.double() - expected).abs().max() <= 2e-6 * expected.abs().max()
     assert taken == [0, int(size[1] >= native.library.width())]
@@ -401,17 +401,19 @@ def test_gradients_in_both_layouts(cls, relation, size, kernel_size, dilation, p
         leaves += [x for name, x in exact.named_parameters() if name.startswith(('weight_mlp', 'position'))]
         with ops.use_backend(backend):
             output = ops.footprint_attention(*leaves[:3], exact.place(leaves[2]), exact.gamma(), exact.spec())
-            return torch.autograd.grad(output, leaves, gradient.to(dtype))
-    expected = gradients(torch.float64, 'reference')
+            return output.detach(), torch.autograd.grad(output, leaves, gradient.to(dtype))
+    output, expected = gradients(torch.float64, 'reference')
     largest = max(exact.abs().max() for exact in expected)  # some gradients are zero, as sums of others
     taken = []
     run = native.library.run
     monkeypatch.setattr(native.library, 'run', lambda name, task: taken.append(
         task.task.planes if name == 'san_backward' else None) or run(name, task))
     for narrow in (0, 64):
-        monkeypatch.setattr(native.attention, 'NARROW', dict(pairwise=narrow, patchwise=narrow))
-        monkeypatch.setattr(native.attention, 'NARROW_BACKWARD', dict(pairwise=narrow, patchwise=narrow))
-        for found, exact in zip(gradients(torch.float32, 'native'), expected):
+        monkeypatch.setattr(native.attention, 'NARROW', dict.fromkeys(native.attention.NARROW, narrow))
+        monkeypatch.setattr(native.attention, 'NARROW_BACKWARD', dict.fromkeys(native.attention.NARROW, narrow))
+        actual, computed = gradients(torch.float32, 'native')
+        assert (actual.double() - output).abs().max() <= 1e-5 * output.abs().max()
+        for found, exact in zip(computed, expected):
             assert (found.double() - exact).abs().max() <= 1e-5 * largest
         backward = {planes for planes in taken if planes is not None}
         assert backward == {int(narrow > 0 and size[1] >= native.library.width())}
@@ -421,7 +423,7 @@ def test_gradients_in_both_layouts(cls, relation, size, kernel_size, dilation, p
 @pytest.mark.parametrize('narrow', [0, 64])
 def test_large_logits_in_both_layouts(narrow, monkeypatch):
     """The softmax is the same whatever is added to all of its logits, up to their rounding."""
-    monkeypatch.setattr(native.attention, 'NARROW', dict(pairwise=narrow, patchwise=narrow))
+    monkeypatch.setattr(native.attention, 'NARROW', dict.fromkeys(native.attention.NARROW, narrow))
     layer, x = PairwiseAttention(48, rel_planes=6, out_planes=30, share_planes=6).eval(), torch.randn(2, 48, 5, 37)
     with torch.no_grad(), ops.use_backend('native'):
         expected = layer(x)
@@ -435,7 +437,7 @@ def test_small_weights_are_exact(narrow, monkeypatch):
 
     Each image has one such neighbour, whose value is one, in a corner of the footprint of the pixel in its middle.
     """
-    monkeypatch.setattr(native.attention, 'NARROW', dict(pairwise=narrow, patchwise=narrow))
+    monkeypatch.setattr(native.attention, 'NARROW', dict.fromkeys(native.attention.NARROW, narrow))
     layer = PairwiseAttention(8, rel_planes=4, out_planes=8, share_planes=4, kernel_size=3).eval()
     mlp = layer.weight_mlp
     for parameter in mlp.parameters():

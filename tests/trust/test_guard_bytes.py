@@ -29,9 +29,11 @@ PATTERN = 0xA5
 NONE, READ, WRITE = 0, 1, 3  # PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE
 FLOAT, LONG = 4, 8
 WHOLE_VECTORS = ('query', 'key', 'place', 'scale1', 'shift1')  # read beyond their ends, by less than a vector
-OPERATORS = {'attend', 'attend_backward', 'difference_moments', 'difference_moments_backward', 'hidden_sums',
-             'hidden_sums_backward', 'moments', 'scale_shift_relu', 'scale_shift_relu_gradient',
-             'scale_shift_relu_sums', 'stem', 'stem_backward'}
+OPERATORS = {'attend', 'attend_backward', 'attend_hidden', 'attend_hidden_backward', 'difference_moments',
+             'difference_moments_backward', 'hidden', 'hidden_backward', 'hidden_sums', 'hidden_sums_backward',
+             'moments', 'scale_shift_relu', 'scale_shift_relu_gradient', 'scale_shift_relu_sums', 'stem',
+             'stem_backward'}
+TO_HIDDEN, FROM_HIDDEN = 1, 2  # enum part of footprint.h
 OUTPUTS = ('output', 'd_query', 'd_key', 'd_value', 'd_place', 'd_parameters', 'sums', 'd_image', 'd_x')
 
 
@@ -81,7 +83,7 @@ def sizes(name, task):
     reach = t.dilation * (t.kernel - 1)
     relation = native.library._loaded().san_relations(t.form).split()[t.relation]
     inputs = {b'concatenation': t.rel * (1 + (area if patchwise else 1)), b'dot': 1, b'star': area}.get(relation, t.rel)
-    inputs += 2 if t.place.at else 0
+    inputs = 0 if t.part == FROM_HIDDEN else inputs + (2 if t.place.at else 0)
     columns = (area if patchwise else 1) * t.lanes
 
     def rows(row, channels):
@@ -89,6 +91,7 @@ def sizes(name, task):
 
     result = dict(
         query=rows(t.query.row, t.rel), key=rows(t.key.row, t.rel), value=rows(t.value.row, t.out),
+        between=rows(t.between.row, t.hidden_used),
         place=2 * t.height * t.width * FLOAT, scale1=inputs * FLOAT, shift1=inputs * FLOAT,
         weight1=inputs * t.hidden * FLOAT, shift2=t.hidden * FLOAT, weight2=t.hidden_used * columns * FLOAT,
         bias2=columns * FLOAT, rows=(t.height + reach) * LONG, columns=(t.width + reach) * LONG,
@@ -104,6 +107,7 @@ def sizes(name, task):
             weight1_t=t.hidden_used * padded * FLOAT, weight2_t=columns * t.hidden * FLOAT,
             d_query=pixels * task.d_query.row * FLOAT, d_key=pixels * task.d_key.row * FLOAT,
             d_value=pixels * t.out * FLOAT, d_place=pixels * 2 * FLOAT,
+            d_between=rows(task.d_between.row, t.hidden_used),
             d_parameters=task.slots * parameters * FLOAT, sums=task.slots * 2 * t.hidden * 8)
         if task.mode != 1:
             assert parameters == task.parameters
@@ -174,6 +178,13 @@ def owners(name, task):
         yield from (('san_linear', task.eight[i]) for i in range(number + 1))
 
 
+def is_written(field, task):
+    """Whether a call writes to the array."""
+    if field in ('between', 'd_between'):
+        return getattr(task, 'task', task).part == (TO_HIDDEN if field == 'between' else FROM_HIDDEN)
+    return field in OUTPUTS
+
+
 def guarded(at_end, calls, known):
     """`library.run` with every array in guarded memory."""
     plain = library.run
@@ -192,7 +203,7 @@ def guarded(at_end, calls, known):
                 more = (library.width() - 1) * FLOAT if whole and not filled else 0
                 if known[address] < size + more:
                     raise Short(f'{field} of {name}: {known[address]} bytes, {size + more} are used')
-                arrays.append(Array(address, size, more, at_end, field in OUTPUTS))
+                arrays.append(Array(address, size, more, at_end, is_written(field, task)))
                 setattr(matrix or owner, 'at' if matrix else field, arrays[-1].start)
         plain(name, task)
         for array in arrays:

@@ -46,5 +46,6 @@ __all__ = [
 
 BACKEND = FusedBackend(
     'native', 'the CPU', ('cpu',),
-    missing=lambda device: unavailable(), loops=lambda: attention, width=width, say_unavailable=warn_if_unavailable)
+    missing=lambda device: unavailable(), loops=lambda: attention, width=width, say_unavailable=warn_if_unavailable,
+    parts=True)
 """Computes in float32 whatever the dtype of the maps. Nothing depends on the number of threads."""

@@ -18,6 +18,7 @@ MAX_GRADIENT_ELEMENTS = 1 << 22
 """Bound on the partial sums of parameter gradients that a backward pass keeps (float32 elements)."""
 
 ATTENTION, STATISTICS, STATISTICS_BACKWARD = range(3)  # modes of struct backward
+WHOLE, TO_HIDDEN, FROM_HIDDEN = range(3)  # enum part of footprint.h
 
 _Tensors = Sequence[Any]  # tensors, and None for one that is absent
 
@@ -63,11 +64,13 @@ def _map(x: Tensor | None) -> library.Matrix:
     return _matrix(x, 0 if x is None else row(x))
 
 
-NARROW = {'pairwise': 32, 'patchwise': 16}
-"""Channels of phi up to which vectors lie across pixels: measured, with AVX2 and AVX-512."""
+NARROW = {'pairwise': 32, 'patchwise': 16, 'weights': 4}
+"""Channels of phi (weights: weight channels, FROM_HIDDEN) up to which vectors lie across pixels: measured with AVX2 and
+AVX-512.
+"""
 GROUP_INT8 = 512
 """Channels of a patchwise relation that are rounded and multiplied together in 8 bits, about."""
-NARROW_BACKWARD = {'pairwise': 16, 'patchwise': 8}
+NARROW_BACKWARD = {'pairwise': 16, 'patchwise': 8, 'weights': 4}
 """The same where gradients are computed."""
 
 
@@ -121,37 +124,40 @@ def round_gamma(shape: Shape, rel: int, folded: _Tensors) -> RoundedGamma | None
 class _Arguments:
     """struct task, and the tensors it points to."""
 
-    def __init__(self, shape: Shape, maps: _Tensors, folded: _Tensors, out: int, narrow: dict[str, int]):
+    def __init__(self, shape: Shape, maps: _Tensors, folded: _Tensors, narrow: dict[str, int], part: int = WHOLE,
+                 between: Tensor | None = None):
         floats: _Tensors = [None if x is None else _to_float(x) for x in maps]
-        batch, height, width, rel = floats[0].shape
+        batch, height, width, _ = next(x.shape for x in floats if x is not None)
+        rel, out = (0 if x is None else x.shape[3] for x in (floats[0], floats[2]))
         reach = geometry.padding(shape.kernel_size, shape.dilation)
         query, key, place = (_readable(floats[i]) for i in (0, 1, 3))
         scale1, shift1 = (_readable(x) for x in folded[:2])
         weight1, shift2, weight2, bias2 = folded[2:]
         rows, columns = _reflection_index(height, reach), _reflection_index(width, reach)
-        self.tensors = (query, key, floats[2], place, scale1, shift1, *folded[2:], rows, columns)  # outlive the task
+        self.tensors = (query, key, floats[2], place, between, scale1, shift1, *folded[2:], rows, columns)  # outlive it
         relation, hidden = shape.described, _padded(shape.hidden)
         form, code = library.codes(relation.form, relation.name)
+        planes = _across_pixels(shape.channels, width, narrow['weights']) if part == FROM_HIDDEN \
+            else _across_pixels(rel, width, narrow[relation.form])
         self.task = library.Task(
-            form=form, relation=code, absolute=shape.absolute, batch=batch, height=height, width=width,
+            form=form, relation=code, part=part, absolute=shape.absolute, batch=batch, height=height, width=width,
             kernel=shape.kernel_size, dilation=shape.dilation, rel=rel, centre=relation.centre_width(rel),
-            tap=relation.tap_width(rel, shape.area), hidden=hidden, hidden_used=shape.hidden, lanes=shape.lanes,
-            weight_channels=shape.channels, out=out, planes=_across_pixels(rel, width, narrow[relation.form]),
-            query=_map(query), key=_map(key), value=_map(floats[2]), place=_map(place),
+            tap=relation.tap_width(rel, shape.area) if rel else 0, hidden=hidden, hidden_used=shape.hidden,
+            lanes=shape.lanes, weight_channels=shape.channels, out=out, planes=planes,
+            query=_map(query), key=_map(key), value=_map(floats[2]), between=_map(between), place=_map(place),
             scale1=_address(scale1), shift1=_address(shift1), shift2=_address(shift2), bias2=_address(bias2),
             weight1=_matrix(weight1, hidden), weight2=_matrix(weight2, 0 if bias2 is None else bias2.numel()),
             rows=_address(rows), columns=_address(columns))
 
 
-def _run_backward(shape: Shape, maps: _Tensors, folded: _Tensors,
-                  mode: int, gradient: Tensor | None) -> list[Tensor]:
+def _run_backward(shape: Shape, maps: _Tensors, folded: _Tensors, mode: int, gradient: Tensor | None,
+                  part: int = WHOLE, between: Tensor | None = None, d_between: Tensor | None = None) -> list[Tensor]:
     """Gradients of the maps and of folded gamma; for STATISTICS, the sums of the hidden vectors and their squares."""
-    query, _, value, _ = maps
-    arguments = _Arguments(shape, maps, folded, 0 if value is None else value.shape[3],
-                           NARROW if mode == STATISTICS else NARROW_BACKWARD)
-    task = arguments.task
+    arguments = _Arguments(shape, maps, folded, NARROW if mode == STATISTICS else NARROW_BACKWARD, part, between)
+    task, like = arguments.task, next(x for x in maps if x is not None)
     _, _, weight1, _, weight2, bias2 = folded
-    inputs, padded, hidden = weight1.shape[0], _padded(weight1.shape[0]), task.hidden
+    inputs, hidden = 0 if weight1 is None else weight1.shape[0], task.hidden
+    padded = _padded(inputs)
     columns = 0 if bias2 is None else bias2.numel()
     sizes = [padded, padded, inputs * hidden, hidden, task.hidden_used * columns, columns]
     band = max(1, task.dilation * (task.kernel - 1))  # twice what a footprint reaches to either side
@@ -161,18 +167,18 @@ def _run_backward(shape: Shape, maps: _Tensors, folded: _Tensors,
     parameters: Any = None
     sums: Any = None
     if mode == STATISTICS:
-        sums = query.new_zeros(slots, 2, hidden, dtype=torch.float64)
+        sums = like.new_zeros(slots, 2, hidden, dtype=torch.float64)
     else:
         outputs = [None if x is None else _zeros(x, task.batch, *x.shape[1:3], _padded(x.shape[3]) if i < 2 and not
                                                  task.planes else x.shape[3]) for i, x in enumerate(maps)]
-        parameters = _zeros(query, slots, sum(sizes))
-    weight1_t = pad(weight1[:, :task.hidden_used].t(), padded).contiguous()
+        parameters = _zeros(like, slots, sum(sizes))
+    weight1_t = None if weight1 is None else pad(weight1[:, :task.hidden_used].t(), padded).contiguous()
     weight2_t = None if weight2 is None else pad(weight2.flatten(1).t(), hidden).contiguous()
     d_query, d_key, d_value, d_place = map(_map, outputs)
     backward = library.Backward(
         task=task, mode=mode, inputs=inputs, inputs_padded=padded, slots=slots, parameters=sum(sizes), band=band,
         gradient=_matrix(gradient, task.out if mode == ATTENTION else hidden),
-        weight1_t=_matrix(weight1_t, padded), weight2_t=_matrix(weight2_t, hidden),
+        weight1_t=_matrix(weight1_t, padded), weight2_t=_matrix(weight2_t, hidden), d_between=_map(d_between),
         d_query=d_query, d_key=d_key, d_value=d_value, d_place=d_place,
         d_parameters=_address(parameters), sums=_address(sums))
     library.run('san_backward', backward)
@@ -180,7 +186,7 @@ def _run_backward(shape: Shape, maps: _Tensors, folded: _Tensors,
         return [sums.sum(0)]
     d_scale1, d_shift1, d_weight1, d_shift2, d_weight2, d_bias2 = parameters.sum(0).split(sizes)
     parts = [d_scale1[:inputs], d_shift1[:inputs], d_weight1, d_shift2, d_weight2, d_bias2]
-    # copies: an operator's outputs share no memory. weight2 and bias2 are None for the hidden vectors' statistics
+    # copies: an operator's outputs share no memory. What has no part in this is None
     outputs = [None if x is None else d[..., :x.shape[3]] for d, x in zip(outputs, maps)]
     return [*outputs, *(part.clone().view(x.shape) for part, x in zip(parts, folded) if x is not None)]
 
@@ -205,7 +211,7 @@ def prepare(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None
     """The call that writes `output` of the same arguments to `result`, (N, H, W, m), float32, contiguous; with
     `rounded`, gamma's products are in 8 bits.
     """
-    arguments = _Arguments(shape, maps, folded, result.shape[3], NARROW)
+    arguments = _Arguments(shape, maps, folded, NARROW)
     arguments.task.output = _map(result)
     arguments.task.shift = _address(shift)
     if rounded is not None:
@@ -215,13 +221,63 @@ def prepare(shape: Shape, maps: _Tensors, folded: _Tensors, shift: Tensor | None
 
 
 def gradients(shape: Shape, maps: _Tensors, folded: _Tensors, gradient: Tensor) -> list[Tensor]:
-    """Those of the maps, (N, H, W, C) or None, place's for each image; then those of `folded`, without Nones."""
+    """Of the pairwise form, those of the maps, (N, H, W, C) or None, place's for each image; then those of `folded`,
+    without Nones.
+    """
     return _run_backward(shape, maps, folded, ATTENTION, gradient.float())
 
 
+def hidden(shape: Shape, maps: _Tensors, folded: _Tensors) -> Tensor:
+    """Hidden vectors of the patchwise form, u = weight1 relu(norm1(delta)), (N, H, W, hidden) in float32.
+
+    Args:
+        shape: What the attention is.
+        maps: query and key.
+        folded: scale1, shift1 and weight1.
+    """
+    result = maps[0].new_empty((*maps[0].shape[:3], shape.hidden), dtype=torch.float32)
+    nothing = _zeros(folded[2], folded[2].shape[1])
+    arguments = _Arguments(shape, (*maps, None, None), (*folded, nothing, None, None), NARROW, TO_HIDDEN, result)
+    library.run('san', arguments.task)
+    return result
+
+
+def hidden_gradients(shape: Shape, maps: _Tensors, folded: _Tensors, gradient: Tensor) -> list[Tensor]:
+    """Those of query and key, (N, H, W, C), then those of `folded`; arguments as `hidden`'s."""
+    gradients = _run_backward(shape, (*maps, None, None), (*folded, None, None, None), STATISTICS_BACKWARD, None,
+                              TO_HIDDEN, d_between=gradient.float())
+    return [*gradients[:2], *gradients[4:]]
+
+
+def from_hidden(shape: Shape, middle: Tensor, value: Tensor, folded: _Tensors) -> Tensor:
+    """The attention of the patchwise form, (N, H, W, m) in float32.
+
+    Args:
+        shape: What the attention is.
+        middle: relu(norm2(u)), (N, H, W, hidden), float32.
+        value: As `folding.channels_last` makes it.
+        folded: weight2 and bias2.
+    """
+    result = value.new_empty(value.shape, dtype=torch.float32)
+    arguments = _Arguments(shape, (None, None, value, None), (None, None, None, None, *folded), NARROW, FROM_HIDDEN,
+                           middle)
+    arguments.task.output = _map(result)
+    library.run('san', arguments.task)
+    return result
+
+
+def from_hidden_gradients(shape: Shape, middle: Tensor, value: Tensor, folded: _Tensors,
+                          gradient: Tensor) -> list[Tensor]:
+    """Those of middle and value, then those of `folded`; arguments as `from_hidden`'s."""
+    d_middle = torch.empty_like(middle)
+    gradients = _run_backward(shape, (None, None, value, None), (None, None, None, None, *folded), ATTENTION,
+                              gradient.float(), FROM_HIDDEN, middle, d_middle)
+    return [d_middle, gradients[2], *gradients[4:]]
+
+
 def sums(shape: Shape, maps: _Tensors, folded: _Tensors) -> Tensor:
-    """Sums of the hidden vectors and of their squares, (2, hidden or more) in float64; only what leads to them is
-    given: value, shift2, weight2 and bias2 are None.
+    """Of the pairwise form, sums of the hidden vectors and of their squares, (2, hidden or more) in float64; only what
+    leads to them is given: value, shift2, weight2 and bias2 are None.
     """
     return _run_backward(shape, maps, folded, STATISTICS, None)[0]
 

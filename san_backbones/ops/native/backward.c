@@ -1,5 +1,6 @@
 /* Footprint attention backwards, and the batch statistics of its hidden vectors u = weight1 relu(norm1(delta)), the
- * input of norm2, with their backward.
+ * input of norm2, with their backward. The patchwise form, which has one hidden vector for a pixel, comes in two parts,
+ * whose gradients pass each other a map; its statistics are those of that map.
  *
  * Everything of size k x k is computed again, one pixel (patchwise: a few pixels) at a time. Gradients of neighbours
  * are added where they belong, so threads must not meet: the rows of an image are cut into bands at least twice as high
@@ -13,12 +14,14 @@ enum mode { ATTENTION, STATISTICS, STATISTICS_BACKWARD };
 
 struct backward {
     struct task task;
-    int64_t mode, inputs, inputs_padded; /* inputs_padded: to whole vectors */
+    int64_t mode;                        /* an enum mode: FROM_HIDDEN, ATTENTION; TO_HIDDEN, STATISTICS_BACKWARD */
+    int64_t inputs, inputs_padded;       /* inputs_padded: to whole vectors */
     int64_t slots, parameters;           /* parameters: elements of a slot */
     int64_t band, odd;                   /* rows of a band; whether the odd ones are worked on */
     struct matrix gradient;              /* of the output, [pixels][out]; STATISTICS_BACKWARD: [2][hidden], where
                                             d loss / d u = gradient[0] + gradient[1] * u */
     struct matrix weight1_t, weight2_t;  /* [hidden_used][inputs_padded], [columns][hidden] */
+    struct matrix d_between;             /* [pixels][hidden_used]: given TO_HIDDEN, written FROM_HIDDEN */
     struct matrix d_query, d_key;        /* [pixels][rel], rows padded to whole vectors unless task.planes */
     struct matrix d_value;               /* [pixels][out] */
     struct matrix d_place;               /* [pixels][2]: one for each image; or NULL */
@@ -194,15 +197,40 @@ static void pairwise_pixel(const struct backward *b, int64_t first, int64_t spot
     }
 }
 
-/* `count` pixels from number `spot` of an image that begins at pixel number `first` of the batch. */
-static void patchwise_pixels(const struct backward *b, int64_t first, int64_t spot, int64_t count, struct scratch *s) {
+/* From the hidden vectors, of `count` pixels from number `spot` of an image that begins at pixel number `first` of the
+ * batch: gradients of relu(norm2(u)), weight2, bias2 and the values.
+ */
+static void from_hidden_backward(const struct backward *b, int64_t first, int64_t spot, int64_t count,
+                                 struct scratch *s) {
     const struct task *t = &b->task;
     /* once: whatever is written to might be one of them */
-    const struct matrix related = s->related, d_related = s->d_related, middle = s->middle, d_middle = s->d_middle;
-    const struct matrix weights = s->weights, d_weights = s->d_weights, d_query = b->d_query, d_key = b->d_key;
-    const struct matrix query = t->query, key = t->key, value = t->value, d_value = b->d_value;
+    const struct matrix middle = s->middle, d_middle = s->d_middle, weights = s->weights, d_weights = s->d_weights;
+    const struct matrix value = t->value, d_value = b->d_value;
+    const int64_t taps = t->kernel * t->kernel, here = first + spot, lanes = t->lanes, columns = taps * lanes;
+    copy_rows(count, rows_from(t->between, here), middle, t->hidden_used);
+    multiply(count, middle, t->weight2, t->hidden_used, one_row(t->bias2), weights, columns);
+    for (int64_t m = 0; m < count; m++) {
+        find_neighbours(t, spot + m, s->neighbours);
+        for (int64_t o = 0; o < taps; o++) {
+            const int64_t there = first + s->neighbours[o];
+            weighted_sum_backward(row_of(weights, m) + o * lanes, row_of(b->gradient, here + m), row_of(value, there),
+                                  lanes, t->out, row_of(d_weights, m) + o * lanes, row_of(d_value, there));
+        }
+    }
+    for (int64_t j = 0; j < columns; j += WIDTH)
+        for (int64_t m = 0; m < count; m++) *(vec *)(s->d.bias2 + j) += at(row_of(d_weights, m) + j);
+    accumulate(t->hidden_used, middle, d_weights, count, s->d.weight2, columns);
+    multiply(count, d_weights, b->weight2_t, columns, one_row(s->zero), d_middle, t->hidden);
+    copy_rows(count, d_middle, rows_from(b->d_between, here), t->hidden_used);
+}
+
+/* To the hidden vectors u, of pixels as above: given the gradient of u, those of norm1, weight1, queries and keys. */
+static void to_hidden_backward(const struct backward *b, int64_t first, int64_t spot, int64_t count, struct scratch *s) {
+    const struct task *t = &b->task;
+    /* once: whatever is written to might be one of them */
+    const struct matrix related = s->related, d_related = s->d_related, d_middle = s->d_middle;
+    const struct matrix query = t->query, key = t->key, d_query = b->d_query, d_key = b->d_key;
     const int64_t taps = t->kernel * t->kernel, here = first + spot;
-    const int64_t lanes = t->lanes, columns = taps * lanes, hidden = t->hidden;
     for (int64_t m = 0; m < count; m++) {
         const float *q = row_of(query, here + m);
         int64_t *there = s->neighbours + m * taps;
@@ -212,27 +240,8 @@ static void patchwise_pixels(const struct backward *b, int64_t first, int64_t sp
         d += t->centre;
         for (int64_t o = 0; o < taps; o++, d += t->tap) relate_tap(t, q, row_of(key, first + there[o]), o, d);
     }
-    if (b->mode == ATTENTION) {
-        multiply_relu(count, related, t->weight1, b->inputs, one_row(t->shift2), middle, hidden);
-        multiply(count, middle, t->weight2, t->hidden_used, one_row(t->bias2), weights, columns);
-        for (int64_t m = 0; m < count; m++)
-            for (int64_t o = 0; o < taps; o++) {
-                const int64_t there = first + s->neighbours[m * taps + o];
-                weighted_sum_backward(row_of(weights, m) + o * lanes, row_of(b->gradient, here + m),
-                                      row_of(value, there), lanes, t->out, row_of(d_weights, m) + o * lanes,
-                                      row_of(d_value, there));
-            }
-        for (int64_t j = 0; j < columns; j += WIDTH)
-            for (int64_t m = 0; m < count; m++) *(vec *)(s->d.bias2 + j) += at(row_of(d_weights, m) + j);
-        accumulate(t->hidden_used, middle, d_weights, count, s->d.weight2, columns);
-        multiply(count, d_weights, b->weight2_t, columns, one_row(s->zero), d_middle, hidden);
-        relu_backward(count, hidden, middle, d_middle, s->d.shift2);
-    } else {
-        multiply(count, related, t->weight1, b->inputs, one_row(s->zero), middle, hidden);
-        statistics(b, count, s);
-        if (b->mode == STATISTICS) return;
-    }
-    accumulate(b->inputs, related, d_middle, count, s->d.weight1, hidden);
+    copy_rows(count, rows_from(b->d_between, here), d_middle, t->hidden_used);
+    accumulate(b->inputs, related, d_middle, count, s->d.weight1, t->hidden);
     multiply(count, d_middle, b->weight1_t, t->hidden_used, one_row(s->zero), d_related, b->inputs_padded);
     for (int64_t m = 0; m < count; m++) {
         const float *q = row_of(query, here + m), *d = row_of(related, m), *g = row_of(d_related, m);
@@ -280,9 +289,12 @@ static void work_backward(void *argument) {
         for (int64_t unit = slot; unit < t->batch * bands_now(b); unit += b->slots) {
             const struct band band = band_of(b, unit);
             const int64_t first = band.image * t->height * t->width, end = band.bottom * t->width;
-            for (int64_t spot = band.top * t->width; spot < end; spot += together)
-                if (patchwise) patchwise_pixels(b, first, spot, end - spot < together ? end - spot : together, &s);
-                else pairwise_pixel(b, first, spot, &s);
+            for (int64_t spot = band.top * t->width; spot < end; spot += together) {
+                const int64_t count = end - spot < together ? end - spot : together;
+                if (!patchwise) pairwise_pixel(b, first, spot, &s);
+                else if (t->part == TO_HIDDEN) to_hidden_backward(b, first, spot, count, &s);
+                else from_hidden_backward(b, first, spot, count, &s);
+            }
         }
     }
     free(memory);
@@ -290,7 +302,9 @@ static void work_backward(void *argument) {
 
 /* The even bands, then the odd ones; on `threads` threads. */
 void san_backward_run(struct backward *b, parallel_function parallel, unsigned threads) {
-    if (!is_known(&b->task) || b->mode < ATTENTION || b->mode > STATISTICS_BACKWARD) {
+    const int in_parts = b->task.part != WHOLE; /* as the patchwise form is */
+    if (!is_known(&b->task) || in_parts != (b->task.form == PATCHWISE) || b->mode < ATTENTION
+        || b->mode > STATISTICS_BACKWARD) {
         b->task.failed = UNKNOWN_CODE;
         return;
     }

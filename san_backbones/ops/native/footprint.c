@@ -115,7 +115,7 @@ INLINE void pairwise_pixels(const struct task *t, const enum pairwise_relation r
 /* Neighbours whose channels are multiplied with weight1 together, so that these and their weights stay in cache. */
 INLINE int64_t patchwise_group(const struct task *t) {
     if (t->eight) return (t->eight->inner - t->centre) / t->tap;
-    const int64_t taps = t->kernel * t->kernel, group = 512 / t->tap;
+    const int64_t taps = t->kernel * t->kernel, group = t->tap ? 512 / t->tap : taps;
     return group < 1 ? 1 : group < taps ? group : taps;
 }
 
@@ -127,7 +127,8 @@ INLINE int64_t patchwise_groups(const struct task *t) {
 /* As pairwise_row. */
 INLINE int64_t patchwise_row(const struct task *t) { return t->centre + patchwise_group(t) * t->tap; }
 
-/* The products of a group of taps with weight1, added up in `middle`; and those with weight2. */
+/* The products of a group of taps with weight1, added up in `middle`, with the ReLU after the last; and those with
+ * weight2. */
 INLINE void patchwise_middle(const struct task *t, int64_t count, int64_t begin, int64_t done, int64_t inputs, int last,
                              struct scratch *s) {
 #if defined(__AVX512F__)
@@ -150,12 +151,9 @@ INLINE void patchwise_weights(const struct task *t, int64_t count, struct scratc
     multiply(count, s->middle, t->weight2, t->hidden_used, one_row(t->bias2), s->weights, t->kernel * t->kernel * t->lanes);
 }
 
-INLINE void patchwise_pixels(const struct task *t, int64_t here, int64_t count, struct scratch *s) {
-    const int64_t taps = t->kernel * t->kernel, group = patchwise_group(t);
-    const int64_t pixels = t->height * t->width;
-    const struct finish finish = {s->factor, t->shift};
-    for (int64_t m = 0; m < count; m++)
-        find_values(t, here + m, taps, s->neighbours + m * taps, s->values + m * taps);
+/* The middle of gamma, of pixels whose neighbours have been found. */
+INLINE void patchwise_hidden(const struct task *t, int64_t here, int64_t count, struct scratch *s) {
+    const int64_t taps = t->kernel * t->kernel, group = patchwise_group(t), pixels = t->height * t->width;
     for (int64_t begin = 0, done = 0; begin < taps; begin += group) {
         const int64_t end = begin + group < taps ? begin + group : taps, centre = begin ? 0 : t->centre;
         const int64_t inputs = centre + (end - begin) * t->tap;
@@ -168,9 +166,24 @@ INLINE void patchwise_pixels(const struct task *t, int64_t here, int64_t count, 
             for (int64_t o = begin; o < end; o++, d += t->tap)
                 relate_tap(t, q, row_of(t->key, first + s->neighbours[m * taps + o]), o, d);
         }
-        patchwise_middle(t, count, begin, done, inputs, end == taps, s);
+        patchwise_middle(t, count, begin, done, inputs, end == taps && t->part == WHOLE, s);
         done += inputs;
     }
+}
+
+INLINE void patchwise_pixels(const struct task *t, int64_t here, int64_t count, struct scratch *s) {
+    const int64_t taps = t->kernel * t->kernel, pixels = t->height * t->width;
+    const struct finish finish = {s->factor, t->shift};
+    if (t->part == TO_HIDDEN) {
+        for (int64_t m = 0; m < count; m++) find_neighbours(t, (here + m) % pixels, s->neighbours + m * taps);
+        patchwise_hidden(t, here, count, s);
+        copy_rows(count, s->middle, rows_from(t->between, here), t->hidden_used);
+        return;
+    }
+    for (int64_t m = 0; m < count; m++)
+        find_values(t, here + m, taps, s->neighbours + m * taps, s->values + m * taps);
+    if (t->part == WHOLE) patchwise_hidden(t, here, count, s);
+    else copy_rows(count, rows_from(t->between, here), s->middle, t->hidden_used);
     patchwise_weights(t, count, s);
     for (int64_t m = 0; m < count; m++)
         weighted_sum(row_of(s->weights, m), s->values + m * taps, taps, t->lanes, t->out, &finish,

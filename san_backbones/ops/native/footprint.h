@@ -91,6 +91,9 @@ INLINE vec at(const float *p) { return *(const vec *)p; }
 INLINE float relu(float x) { return x > 0 ? x : x != x ? x : 0; }
 
 enum form { PAIRWISE, PATCHWISE };
+/* The patchwise form has one hidden vector for a pixel, so that it can be done in two parts with a map of them between:
+ * from query and key to u = weight1 relu(norm1(delta)), and from relu(norm2(u)) and value to the output. */
+enum part { WHOLE, TO_HIDDEN, FROM_HIDDEN };
 enum failure { NO_MEMORY = 1, UNKNOWN_CODE };
 
 /* Row m begins at at + m * row; with row 0, one row serves all. */
@@ -101,16 +104,18 @@ struct matrix {
 
 struct task {
     int64_t form, relation;           /* an enum form; an enum pairwise_relation or patchwise_relation */
+    int64_t part;                     /* an enum part: rel is 0 from the hidden vectors, out is 0 to them */
     int64_t absolute;                 /* positions p_j instead of p_i - p_j */
     int64_t batch, height, width, kernel, dilation;
     int64_t rel, centre, tap, hidden, hidden_used, lanes, weight_channels, out;
     int64_t planes;                   /* whether vectors lie across pixels (planes.h) */
     struct matrix query, key;         /* [pixels][rel] */
     struct matrix value;              /* [pixels][out] */
+    struct matrix between;            /* [pixels][hidden_used]: what TO_HIDDEN writes, and FROM_HIDDEN reads */
     struct matrix place;              /* [height * width][2], or NULL. Of place, query, key, scale1 and shift1 whole
                                          vectors are read, beyond their ends too */
     const float *scale1, *shift1;     /* norm1: [inputs] */
-    float *shift2, *bias2;            /* [hidden], [columns] */
+    float *shift2, *bias2;            /* [hidden], TO_HIDDEN zeros; [columns] */
     struct matrix weight1;            /* [inputs][hidden], norm2 folded in */
     struct matrix weight2;            /* [hidden_used][columns] */
     const struct linear *eight;       /* NULL; or gamma in 8 bits: weight1 of each group of taps, then weight2 */
@@ -137,6 +142,10 @@ INLINE void find_neighbours(const struct task *t, int64_t spot, int64_t *there) 
 /* ---- matrix products ---- */
 
 INLINE float *row_of(struct matrix a, int64_t m) { return a.at + m * a.row; }
+
+UNUSED static void copy_rows(int64_t rows, struct matrix from, struct matrix to, int64_t columns) {
+    for (int64_t m = 0; m < rows; m++) memcpy(row_of(to, m), row_of(from, m), 4 * columns);
+}
 
 INLINE struct matrix one_row(float *x) { return (struct matrix){x, 0}; }
 

@@ -83,9 +83,9 @@ class Linear(ctypes.Structure):
 class Task(ctypes.Structure):
     """struct task of footprint.h."""
     _fields_ = [
-        *_int64('form relation absolute batch height width kernel dilation'),
+        *_int64('form relation part absolute batch height width kernel dilation'),
         *_int64('rel centre tap hidden hidden_used lanes weight_channels out planes'),
-        *_matrices('query key value place'), *_pointers('scale1 shift1 shift2 bias2'),
+        *_matrices('query key value between place'), *_pointers('scale1 shift1 shift2 bias2'),
         *_matrices('weight1 weight2'), ('eight', ctypes.POINTER(Linear)),
         *_pointers('rows columns shift'), *_matrices('output'), *_int64('together next failed'),
     ]
@@ -95,7 +95,8 @@ class Backward(ctypes.Structure):
     """struct backward of backward.c."""
     _fields_ = [
         ('task', Task), *_int64('mode inputs inputs_padded slots parameters band odd'),
-        *_matrices('gradient weight1_t weight2_t d_query d_key d_value d_place'), *_pointers('d_parameters sums'),
+        *_matrices('gradient weight1_t weight2_t d_between d_query d_key d_value d_place'),
+        *_pointers('d_parameters sums'),
     ]
 
 

@@ -127,12 +127,12 @@ INLINE void planes_pairwise(const struct task *t, const enum pairwise_relation r
 
 /* Taps whose channels are multiplied with weight1 together. */
 INLINE int64_t planes_group(const struct task *t) {
-    const int64_t taps = t->kernel * t->kernel, group = 64 / t->tap;
+    const int64_t taps = t->kernel * t->kernel, group = t->tap ? 64 / t->tap : taps;
     return group < 1 ? 1 : group < taps ? group : taps;
 }
 
-/* Weights of a span, as above. */
-INLINE void planes_patchwise(const struct task *t, const int blocks, const struct planes *p, const float *const *keys) {
+/* The middle of gamma of a span, with the ReLU unless it goes to the hidden vectors. */
+INLINE void planes_patchwise_hidden(const struct task *t, const int blocks, const struct planes *p, const float *const *keys) {
     const int64_t taps = t->kernel * t->kernel, group = planes_group(t), span = blocks * WIDTH;
     for (int64_t begin = 0, done = 0; begin < taps; begin += group) {
         const int64_t end = begin + group < taps ? begin + group : taps, centre = begin ? 0 : t->centre;
@@ -142,9 +142,14 @@ INLINE void planes_patchwise(const struct task *t, const int blocks, const struc
             relate_tap_span(t, blocks, p->query, keys[o], p->pitch, o,
                             row_of(p->related, centre + (o - begin) * t->tap));
         multiply_transposed(t->hidden_used, rows_from(t->weight1, done), p->related, inputs,
-                            begin ? p->middle : p->shift2, p->middle, span, end == taps);
+                            begin ? p->middle : p->shift2, p->middle, span, end == taps && t->part == WHOLE);
         done += inputs;
     }
+}
+
+/* Weights of a span, as above. */
+INLINE void planes_patchwise_weights(const struct task *t, const int blocks, const struct planes *p) {
+    const int64_t taps = t->kernel * t->kernel, span = blocks * WIDTH;
     for (int64_t o = 0; o < taps; o++)
         multiply_transposed(t->weight_channels, columns_from(t->weight2, o * t->lanes), p->middle, t->hidden_used,
                             rows_from(p->bias2, o * t->weight_channels),
@@ -163,11 +168,22 @@ INLINE void planes_span(const struct task *t, const int blocks, struct planes *p
         for (int64_t i = 0; i < pixels; i++) lines[i] = row_of(t->place, y * t->width + x + i);
         transpose_lines(lines, pixels, 2, p->query + t->rel * SPAN, SPAN);
     }
+    if (t->part == FROM_HIDDEN) {
+        for (int64_t i = 0; i < pixels; i++) lines[i] = row_of(t->between, here + i);
+        transpose_lines(lines, pixels, t->hidden_used, p->middle.at, SPAN);
+    }
     for (int64_t a = 0, o = 0; a < t->kernel; a++)
         for (int64_t b = 0; b < t->kernel; b++, o++) lines[o] = rows[a] + x + b * t->dilation;
     float *factor = p->weights + share * taps * SPAN; /* stays one for the patchwise form */
+    if (t->part == TO_HIDDEN) {
+        planes_patchwise_hidden(t, blocks, p, lines);
+        for (int64_t h = 0; h < t->hidden_used; h++) lines[h] = row_of(p->middle, h);
+        transpose_lines(lines, t->hidden_used, pixels, row_of(t->between, here), t->between.row);
+        return;
+    }
     if (t->form == PATCHWISE) {
-        planes_patchwise(t, blocks, p, lines);
+        if (t->part == WHOLE) planes_patchwise_hidden(t, blocks, p, lines);
+        planes_patchwise_weights(t, blocks, p);
     } else {
         switch ((enum pairwise_relation)t->relation) { /* a copy of the loops for each */
 #define COPY(code, name) case code: planes_pairwise(t, code, blocks, p, lines); break;
@@ -228,11 +244,12 @@ static void work_planes(void *argument) {
     p.image = -1;
     const size_t ring = 4 * p.slots * p.count * p.pitch, query = 4 * (t->rel + 2) * SPAN;
     const int64_t inputs = t->form == PAIRWISE ? 2 * t->rel + 3 : t->centre + planes_group(t) * t->tap;
-    const int64_t logits = t->form == PAIRWISE ? 1 : taps;
+    const int64_t logits = t->part == TO_HIDDEN ? 0 : t->form == PAIRWISE ? 1 : taps;
     const size_t related = 4 * inputs * SPAN, middle = 4 * t->hidden * SPAN, bias2 = 4 * logits * share * SPAN;
     const size_t weights = 4 * share * (taps + 1) * SPAN, output = 4 * t->out * SPAN, held = 8 * p.slots;
     const int64_t wide = p.pitch > taps ? p.pitch : taps; /* no less than a span */
-    const size_t lines = sizeof(float *) * (wide > t->out ? wide : t->out), rows = sizeof(float *) * t->kernel;
+    const int64_t channels = t->out > t->hidden ? t->out : t->hidden;
+    const size_t lines = sizeof(float *) * (wide > channels ? wide : channels), rows = sizeof(float *) * t->kernel;
     char *memory = calloc(1, ring + query + related + 2 * middle + bias2 + weights + output + held + lines + rows + 12 * 64);
     if (!memory) {
         t->failed = NO_MEMORY;
@@ -246,7 +263,7 @@ static void work_planes(void *argument) {
     const float **line = take(&from, lines), **row = take(&from, rows);
     for (int64_t x = 0; x < SPAN; x++) {
         for (int64_t l = 0; l < share; l++) p.weights[(share * taps + l) * SPAN + x] = 1;
-        for (int64_t h = 0; h < t->hidden_used; h++) row_of(p.shift2, h)[x] = t->shift2[h];
+        for (int64_t h = 0; h < t->hidden_used && t->part == WHOLE; h++) row_of(p.shift2, h)[x] = t->shift2[h];
         for (int64_t o = 0; o < logits; o++)
             for (int64_t l = 0; l < share; l++) row_of(p.bias2, o * share + l)[x] = t->bias2[o * t->lanes + l];
     }

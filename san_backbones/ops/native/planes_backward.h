@@ -224,33 +224,31 @@ INLINE void planes_pairwise_backward(const struct backward *b, const int blocks,
     if (b->mode == STATISTICS) planes_moments_done(t, blocks, s, taps);
 }
 
-INLINE void planes_patchwise_backward(const struct backward *b, const int blocks, struct planes_backward *s,
-                                      const float *const *keys, int64_t first_value) {
+/* Gradients of the middle (s->middle), of weight2, bias2 and the values, given the middle (p->middle). */
+INLINE void planes_from_hidden_backward(const struct backward *b, const int blocks, struct planes_backward *s,
+                                        const float *const *keys, int64_t first_value) {
     const struct task *t = &b->task;
     const struct planes *p = &s->p;
-    const int64_t taps = t->kernel * t->kernel, share = t->weight_channels, span = blocks * WIDTH;
+    const int64_t taps = t->kernel * t->kernel, share = t->weight_channels;
+    for (int64_t o = 0; o < taps; o++) {
+        multiply_transposed(share, columns_from(t->weight2, o * t->lanes), p->middle, t->hidden_used,
+                            rows_from(p->bias2, o * share), (struct matrix){p->weights + o * SPAN, taps * SPAN},
+                            blocks * WIDTH, 0);
+        planes_sum_backward(t, blocks, s->gradient, p->weights + o * SPAN, taps * SPAN, keys[o] + first_value,
+                            p->pitch, s->weights + o * SPAN, s->ring + (keys[o] - p->ring) + first_value);
+        planes_logits_backward(t, blocks, s, o, p->middle, o ? s->middle : s->zero);
+    }
+}
+
+/* Given the gradient of the hidden vectors (s->middle), those of norm1, weight1, queries and keys. */
+INLINE void planes_to_hidden_backward(const struct backward *b, const int blocks, struct planes_backward *s,
+                                      const float *const *keys) {
+    const struct task *t = &b->task;
+    const struct planes *p = &s->p;
+    const int64_t taps = t->kernel * t->kernel;
     relate_centre_span(t, blocks, p->query, p->related.at);
     for (int64_t o = 0; o < taps; o++)
         relate_tap_span(t, blocks, p->query, keys[o], p->pitch, o, row_of(p->related, t->centre + o * t->tap));
-    if (b->mode == ATTENTION) {
-        multiply_transposed(t->hidden_used, t->weight1, p->related, b->inputs, p->shift2, p->middle, span, 1);
-        for (int64_t o = 0; o < taps; o++) {
-            multiply_transposed(share, columns_from(t->weight2, o * t->lanes), p->middle, t->hidden_used,
-                                rows_from(p->bias2, o * share), (struct matrix){p->weights + o * SPAN, taps * SPAN}, span, 0);
-            planes_sum_backward(t, blocks, s->gradient, p->weights + o * SPAN, taps * SPAN, keys[o] + first_value,
-                                p->pitch, s->weights + o * SPAN, s->ring + (keys[o] - p->ring) + first_value);
-            planes_logits_backward(t, blocks, s, o, p->middle, o ? s->middle : s->zero);
-        }
-        planes_relu_backward(t, blocks, s, p->middle);
-    } else {
-        multiply_transposed(t->hidden_used, t->weight1, p->related, b->inputs, s->zero, p->middle, span, 0);
-        if (b->mode == STATISTICS) {
-            planes_moments(t, blocks, s, p->middle, 1);
-            planes_moments_done(t, blocks, s, 1);
-            return;
-        }
-        planes_moments_backward(b, blocks, s, p->middle);
-    }
     planes_middle_backward(t, blocks, s, b->inputs);
     relate_centre_span_backward(t, blocks, p->query, p->related.at, s->related.at, s->query, s->sum.scale1,
                                 s->sum.shift1);
@@ -281,13 +279,21 @@ INLINE void planes_span_backward(const struct backward *b, const int blocks, str
     lay_span(t->query, here, pixels, span, t->rel, p->query, s->line);
     lay_span(t->place, in_image, pixels, span, positions, p->query + t->rel * SPAN, s->line);
     if (b->mode == ATTENTION) lay_span(b->gradient, here, pixels, span, t->out, s->gradient, s->line);
+    if (t->part == TO_HIDDEN) lay_span(b->d_between, here, pixels, span, t->hidden_used, s->middle.at, s->line);
+    if (t->part == FROM_HIDDEN) lay_span(t->between, here, pixels, span, t->hidden_used, p->middle.at, s->line);
     for (int64_t i = 0; i < span; i++) s->counts[i] = i < pixels;
     for (int64_t a = 0, o = 0; a < t->kernel; a++)
         for (int64_t c = 0; c < t->kernel; c++, o++) s->keys[o] = s->row[a] + x + c * t->dilation;
     memset(s->query, 0, 4 * (t->rel + positions) * SPAN);
     if (t->form == PAIRWISE) planes_pairwise_backward(b, blocks, s, s->keys, first_value);
-    else planes_patchwise_backward(b, blocks, s, s->keys, first_value);
+    else if (t->part == TO_HIDDEN) planes_to_hidden_backward(b, blocks, s, s->keys);
+    else planes_from_hidden_backward(b, blocks, s, s->keys, first_value);
     if (b->mode == STATISTICS) return;
+    if (t->part == FROM_HIDDEN) {
+        for (int64_t h = 0; h < t->hidden_used; h++) s->line[h] = row_of(s->middle, h);
+        transpose_lines(s->line, t->hidden_used, pixels, row_of(b->d_between, here), b->d_between.row);
+        return;
+    }
     for (int64_t c = 0; c < t->rel; c++) s->line[c] = s->query + c * SPAN;
     transpose_lines(s->line, t->rel, pixels, row_of(b->d_query, here), b->d_query.row);
     for (int64_t i = 0; i < pixels; i++)
@@ -384,7 +390,7 @@ static void work_planes_backward(void *argument) {
     p->pitch = (t->width + SPAN - 1) / SPAN * SPAN + 2 * reach;
     p->slots = rows < t->height ? rows : t->height;
     const int64_t most = b->inputs > t->hidden ? b->inputs : t->hidden, wide = p->pitch > taps ? p->pitch : taps;
-    const int64_t channels = t->out > t->rel ? t->out : t->rel > 2 ? t->rel : 2;
+    const int64_t some = t->out > t->rel ? t->out : t->rel, channels = some > t->hidden ? some : t->hidden; /* and > 2 */
     const size_t ring = 4 * p->slots * p->count * p->pitch, query = 4 * (t->rel + 2) * SPAN;
     const size_t related = 4 * b->inputs * SPAN, middle = 4 * t->hidden * SPAN, bias2 = 4 * logits * SPAN;
     const size_t weights = 4 * share * (taps + 1) * SPAN, gradient = 4 * t->out * SPAN, held = 8 * p->slots;
@@ -414,7 +420,7 @@ static void work_planes_backward(void *argument) {
     s.sum.weight1 = s.sum.shift1 + b->inputs * WIDTH, s.sum.shift2 = s.sum.weight1 + b->inputs * hidden * WIDTH;
     s.sum.weight2 = s.sum.shift2 + hidden * WIDTH, s.sum.bias2 = s.sum.weight2 + hidden * columns * WIDTH;
     for (int64_t x = 0; x < SPAN && b->mode == ATTENTION; x++) {
-        for (int64_t h = 0; h < hidden; h++) row_of(p->shift2, h)[x] = t->shift2[h];
+        for (int64_t h = 0; h < hidden && t->part == WHOLE; h++) row_of(p->shift2, h)[x] = t->shift2[h];
         for (int64_t c = 0; c < columns; c++) row_of(p->bias2, c)[x] = t->bias2[c / share * t->lanes + c % share];
     }
     for (int64_t slot, unit; (slot = next_slot(b)) >= 0; end_slot(b, &s, slot))
