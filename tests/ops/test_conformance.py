@@ -547,8 +547,9 @@ def test_synchronised_statistics(subject, cls, tmp_path):
 
 
 @every_fused
-def test_compiled_graphs_call_the_operators(subject):
-    layer = subject.layer(PairwiseAttention, 32, kernel_size=1).train()
+@both
+def test_compiled_graphs_call_the_operators(subject, cls):
+    layer = subject.layer(cls, 32, kernel_size=1).train()
     x, seed = subject.random(2, 32, 4, 3), subject.random(2, 8, 4, 3)
     graphs = []
 
