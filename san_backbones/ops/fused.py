@@ -285,7 +285,8 @@ def attend(
     """
     with torch.autocast(value.device.type, enabled=False):
         if _in_parts(name, gamma, spec):
-            return _attend_in_parts(name, query, key, value, gamma, spec)
+            output = _attend_in_parts(name, query, key, value, gamma, spec)
+            return output if shift is None else torch.relu(output + shift.to(output.dtype)[:, None, None])
         shape, tensors = folded(name, gamma, spec, query, key, place)
         return _attend(query, key, value, place, *tensors, shift, shape)
 

@@ -270,6 +270,17 @@ def test_parts_refuse_what_does_not_fit(subject):
         torch.ops.san_backbones.attend(**arguments).sum().backward()
 
 
+@every_fused
+@both
+def test_a_finish_beside_batch_statistics(subject, cls):
+    layer, x = subject.layer(cls, 32, kernel_size=3).train(), subject.random(2, 32, 4, 3)
+    maps, shift = subject.projected(layer, x), subject.random(layer.out_planes)
+    with torch.no_grad(), subject.use():
+        plain = ops.footprint_attention(*maps, layer.gamma(), layer.spec())
+        finished = ops.footprint_attention(*maps, layer.gamma(), layer.spec(), shift)
+    torch.testing.assert_close(finished, torch.relu(plain + shift[:, None, None]), rtol=1e-4, atol=1e-5)
+
+
 @in_parts
 def test_hidden_vectors_are_kept_only_where_they_are_computed_again(subject, monkeypatch):
     calls, plain = [], fused._hidden
